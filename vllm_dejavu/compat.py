@@ -1,0 +1,39 @@
+"""Everything that differs between the vLLM versions we support (>= 0.26, < 0.34), and nothing else."""
+from __future__ import annotations
+
+from torch import nn
+
+try:  # vLLM >= 0.27 has its own LayerNorm; same parameters, same result
+    from vllm.model_executor.layers.layernorm import LayerNorm
+except ImportError:  # 0.26
+    LayerNorm = nn.LayerNorm
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
+
+TESTED_VLLM = (">=0.26", "<0.34")
+
+__all__ = [
+    "TESTED_VLLM",
+    "Attention",
+    "LayerNameType",
+    "LayerNorm",
+    "direct_register_custom_op",
+    "encode_layer_name",
+    "get_attention_context",
+    "keep_plain_weight",
+    "resolve_layer_name",
+]
+
+encode_layer_name = _encode_layer_name
+resolve_layer_name = _resolve_layer_name
+
+
+def keep_plain_weight(linear: nn.Module) -> nn.Module:
+    """Tell vLLM's CPU linears not to repack `weight` and drop it: our ops gather rows of it.
+
+    TODO: ends with the native CPU kernels, whose modules own their weights' layout.
+    """
+    linear._cpu_skip_gemm_dispatch = True
+    return linear

@@ -1,0 +1,120 @@
+"""Settings: `additional_config={"dejavu": {...}}` as one validated, immutable dataclass.
+
+Imports neither torch nor vLLM, so that the command line and vLLM's front end can check settings at no cost.
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+MODES = ("sparse", "dense", "oracle", "random", "static")
+APPLY_TO = ("decode", "all")
+BLOCKS = ("mlp", "attention")
+# Which hidden state feeds a gate; `predictor.gate_input` maps the name to the tensor.
+LOOKAHEADS = {"mlp": ("self", "attn_input", "previous"), "attention": ("self", "previous")}
+
+SETTINGS_KEY = "dejavu"
+# Written by us into additional_config (never by the user): it puts the artifact's content into vLLM's
+# compile-cache key, so that a changed artifact is never served with a graph compiled for the old one.
+DIGEST_KEY = "artifact_digest"
+
+
+@dataclass(frozen=True)
+class DejaVuConfig:
+    """Settings of one engine.
+
+    Attributes:
+        predictor: directory or hub id of the predictor artifact; None looks in `MODEL/dejavu/`.
+        mode: `sparse` (predictors decide), `dense` (everything is read), or the controls `oracle` (the truly active
+            neurons and heads), `random` and `static` (at the artifact's calibrated densities).
+        apply_to: `decode` (steps in which every request adds one token) or `all` (evaluation: prompt tokens too, each
+            row reading exactly its own selection).
+        row_exact: mask each row to its own neurons inside the batch's union, so that neighbours in a batch cannot
+            change a request's result.
+        blocks: which blocks are gated: `mlp`, `attention` or both.
+        crossover: a layer's MLP runs dense at batch sizes whose calibrated union density is above this; in (0, 1].
+        measure: in sparse steps also compute every true activation, to count recall. Costs a dense fc1 per layer.
+        seed: of the control mode `random`.
+    """
+
+    predictor: str | None = None
+    mode: str = "sparse"
+    apply_to: str = "decode"
+    row_exact: bool = False
+    blocks: tuple[str, ...] = BLOCKS
+    crossover: float = 1.0
+    measure: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_type("predictor", self.predictor, (str, type(None)), "a path, a hub id or null")
+        if self.predictor is not None and not self.predictor.strip():
+            raise _error("predictor", self.predictor, "a path, a hub id or null")
+        if self.predictor == "auto":
+            raise ValueError(
+                'additional_config["dejavu"]["predictor"]="auto" is not available in this version. '
+                "Make an artifact without a corpus instead: vllm-dejavu train --model MODEL --data self --output DIR"
+            )
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("apply_to", self.apply_to, APPLY_TO)
+        _check_type("row_exact", self.row_exact, (bool,), "true or false")
+        _check_type("measure", self.measure, (bool,), "true or false")
+        if isinstance(self.blocks, str) or not isinstance(self.blocks, (list, tuple)):
+            raise _error("blocks", self.blocks, f"a non-empty list out of {list(BLOCKS)}")
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if not self.blocks or any(b not in BLOCKS for b in self.blocks) or len(set(self.blocks)) != len(self.blocks):
+            raise _error("blocks", list(self.blocks), f"a non-empty list out of {list(BLOCKS)}")
+        if isinstance(self.crossover, bool) or not isinstance(self.crossover, (int, float)):
+            raise _error("crossover", self.crossover, "a number in (0, 1]")
+        if not 0 < self.crossover <= 1:
+            raise _error("crossover", self.crossover, "a number in (0, 1]")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise _error("seed", self.seed, "an integer in [0, 2147483648)")
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether every row is restricted to its own selection."""
+        return self.row_exact or self.apply_to == "all"
+
+    @classmethod
+    def from_dict(cls, settings: Any) -> DejaVuConfig:
+        """Validate `additional_config["dejavu"]`.
+
+        Raises:
+            ValueError: naming key, value and what is allowed.
+        """
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f'additional_config["dejavu"] must be an object of settings, got {settings!r}. '
+                f"Allowed keys: {sorted(_FIELDS)}."
+            )
+        unknown = sorted(set(settings) - _FIELDS - {DIGEST_KEY})
+        if unknown:
+            raise ValueError(
+                f'Unknown setting additional_config["dejavu"][{unknown[0]!r}]={settings[unknown[0]]!r}. '
+                f"Allowed keys: {sorted(_FIELDS)}."
+            )
+        return cls(**{k: v for k, v in settings.items() if k in _FIELDS})
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: Any) -> DejaVuConfig:
+        """Settings of an engine; shapes as in `from_dict`."""
+        return cls.from_dict((vllm_config.additional_config or {}).get(SETTINGS_KEY, {}))
+
+
+_FIELDS = {f.name for f in dataclasses.fields(DejaVuConfig)}
+
+
+def _error(key: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f'additional_config["dejavu"]["{key}"]={value!r} is not allowed. Allowed: {allowed}.')
+
+
+def _check_type(key: str, value: Any, types: tuple[type, ...], allowed: str) -> None:
+    if not isinstance(value, types):
+        raise _error(key, value, allowed)
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise _error(key, value, f"one of {list(choices)}")

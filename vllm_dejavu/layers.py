@@ -1,0 +1,301 @@
+"""Gated MLP and attention blocks: the dense path is vLLM's own, the sparse path reads what the gate selected.
+
+Shapes: T tokens (padded), hidden, `units` = neurons or heads of this tensor-parallel rank.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+
+from vllm_dejavu import metrics, ops, selection
+from vllm_dejavu.artifact import GateSpec
+from vllm_dejavu.compat import Attention, encode_layer_name, keep_plain_weight
+from vllm_dejavu.config import DejaVuConfig
+from vllm_dejavu.kernels import reference
+from vllm_dejavu.predictor import Predictor
+
+# Called after each pass of a gated block as recorder(layer, block, mask [T, units], valid [T]), with None and None where
+# the block ran dense. Tests set it on eager engines; None while serving.
+Recorder = Callable[[int, str, torch.Tensor | None, torch.Tensor | None], None]
+
+
+class Gate(nn.Module):
+    """Predictor, threshold and counters of one block on this rank.
+
+    Args:
+        spec, tensors: as `Artifact.gate` gives them (all ranks' units).
+        block: "mlp" or "attention". layer: index in the whole model.
+        units: neurons or heads of this rank.
+    """
+
+    def __init__(self, spec: GateSpec, tensors: dict[str, torch.Tensor], block: str, layer: int, units: int, settings: DejaVuConfig):
+        super().__init__()
+        self.spec, self.block, self.layer, self.units, self.settings = spec, block, layer, units, settings
+        self.start = get_tensor_model_parallel_rank() * units
+        device = torch.get_default_device()
+        self.predictor = Predictor(tensors, self.start, units, device)
+        # The oracle looks at the block's own input: it asks what is truly active, not what can be foreseen.
+        self.lookahead = "self" if settings.mode == "oracle" else spec.lookahead
+        # Largest padded token count at which the calibrated union density stays below the crossover.
+        over = [int(b) for b, d in spec.union_density.items() if d["mean"] > settings.crossover]
+        self.max_tokens = min(over) - 1 if over else None
+        static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
+        self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
+        self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
+        self.register_buffer("counters", metrics.new_gate_counters(device), persistent=False)
+        self.recorder: Recorder | None = None
+
+    def select(self, impl: ModuleType, x: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Mask [T, units], bool, of a mode that does not need the block's own weights."""
+        mode = self.settings.mode
+        if mode == "sparse":
+            return impl.select(self.predictor.scores(x), valid)
+        if mode == "static":
+            return self.static[None, :] & valid[:, None]
+        assert mode == "random", f"mode {mode} has no selection of its own"
+        chosen = selection.random_mask(positions, self.layer, self.unit_ids, self.spec.density["mean"], self.settings.seed)
+        return chosen & valid[:, None]
+
+    def count(self, mask: torch.Tensor, valid: torch.Tensor, active: torch.Tensor | None = None) -> None:
+        """Add a step's selection to the counters, on the device."""
+        selected = mask.sum()
+        active_count = hit = selected.new_zeros(())
+        if active is not None:
+            active = active & valid[:, None]
+            active_count, hit = active.sum(), (active & mask).sum()
+        read = mask.any(dim=0).sum()
+        zero, one = selected.new_zeros(()), selected.new_ones(())
+        self.counters += torch.stack([one, valid.sum(), selected, read, zero, active_count, hit])
+        if self.recorder is not None:
+            self.recorder(self.layer, self.block, mask, valid)
+
+
+class _GatedBlock(nn.Module):
+    """What the MLP and the attention block share: whether this step takes the sparse path."""
+
+    gate: Gate | None
+    settings: DejaVuConfig
+    attention_name: str
+
+    def sparse_step(self, num_tokens: int) -> ops.Step | None:
+        """The step if this block runs sparse in it, else None."""
+        if self.gate is None:
+            return None
+        step = ops.current_step(self.attention_name, self.settings.apply_to)
+        if step is None or not step.sparse:
+            return None
+        limit = self.gate.max_tokens
+        return None if limit is not None and num_tokens > limit and self.settings.apply_to != "all" else step
+
+    def count_dense(self, num_tokens: int, device: torch.device) -> None:
+        """Count a dense pass: nothing in a dense step; everything where only this layer, above its crossover, is dense."""
+        gate, step = self.gate, ops.current_step(self.attention_name, self.settings.apply_to)
+        if step is None:
+            return
+        if gate.recorder is not None:
+            gate.recorder(gate.layer, gate.block, None, None)
+        if step.sparse:
+            rows = step.valid_rows(num_tokens, device).sum()
+            one, units = torch.ones_like(rows), torch.full_like(rows, self.units)
+            gate.counters += torch.stack([one, rows, rows * units, units, units, 0 * rows, 0 * rows])
+
+    def register(self, vllm_config: VllmConfig, name: str) -> None:
+        """Make this block findable by the ops."""
+        context = vllm_config.compilation_config.static_forward_context
+        if name in context:
+            raise ValueError(f"Duplicate layer name: {name}")
+        context[name] = self
+        self.layer_name = name
+
+
+class TransposedRowParallelLinear(nn.Module):
+    """fc2 stored as [ffn / tp, hidden], so that a neuron's weights are contiguous. Never a second copy.
+
+    Holds `weight` and `bias` [hidden]; the bias is added once, after the all-reduce.
+    """
+
+    def __init__(self, input_size: int, output_size: int, bias: bool):
+        super().__init__()
+        self.size = input_size // get_tensor_model_parallel_world_size()
+        self.weight = nn.Parameter(torch.empty(self.size, output_size), requires_grad=False)
+        self.weight.weight_loader = self.load_weight
+        self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
+
+    def load_weight(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
+        """Checkpoint layout [hidden, ffn] -> this rank's rows, transposed."""
+        start = get_tensor_model_parallel_rank() * self.size
+        param.data.copy_(loaded.narrow(1, start, self.size).t())
+
+
+class DejaVuMLP(_GatedBlock):
+    """fc1 -> activation -> fc2; gated when the manifest says so, else vLLM's own linears.
+
+    Args:
+        gate: (spec, tensors) from `Artifact.gate`, or None: dense, no predictor is launched.
+        activation: key of `reference.ACTIVATIONS`.
+    """
+
+    def __init__(self, hidden: int, ffn: int, bias: bool, activation: str, layer: int, gate: tuple | None, settings: DejaVuConfig, vllm_config: VllmConfig, prefix: str, attention_name: str):
+        super().__init__()
+        self.settings, self.activation, self.attention_name = settings, activation, attention_name
+        self.units = ffn // get_tensor_model_parallel_world_size()
+        self.fc1 = ColumnParallelLinear(hidden, ffn, bias=bias, prefix=f"{prefix}.fc1")
+        if gate is None:
+            self.gate = None
+            self.fc2 = RowParallelLinear(ffn, hidden, bias=bias, prefix=f"{prefix}.fc2")
+            return
+        keep_plain_weight(self.fc1)
+        self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias)
+        self.gate = Gate(*gate, "mlp", layer, self.units, settings)
+        self.needs_row_mask = settings.masks_rows or settings.measure
+        self.register(vllm_config, f"{prefix}.dejavu_mlp")
+
+    def choose(self, gate_input: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Neurons of this step; [T, hidden] -> (neuron_ids, num_selected, row_mask). May run before the attention."""
+        return ops.select_neurons(gate_input, positions, encode_layer_name(self.layer_name))
+
+    def forward(self, x: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+        """[T, hidden] -> [T, hidden]; chosen: from `choose`, None for a dense layer."""
+        if chosen is None:
+            return self.fc2(reference.ACTIVATIONS[self.activation](self.fc1(x)[0]))[0]
+        out = ops.mlp(x, *chosen, encode_layer_name(self.layer_name))
+        if get_tensor_model_parallel_world_size() > 1:
+            out = tensor_model_parallel_all_reduce(out)
+        return out if self.fc2.bias is None else out + self.fc2.bias
+
+    # Called from inside the ops:
+
+    def select(self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Mask [T, units]; in mode oracle `gate_input` is the MLP's own input."""
+        if self.settings.mode == "oracle":
+            mask = (impl.mlp_activations(gate_input, self.fc1.weight, self.fc1.bias) > 0) & valid[:, None]
+        else:
+            mask = self.gate.select(impl, gate_input, positions, valid)
+        if not self.settings.measure:
+            self.gate.count(mask, valid)
+        return mask
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's dense MLP without fc2's bias."""
+        self.count_dense(x.shape[0], x.device)
+        return reference.ACTIVATIONS[self.activation](self.fc1(x)[0]) @ self.fc2.weight
+
+    def sparse(self, impl: ModuleType, x: torch.Tensor, ids: torch.Tensor, num_selected: torch.Tensor, row_mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """This rank's sparse MLP without fc2's bias."""
+        if self.settings.measure:
+            active = impl.mlp_activations(x, self.fc1.weight, self.fc1.bias) > 0
+            self.gate.count(row_mask, valid, active)
+        survived = self.gate.counters.narrow(0, metrics.GATE_COUNTERS.index("survived"), 1)
+        mask = row_mask if self.settings.masks_rows else None
+        return impl.sparse_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, ids, num_selected, mask, self.activation, survived)
+
+
+class DejaVuAttention(Attention):
+    """vLLM's attention layer with our op in place of its own: the same backend, cache and cache write.
+
+    The plain `forward(query, key, value)` stays vLLM's, for layers that are not gated.
+    """
+
+    # Called once after the weights are in place, whatever the load format.
+    after_loading: Callable[[], None] | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        if self.after_loading is not None:
+            self.after_loading()
+
+    def forward_gated(self, qkv: torch.Tensor, head_scores: torch.Tensor, block_name: str) -> torch.Tensor:
+        """qkv: [T, 3 * heads * head_size]; returns out_proj's part [T, hidden] of this rank, without bias."""
+        query, key, value = (t.view(-1, self.num_heads, self.head_size) for t in qkv.chunk(3, dim=-1))
+        dep = None
+        if not self.attn_backend.forward_includes_kv_cache_update:
+            dep = torch.ops.vllm.unified_kv_cache_update(key, value, encode_layer_name(self.layer_name))
+        output = qkv.new_empty(qkv.shape[0], self.hidden_size)
+        ops.attention(query, key, value, head_scores, output, encode_layer_name(block_name), dep)
+        return output
+
+
+class DejaVuSelfAttention(_GatedBlock):
+    """qkv -> paged attention -> out_proj; K and V are always computed and cached for all heads.
+
+    Args:
+        gate: (spec, tensors) from `Artifact.gate`, or None: dense, vLLM's own layers.
+    """
+
+    def __init__(self, hidden: int, num_heads: int, bias: bool, layer: int, gate: tuple | None, settings: DejaVuConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.settings = settings
+        self.units = num_heads // get_tensor_model_parallel_world_size()
+        self.head_dim = hidden // num_heads
+        self.qkv_proj = QKVParallelLinear(hidden, self.head_dim, num_heads, bias=bias, prefix=f"{prefix}.qkv_proj")
+        self.out_proj = RowParallelLinear(hidden, hidden, bias=bias, prefix=f"{prefix}.out_proj")
+        self.attn = DejaVuAttention(
+            self.units, self.head_dim, scale=self.head_dim**-0.5, cache_config=vllm_config.cache_config, prefix=f"{prefix}.attn"
+        )
+        self.attn.hidden_size = hidden
+        self.attention_name = self.attn.layer_name
+        self.gate = None
+        if gate is None:
+            return
+        keep_plain_weight(self.qkv_proj)
+        keep_plain_weight(self.out_proj)
+        self.gate = Gate(*gate, "attention", layer, self.units, settings)
+        self.threshold = gate[0].threshold
+        self.needs_contributions = settings.measure or settings.mode == "oracle"
+        self.register_buffer("grams", None, persistent=False)
+        self.register(vllm_config, f"{prefix}.dejavu_attention")
+
+    def forward(self, x: torch.Tensor, head_scores: torch.Tensor | None) -> torch.Tensor:
+        """[T, hidden] -> [T, hidden]; head_scores: from `choose`, None for a dense layer."""
+        if head_scores is None:
+            query, key, value = self.qkv_proj(x)[0].chunk(3, dim=-1)
+            return self.out_proj(self.attn(query, key, value))[0]
+        qkv = ops.qkv(x, head_scores, encode_layer_name(self.layer_name))
+        out = self.attn.forward_gated(qkv, head_scores, self.layer_name)
+        if get_tensor_model_parallel_world_size() > 1:
+            out = tensor_model_parallel_all_reduce(out)
+        return out if self.out_proj.bias is None else out + self.out_proj.bias
+
+    def choose(self, gate_input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Head scores [T, units], fp32, of this step."""
+        return ops.select_heads(gate_input, positions, encode_layer_name(self.layer_name))
+
+    # Called from inside the ops:
+
+    def select(self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Scores [T, units]; +1 and -1 where a control decides. The oracle decides after the attention, so all are +1."""
+        mode = self.settings.mode
+        if mode == "sparse":
+            return self.gate.predictor.scores(gate_input).masked_fill_(~valid[:, None], -1.0)
+        if mode == "oracle":
+            mask = valid[:, None].expand(-1, self.units)
+        else:
+            mask = self.gate.select(impl, gate_input, positions, valid)
+        return torch.where(mask, 1.0, -1.0)
+
+    def project(self, attn: torch.Tensor) -> torch.Tensor:
+        """Dense out_proj of this rank without bias: [T, units, head_dim] -> [T, hidden]."""
+        self.count_dense(attn.shape[0], attn.device)
+        return torch.nn.functional.linear(attn.flatten(1), self.out_proj.weight)
+
+    def sparse(self, impl: ModuleType, attn: torch.Tensor, head_scores: torch.Tensor, valid: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep the selected heads of `attn` [T, units, head_dim] and project them into `output` [T, hidden]."""
+        mask, active = head_scores > 0, None
+        if self.needs_contributions:
+            if self.grams is None:
+                self.grams = selection.head_grams(self.out_proj.weight, self.units)
+            active = selection.head_contributions(attn, self.grams) > self.threshold
+            if self.settings.mode == "oracle":
+                mask = active & valid[:, None]
+        self.gate.count(mask, valid, active)
+        output.copy_(impl.sparse_out_proj(impl.mask_heads(attn, mask), self.out_proj.weight, mask))

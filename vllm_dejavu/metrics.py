@@ -1,0 +1,105 @@
+"""What the sparse path really did: counts kept on the device, read out on request.
+
+Counters are tensors, so that CUDA graphs can add to them; only a read-out (`snapshot`) brings them to the host.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# One int64 vector a gate. Units are neurons or heads of this rank.
+GATE_COUNTERS = (
+    "steps",  # sparse steps the gate took part in
+    "rows",  # valid rows in them
+    "selected",  # units selected, summed over rows (per token, before any union)
+    "read",  # units read, summed over steps (the union of the rows)
+    "survived",  # MLP: fc2 rows read, summed over steps (neurons that came out positive)
+    "active",  # truly active units, summed over rows; with `measure` or in oracle mode only
+    "hit",  # active units that were selected
+)
+# One int64 vector a model: sparse steps, then dense steps by reason.
+STEP_REASONS = ("sparse", "prefill_or_mixed", "piecewise_graph", "microbatched", "mode_dense")
+
+
+def new_gate_counters(device: torch.device | None = None) -> torch.Tensor:
+    return torch.zeros(len(GATE_COUNTERS), dtype=torch.int64, device=device)
+
+
+def new_step_counters(device: torch.device | None = None) -> torch.Tensor:
+    return torch.zeros(len(STEP_REASONS), dtype=torch.int64, device=device)
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class; its methods are called with `LLM.collective_rpc(NAME)`."""
+
+    def dejavu_metrics(self) -> dict[str, Any]:
+        """Counts since the start or the last reset, of this rank; see `DejaVuOPTForCausalLM.metrics`."""
+        return self.model_runner.get_model().metrics()  # type: ignore[attr-defined]
+
+    def dejavu_reset_metrics(self) -> None:
+        """Set every counter to 0."""
+        self.model_runner.get_model().reset_metrics()  # type: ignore[attr-defined]
+
+
+def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the snapshots of all ranks into densities.
+
+    Args:
+        ranks: one `dejavu_metrics()` result a worker, as `LLM.collective_rpc("dejavu_metrics")` returns them.
+
+    Returns:
+        steps: {reason: count} of the first rank; sparse_step_share: sparse steps / steps, None before any step;
+        artifact: {path, digest, fingerprint, fingerprint_verified};
+        layers: per layer {"mlp": {...}, "attention": {...}} with units, and for gated blocks density (selected per
+        token), read_density (read per step), survived_density, recall; a dense block has density 1. None: nothing counted;
+        mlp_density, head_density: means over layers.
+    """
+    steps = ranks[0]["steps"]
+    total = sum(steps.values())
+    merged: dict[tuple[int, str], dict[str, int]] = {}
+    for rank in ranks:
+        for gate in rank["gates"]:
+            slot = merged.setdefault((gate["layer"], gate["block"]), {})
+            for key, value in gate.items():
+                if key in ("layer", "block"):
+                    continue
+                # Every tensor-parallel rank sees the same steps and rows; units and selections add up.
+                slot[key] = max(slot.get(key, 0), value) if key in ("steps", "rows") else slot.get(key, 0) + value
+    layers: list[dict[str, dict[str, Any]]] = []
+    for layer in range(ranks[0]["num_layers"]):
+        entry = {}
+        for block in ("mlp", "attention"):
+            counts = merged.get((layer, block))
+            entry[block] = {"gated": False, "density": 1.0, "read_density": 1.0} if counts is None else _densities(counts)
+        layers.append(entry)
+
+    def mean(block: str) -> float | None:
+        values = [entry[block]["density"] for entry in layers]
+        return None if None in values else sum(values) / len(values)
+
+    return {
+        "steps": steps,
+        "sparse_step_share": steps["sparse"] / total if total else None,
+        "artifact": ranks[0]["artifact"],
+        "mode": ranks[0]["mode"],
+        "layers": layers,
+        "mlp_density": mean("mlp"),
+        "head_density": mean("attention"),
+    }
+
+
+def _densities(counts: dict[str, int]) -> dict[str, Any]:
+    def ratio(a: float, b: float) -> float | None:
+        return a / b if b else None
+
+    per_token, per_step = counts["rows"] * counts["units"], counts["steps"] * counts["units"]
+    return {
+        "gated": True,
+        **counts,
+        "density": ratio(counts["selected"], per_token),
+        "read_density": ratio(counts["read"], per_step),
+        "survived_density": ratio(counts["survived"], per_step),
+        "active_density": ratio(counts["active"], per_token),
+        "recall": ratio(counts["hit"], counts["active"]),
+    }

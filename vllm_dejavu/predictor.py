@@ -1,0 +1,66 @@
+"""Scores from hidden states: what a predictor reads and computes. Training, evaluation and serving all use this."""
+from __future__ import annotations
+
+import torch
+
+from vllm_dejavu.kernels import reference
+
+
+def gate_input(
+    lookahead: str,
+    *,
+    block_input: torch.Tensor,
+    attn_input: torch.Tensor,
+    previous: torch.Tensor | None,
+) -> torch.Tensor:
+    """The hidden state that feeds a gate: the one place that gives a lookahead its meaning.
+
+    Args:
+        lookahead: `self`, `attn_input` or `previous` (config.LOOKAHEADS).
+        block_input: input of the gated block's first projection (fc1 or qkv) in this layer.
+        attn_input: input of this layer's qkv projection.
+        previous: residual stream in front of the MLP block of the layer before (before its LayerNorm when pre-LN);
+            None in the first layer and in the first layer of a pipeline stage.
+
+    Returns:
+        One of the tensors, as it is: [num_tokens, hidden].
+
+    Raises:
+        ValueError: unknown lookahead, or `previous` where there is none.
+    """
+    if lookahead == "self":
+        return block_input
+    if lookahead == "attn_input":
+        return attn_input
+    if lookahead == "previous":
+        if previous is None:
+            raise ValueError("lookahead 'previous' needs a layer in front; use 'self' in the first layer of a model or stage")
+        return previous
+    raise ValueError(f"lookahead {lookahead!r} is unknown; expected 'self', 'attn_input' or 'previous'")
+
+
+class Predictor(torch.nn.Module):
+    """Scorer of one gate; a unit (neuron or head) is selected when its score is positive.
+
+    MLP: `score = up(down(x)) + bias`; attention: `score = weight(x) + bias`. The calibrated threshold is in the bias.
+    Tensors are non-persistent buffers: no loader of model weights can overwrite them, whatever the load format.
+
+    Args:
+        tensors: as in the artifact: `bias`, `activation_rate` [units] fp32, and `down` [rank, hidden] and `up`
+            [units, rank], or `weight` [units, hidden].
+        start, size: this tensor-parallel rank's units; None takes all.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], start: int = 0, size: int | None = None, device: torch.device | str | None = None):
+        super().__init__()
+        self.low_rank = "down" in tensors
+        for name, tensor in tensors.items():
+            if name != "down" and size is not None:
+                tensor = tensor.narrow(0, start, size)
+            self.register_buffer(name, tensor.to(device=device, copy=True).contiguous(), persistent=False)
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden] -> [num_tokens, units], fp32."""
+        if self.low_rank:
+            return reference.low_rank_scores(x, self.down, self.up, self.bias)
+        return reference.linear_scores(x, self.weight, self.bias)

@@ -1,0 +1,105 @@
+"""What the sparse model can run with: every refusal, with its reason and remedy, in one place."""
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_dejavu.config import DIGEST_KEY, SETTINGS_KEY, DejaVuConfig
+
+ARCHITECTURES = {"OPTForCausalLM": "DejaVuOPTForCausalLM"}
+
+
+def map_architecture(architectures: str | list[str]) -> str:
+    """Our class for a model's architecture.
+
+    Raises:
+        ValueError: `--model-impl dejavu` with an architecture we do not support.
+    """
+    if isinstance(architectures, str):
+        architectures = [architectures]
+    for architecture in architectures or []:
+        if architecture in ARCHITECTURES:
+            return ARCHITECTURES[architecture]
+        if architecture in ARCHITECTURES.values():
+            return architecture
+    raise ValueError(
+        f"model_impl='dejavu' supports the architectures {sorted(ARCHITECTURES)}, this model has {architectures}. "
+        "Serve it without --model-impl dejavu."
+    )
+
+
+def check_hf_config(config: Any) -> None:
+    """Refuse OPT variants whose MLP is not sparse.
+
+    Raises:
+        ValueError: the activation is not ReLU.
+    """
+    if config.activation_function != "relu":
+        raise ValueError(
+            f"model_impl='dejavu' needs activation_function='relu', this model has {config.activation_function!r}: other "
+            "activations are never exactly 0, so no neuron could be skipped without error. Serve it without --model-impl dejavu."
+        )
+
+
+def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
+    """Refuse engine features the sparse path cannot honour; called in the front end and again in every worker.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+
+    def refuse(option: str, value: Any, why: str) -> None:
+        raise ValueError(
+            f"model_impl='dejavu' does not support {option}={value!r}: {why} Remove the option, or serve without --model-impl dejavu."
+        )
+
+    if model.quantization:
+        refuse("quantization", model.quantization, "rows of packed weights cannot be gathered.")
+    if vllm_config.lora_config is not None:
+        refuse("enable_lora", True, "predictors are trained for the weights without adapters.")
+    if str(cache.cache_dtype) not in ("auto", str(model.dtype).removeprefix("torch.")):
+        refuse("kv_cache_dtype", cache.cache_dtype, "selected heads are read from an unquantized cache.")
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode == CUDAGraphMode.FULL:
+        refuse("cudagraph_mode", "FULL", "one full graph would be replayed for decode and prefill alike; use FULL_AND_PIECEWISE.")
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, option, 1) > 1:
+            refuse(option, getattr(parallel, option), "the cache of a sequence would be spread over ranks.")
+    if getattr(parallel, "enable_dbo", False):
+        refuse("enable_dbo", True, "microbatches have no common step.")
+    if vllm_config.kv_transfer_config is not None:
+        refuse(
+            "kv_transfer_config", vllm_config.kv_transfer_config.kv_connector,
+            "the cache depends on mode and predictor artifact, which a connector's keys do not hold.",
+        )  # fmt: skip
+    heads, ranks = model.hf_config.num_attention_heads, parallel.tensor_parallel_size
+    if heads % ranks or model.hf_config.ffn_dim % ranks:
+        refuse("tensor_parallel_size", ranks, f"{heads} heads and {model.hf_config.ffn_dim} neurons cannot be split evenly.")
+    if settings.apply_to == "all" and cache.enable_prefix_caching:
+        refuse("enable_prefix_caching", True, 'with apply_to="all" every prompt token must be scored.')
+    # The default cudagraph mode (None) is resolved later; the workers check again.
+    graphs = mode not in (None, CUDAGraphMode.NONE) and not model.enforce_eager
+    if settings.mode != "dense" and graphs and current_platform.is_cuda_alike():
+        refuse(
+            "cudagraph_mode", str(mode),
+            "this version has no GPU kernels yet; on a GPU it runs the PyTorch reference: pass --enforce-eager.",
+        )  # fmt: skip
+
+
+def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None:
+    """Settle what follows from the settings: compile-cache key, worker extension, prefix caching and graphs."""
+    from vllm.config import CUDAGraphMode
+
+    own = dict((vllm_config.additional_config or {}).get(SETTINGS_KEY, {}))
+    own[DIGEST_KEY] = digest
+    vllm_config.additional_config = {**(vllm_config.additional_config or {}), SETTINGS_KEY: own}
+    parallel = vllm_config.parallel_config
+    if not parallel.worker_extension_cls:
+        parallel.worker_extension_cls = "vllm_dejavu.metrics.WorkerExtension"
+    if settings.apply_to == "all":
+        vllm_config.cache_config.enable_prefix_caching = False
+    if settings.apply_to == "all" or settings.measure or settings.mode in ("oracle", "random", "static"):
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
