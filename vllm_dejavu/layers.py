@@ -162,7 +162,7 @@ class DejaVuMLP(_GatedBlock):
 
     def choose(self, gate_input: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Neurons of this step; [T, hidden] -> (neuron_ids, num_selected, row_mask). May run before the attention."""
-        return ops.select_neurons(gate_input, positions, encode_layer_name(self.layer_name))
+        return ops.select_neurons(gate_input, positions, self.units, self.needs_row_mask, encode_layer_name(self.layer_name))
 
     def forward(self, x: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]; chosen: from `choose`, None for a dense layer."""
@@ -260,7 +260,7 @@ class DejaVuSelfAttention(_GatedBlock):
         if head_scores is None:
             query, key, value = self.qkv_proj(x)[0].chunk(3, dim=-1)
             return self.out_proj(self.attn(query, key, value))[0]
-        qkv = ops.qkv(x, head_scores, encode_layer_name(self.layer_name))
+        qkv = ops.qkv(x, head_scores, 3 * self.units * self.head_dim, encode_layer_name(self.layer_name))
         out = self.attn.forward_gated(qkv, head_scores, self.layer_name)
         if get_tensor_model_parallel_world_size() > 1:
             out = tensor_model_parallel_all_reduce(out)
@@ -268,7 +268,7 @@ class DejaVuSelfAttention(_GatedBlock):
 
     def choose(self, gate_input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Head scores [T, units], fp32, of this step."""
-        return ops.select_heads(gate_input, positions, encode_layer_name(self.layer_name))
+        return ops.select_heads(gate_input, positions, self.units, encode_layer_name(self.layer_name))
 
     # Called from inside the ops:
 

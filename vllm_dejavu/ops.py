@@ -85,29 +85,27 @@ def _block(layer_name: LayerNameType) -> Any:
 
 
 def _select_neurons(
-    gate_input: torch.Tensor, positions: torch.Tensor, layer_name: LayerNameType
+    gate_input: torch.Tensor, positions: torch.Tensor, units: int, with_row_mask: bool, layer_name: LayerNameType
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Neurons of this step: (neuron_ids [ffn] int32, num_selected [1] int32, row_mask [num_tokens or 0, ffn] bool)."""
     block = _block(layer_name)
     step = block.sparse_step(gate_input.shape[0])
     if step is None:
-        return _select_neurons_fake(gate_input, positions, layer_name)
+        return _select_neurons_fake(gate_input, positions, units, with_row_mask, layer_name)
     impl = implementation(gate_input.device)
     mask = block.select(impl, gate_input, positions, step.valid_rows(gate_input.shape[0], gate_input.device))
     ids, num_selected = impl.compact_union(mask)
-    return ids, num_selected, mask if block.needs_row_mask else mask[:0]
+    return ids, num_selected, mask if with_row_mask else mask[:0].clone()
 
 
 def _select_neurons_fake(
-    gate_input: torch.Tensor, positions: torch.Tensor, layer_name: LayerNameType
+    gate_input: torch.Tensor, positions: torch.Tensor, units: int, with_row_mask: bool, layer_name: LayerNameType
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    block = _block(layer_name)
-    rows = gate_input.shape[0] if block.needs_row_mask else 0
-    new = gate_input.new_empty
+    new, rows = gate_input.new_empty, gate_input.shape[0] if with_row_mask else 0
     return (
-        new((block.units,), dtype=torch.int32),
+        new((units,), dtype=torch.int32),
         new((1,), dtype=torch.int32),
-        new((rows, block.units), dtype=torch.bool),
+        new((rows, units), dtype=torch.bool),
     )
 
 
@@ -137,21 +135,25 @@ def _mlp_fake(
     return torch.empty_like(x)
 
 
-def _select_heads(gate_input: torch.Tensor, positions: torch.Tensor, layer_name: LayerNameType) -> torch.Tensor:
+def _select_heads(
+    gate_input: torch.Tensor, positions: torch.Tensor, units: int, layer_name: LayerNameType
+) -> torch.Tensor:
     """Head scores [num_tokens, heads], fp32: a head of a row is selected when its score is positive."""
     block = _block(layer_name)
     step = block.sparse_step(gate_input.shape[0])
     if step is None:
-        return _select_heads_fake(gate_input, positions, layer_name)
+        return _select_heads_fake(gate_input, positions, units, layer_name)
     valid = step.valid_rows(gate_input.shape[0], gate_input.device)
     return block.select(implementation(gate_input.device), gate_input, positions, valid)
 
 
-def _select_heads_fake(gate_input: torch.Tensor, positions: torch.Tensor, layer_name: LayerNameType) -> torch.Tensor:
-    return gate_input.new_empty((gate_input.shape[0], _block(layer_name).units), dtype=torch.float32)
+def _select_heads_fake(
+    gate_input: torch.Tensor, positions: torch.Tensor, units: int, layer_name: LayerNameType
+) -> torch.Tensor:
+    return gate_input.new_empty((gate_input.shape[0], units), dtype=torch.float32)
 
 
-def _qkv(x: torch.Tensor, head_scores: torch.Tensor, layer_name: LayerNameType) -> torch.Tensor:
+def _qkv(x: torch.Tensor, head_scores: torch.Tensor, output_size: int, layer_name: LayerNameType) -> torch.Tensor:
     """K and V of all heads, Q of the selected: [num_tokens, hidden] -> [num_tokens, 3 * heads * head_size]."""
     block = _block(layer_name)
     if block.sparse_step(x.shape[0]) is None:
@@ -160,9 +162,10 @@ def _qkv(x: torch.Tensor, head_scores: torch.Tensor, layer_name: LayerNameType) 
     return implementation(x.device).sparse_qkv(x, proj.weight, proj.bias, head_scores > 0)
 
 
-def _qkv_fake(x: torch.Tensor, head_scores: torch.Tensor, layer_name: LayerNameType) -> torch.Tensor:
-    block = _block(layer_name)
-    return x.new_empty((x.shape[0], 3 * block.units * block.head_dim))
+def _qkv_fake(
+    x: torch.Tensor, head_scores: torch.Tensor, output_size: int, layer_name: LayerNameType
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], output_size))
 
 
 def _attention(
