@@ -1,0 +1,34 @@
+# The commands of the README. `make PYTHON=python3.12 ...` names another Python, BUILD=cpu|cuda overrides the choice
+# that scripts/install.py makes by looking for an NVIDIA GPU.
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= auto
+RUN = $(VENV)/bin/python
+
+.PHONY: help install demo test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     serve examples/opt-books-7m sparsely, beside dense vLLM, and compare"
+	@echo "make test     run the tests"
+	@echo "make lint     run ruff"
+	@echo "make install  only make $(VENV), which demo, test and lint do when it is missing or outdated"
+	@echo "make clean    delete $(VENV) and what tools left behind"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py scripts/install.py
+	@$(PYTHON) scripts/install.py --venv $(VENV) --build $(BUILD)
+
+demo: install
+	@$(RUN) scripts/demo.py
+
+test: install
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,254 @@
+"""Quality and realised density of the serving model class, in the vLLM engine, against dense.
+
+Three engines, one after the other: dense (scores the text, writes greedy continuations); the mode under test with
+`apply_to: all` (scores the same text, every token through the sparse path, counting density and recall); the mode
+under test as it serves (continuations through the decode path).
+"""
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_dejavu import artifact, metrics
+from vllm_dejavu.config import BLOCKS, MODES
+from vllm_dejavu.predictor_training import data
+from vllm_dejavu.predictor_training.pipeline import say, versions
+
+PROMPT_TOKENS = 32
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate.
+
+    Attributes:
+        mode: of DejaVuConfig; "dense" gives the baseline against itself.
+        max_tokens: tokens of text scored; also limits the number of prompts. None: all of the text.
+        prompts, new_tokens: greedy continuations compared with dense.
+        dtype: the engine's; "auto" is the checkpoint's.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    predictor: str | None = None
+    mode: str = "sparse"
+    blocks: tuple[str, ...] = BLOCKS
+    field: str = "text"
+    max_tokens: int | None = None
+    prompts: int = 200
+    new_tokens: int = 64
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"--mode {self.mode!r} is unknown: expected one of {list(MODES)}.")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError(f"--max-tokens {self.max_tokens} is too small: expected at least 2.")
+
+
+def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
+    """Evaluate and, with `json_path`, write the result there.
+
+    Returns:
+        The keys documented in docs/evaluate.md; densities are counted in the run, a block kept dense counts 1.
+    """
+    if json_path is not None:
+        parent = Path(json_path).absolute().parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise PermissionError(f"--json {json_path} cannot be written: {parent} is not a writable directory.")
+    from transformers import AutoConfig, AutoTokenizer
+
+    hf_config = AutoConfig.from_pretrained(config.model)
+    seq_len = min(2048, hf_config.max_position_embeddings) - 1  # the engine wants room for one new token
+    texts = [t for source in config.data for t in data.read_documents(source, config.field)]
+    tokens = data.tokenize(texts, AutoTokenizer.from_pretrained(config.model))
+    windows = data.pack(tokens, seq_len, hf_config.bos_token_id, max_tokens=config.max_tokens, seed=None)
+    prompts = _prompts(windows.tokens, config, seq_len)
+    say(f"text: {windows.num_tokens:,} tokens in {len(windows.tokens)} windows; {len(prompts)} prompts x {config.new_tokens} new tokens")
+
+    with _engine(config, mode="dense") as dense:
+        dense_nll, dense_top = _score(dense, windows.tokens, "dense text")
+        dense_texts = _continue(dense, prompts, config.new_tokens, "dense continuations")
+    # Recall of oracle, random and static selections is measured against the same truth.
+    settings = {"mode": config.mode, "blocks": list(config.blocks), "seed": config.seed, "predictor": config.predictor}
+    with _engine(config, **settings, apply_to="all", measure=True) as scoring:
+        sparse_nll, sparse_top = _score(scoring, windows.tokens, f"{config.mode} text")
+        counted = metrics.summarize(scoring.collective_rpc("dejavu_metrics"))
+    with _engine(config, **settings, row_exact=True) as decoding:
+        sparse_texts = _continue(decoding, prompts, config.new_tokens, f"{config.mode} continuations")
+        served = metrics.summarize(decoding.collective_rpc("dejavu_metrics"))
+
+    agreement = [_leading(a, b) for a, b in zip(dense_texts, sparse_texts, strict=True)]
+    delta = (sparse_nll - dense_nll).mean(1)  # per window: the unit that is sampled
+    error = float(delta.std() / math.sqrt(len(delta))) if len(delta) > 1 else None
+    loaded = None if config.mode == "dense" and config.predictor is None else artifact.load(artifact.resolve(config.predictor, config.model))
+    layers = counted["layers"]
+    result = {
+        "model": config.model, "mode": config.mode, "blocks": list(config.blocks), "data": [Path(d).name for d in config.data],
+        "num_tokens": windows.num_tokens, "dtype": config.dtype,
+        "dense_ppl": math.exp(float(dense_nll.mean())),
+        "sparse_ppl": math.exp(float(sparse_nll.mean())),
+        "ppl_increase": math.expm1(float(delta.mean())),
+        "ppl_increase_stderr": error,
+        "mlp_density": counted["mlp_density"],
+        "head_density": counted["head_density"],
+        "mlp_density_per_layer": [x["mlp"]["density"] for x in layers],
+        "head_density_per_layer": [x["attention"]["density"] for x in layers],
+        "oracle_mlp_density": _oracle_density(layers, loaded),
+        "mlp_recall": _recall(layers, "mlp"),
+        "head_recall": _recall(layers, "attention"),
+        "bytes_density": _bytes_density(layers, hf_config, loaded if config.mode == "sparse" else None),
+        "sparse_step_share": served["sparse_step_share"],
+        "steps": served["steps"],
+        "agreement_mean_tokens": sum(agreement) / len(agreement),
+        "agreement_prompts": len(prompts),
+        "agreement_new_tokens": config.new_tokens,
+        "teacher_forced_top1_agreement": float((dense_top == sparse_top).float().mean()),
+        "artifact": served["artifact"],
+        "settings": asdict(config),
+        "versions": versions() | {"vllm": _vllm_version()},
+    }  # fmt: skip
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+@contextmanager
+def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
+    """An in-process engine of the serving model class; eager, without prefix caching, so that every token is computed."""
+    # The worker must live in this process's engine core for a clean shutdown between the three engines.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {k: v for k, v in settings.items() if v is not None}
+    llm = LLM(
+        model=config.model, model_impl="dejavu", dtype=config.dtype, additional_config={"dejavu": settings}, enforce_eager=True,
+        enable_prefix_caching=False, max_num_seqs=BATCH, skip_tokenizer_init=True, seed=config.seed, disable_log_stats=True,
+        **({"kv_cache_memory_bytes": _cache_bytes(config.model)} if not torch.cuda.is_available() else {}),
+    )  # fmt: skip
+    try:
+        if llm.model_config.architecture != "DejaVuOPTForCausalLM":
+            raise RuntimeError(f"The engine resolved {llm.model_config.architecture}, not DejaVuOPTForCausalLM. Run: vllm-dejavu doctor")
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _cache_bytes(model: str) -> int:
+    """KV cache of BATCH full sequences in 4 bytes, on machines where vLLM would take a fixed large share."""
+    from transformers import AutoConfig
+
+    c = AutoConfig.from_pretrained(model)
+    return max(64 << 20, (BATCH + 2) * min(2048, c.max_position_embeddings) * c.num_hidden_layers * c.hidden_size * 2 * 4)
+
+
+def _score(llm: Any, tokens: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher-forced scores: (nll [windows, seq_len - 1], most likely token [windows, seq_len - 1])."""
+    from tqdm import tqdm
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0, detokenize=False)
+    nll, top = torch.zeros(len(tokens), tokens.shape[1] - 1), torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.long)
+    with tqdm(total=tokens.numel(), unit="tok", unit_scale=True, desc=what) as bar:
+        for start in range(0, len(tokens), BATCH):
+            part = tokens[start : start + BATCH].tolist()
+            outputs = llm.generate([{"prompt_token_ids": row} for row in part], params, use_tqdm=False)
+            for i, output in enumerate(outputs, start):
+                for j, entry in enumerate(output.prompt_logprobs[1:]):
+                    nll[i, j] = -entry[int(tokens[i, j + 1])].logprob
+                    top[i, j] = next(token for token, value in entry.items() if value.rank == 1)
+            bar.update(len(part) * tokens.shape[1])
+    return nll, top
+
+
+def _continue(llm: Any, prompts: list[list[int]], new_tokens: int, what: str) -> list[list[int]]:
+    """Greedy continuations."""
+    from tqdm import tqdm
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, detokenize=False)
+    out: list[list[int]] = []
+    with tqdm(total=len(prompts), unit="prompt", desc=what) as bar:
+        for start in range(0, len(prompts), BATCH):
+            part = prompts[start : start + BATCH]
+            for output in llm.generate([{"prompt_token_ids": p} for p in part], params, use_tqdm=False):
+                out.append(list(output.outputs[0].token_ids))
+            bar.update(len(part))
+    return out
+
+
+def _prompts(tokens: torch.Tensor, config: EvaluateConfig, seq_len: int) -> list[list[int]]:
+    """Beginnings of evenly spaced places in the text: BOS and PROMPT_TOKENS - 1 tokens."""
+    count = config.prompts if config.max_tokens is None else max(1, min(config.prompts, config.max_tokens // 256))
+    length = max(2, min(PROMPT_TOKENS, seq_len - config.new_tokens))
+    body = tokens[:, 1:].reshape(-1)
+    starts = torch.linspace(0, max(0, len(body) - length), count).long().tolist()
+    return [[int(tokens[0, 0]), *body[s : s + length - 1].tolist()] for s in starts]
+
+
+def _leading(a: list[int], b: list[int]) -> int:
+    """Number of leading tokens that agree."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _recall(layers: list[dict[str, Any]], block: str) -> float | None:
+    """Share of the truly active units that were selected, over all gated layers."""
+    gated = [x[block] for x in layers if x[block]["gated"]]
+    active = sum(x["active"] for x in gated)
+    return sum(x["hit"] for x in gated) / active if active else None
+
+
+def _oracle_density(layers: list[dict[str, Any]], loaded: artifact.Artifact | None) -> float | None:
+    """Mean over layers of the truly active share: counted where gated, from the manifest where a layer is kept dense."""
+    values = []
+    for i, x in enumerate(layers):
+        if x["mlp"]["gated"]:
+            values.append(x["mlp"]["active_density"])
+        else:
+            values.append(None if loaded is None else loaded.manifest.layers[i]["mlp"].oracle_density)
+    return None if None in values else sum(values) / len(values)
+
+
+def _bytes_density(layers: list[dict[str, Any]], hf_config: Any, loaded: artifact.Artifact | None) -> float:
+    """Weight bytes of the decoder layers read for one token at batch 1, predictors included, over those of dense.
+
+    Embeddings, LM head and KV cache are left out. K and V are always read; fc2 rows only of neurons that came out positive.
+    """
+    hidden, ffn = hf_config.hidden_size, hf_config.ffn_dim
+    read = dense = 0.0
+    for i, x in enumerate(layers):
+        mlp = x["mlp"]
+        rows, survivors = mlp["density"], mlp["density"]
+        if mlp["gated"]:
+            survivors = mlp["hit"] / (mlp["rows"] * mlp["units"])
+        read += 2 * hidden * hidden * (1 + x["attention"]["density"]) + hidden * ffn * (rows + survivors)
+        dense += 4 * hidden * hidden + 2 * hidden * ffn
+        if loaded is not None:
+            for block in BLOCKS:
+                if x[block]["gated"]:
+                    spec, tensors = loaded.gate(i, block)
+                    weights = sum(t.numel() for n, t in tensors.items() if n in ("down", "up", "weight"))
+                    # relative to weights in 16 bits
+                    read += weights * torch.empty((), dtype=artifact.DTYPES[spec.dtype]).element_size() / 2
+    return read / dense
+
+
+def _vllm_version() -> str:
+    import vllm
+
+    return vllm.__version__

@@ -1,0 +1,19 @@
+"""What counts as an active neuron and an important head.
+
+The definitions live in `kernels.reference` and `selection`, where the serving oracle uses them too:
+
+- a neuron is active when its pre-activation is positive (ReLU passes it on);
+- a head is active when the norm of its contribution after out_proj, ||W_h o_h||, exceeds its layer's threshold.
+"""
+from __future__ import annotations
+
+import torch
+
+from vllm_dejavu.selection import head_contributions, head_grams
+
+__all__ = ["active_neurons", "head_contributions", "head_grams"]
+
+
+def active_neurons(pre_activations: torch.Tensor) -> torch.Tensor:
+    """[num_tokens, ffn] pre-activations -> bool mask of the active ones."""
+    return pre_activations > 0

@@ -1,0 +1,121 @@
+"""`vllm-dejavu`: train, evaluate, inspect, doctor. Thin: arguments in, one function called, result printed."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+from vllm_dejavu import __version__
+from vllm_dejavu.config import BLOCKS, LOOKAHEADS, MODES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 refused or failed with a message, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as e:
+        print(f"vllm-dejavu {args.command}: {e}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-dejavu", description="Contextual sparsity for vLLM.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("train", help="text -> predictor artifact, in one resumable run")
+    p.add_argument("--model", required=True, help="directory or hub id of an OPT")
+    p.add_argument("--data", required=True, nargs="+", help=".txt/.jsonl files (also .xz, .gz), dataset ids, or 'self': the model writes its own text")
+    p.add_argument("--valid-data", nargs="+", default=[], help="held-out text for calibration (default: documents held out from --data)")
+    p.add_argument("--output", required=True, help="directory of the artifact; MODEL/dejavu is found without a setting")
+    p.add_argument("--field", default="text", help="key of the text in JSON lines and dataset rows")
+    p.add_argument("--valid-share", type=float, default=0.1, help="share of the documents held out")
+    p.add_argument("--max-documents", type=int, help="read at most so many documents of each source")
+    p.add_argument("--max-tokens", type=int, default=1_024_000, help="training tokens")
+    p.add_argument("--valid-tokens", type=int, default=32_768, help="calibration tokens")
+    p.add_argument("--seq-len", type=int, help="tokens a window (default: the model's positions, at most 2048)")
+    p.add_argument("--rank", type=int, help="of the MLP predictors (default: 3%% of the MLP's bytes, at least 16)")
+    p.add_argument("--mlp-lookahead", choices=LOOKAHEADS["mlp"], default="self")
+    p.add_argument("--head-lookahead", choices=LOOKAHEADS["attention"], default="self")
+    p.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the predictors")
+    p.add_argument("--max-ppl-increase", type=float, default=0.01, help="perplexity budget of the calibration, 0.01 for 1%%")
+    p.add_argument("--batch", type=int, default=8, help="windows a forward pass")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--overwrite", action="store_true", help="replace an artifact at --output")
+    p.add_argument("--restart", action="store_true", help="forget an interrupted run")
+    p.set_defaults(run=_train)
+
+    p = commands.add_parser("evaluate", help="perplexity, density, recall and agreement of the serving model against dense")
+    p.add_argument("--model", required=True)
+    p.add_argument("--predictor", help="directory or hub id of the artifact (default: MODEL/dejavu)")
+    p.add_argument("--data", required=True, nargs="+")
+    p.add_argument("--field", default="text")
+    p.add_argument("--mode", choices=MODES, default="sparse")
+    p.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
+    p.add_argument("--max-tokens", type=int, help="score at most so many tokens (and compare fewer continuations)")
+    p.add_argument("--prompts", type=int, default=200, help="greedy continuations compared with dense")
+    p.add_argument("--new-tokens", type=int, default=64)
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", help="write the result here")
+    p.set_defaults(run=_evaluate)
+
+    p = commands.add_parser("inspect", help="an artifact as a readable table")
+    p.add_argument("artifact")
+    p.set_defaults(run=_inspect)
+
+    p = commands.add_parser("doctor", help="would --model-impl dejavu take effect here?")
+    p.set_defaults(run=_doctor)
+    return parser
+
+
+def _fields(cls: type, args: argparse.Namespace) -> dict:
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _train(args: argparse.Namespace) -> int:
+    from vllm_dejavu.inspection import artifact_table
+    from vllm_dejavu.predictor_training import pipeline
+
+    config = pipeline.TrainConfig(**_fields(pipeline.TrainConfig, args))
+    artifact = pipeline.run(config, overwrite=args.overwrite, restart=args.restart)
+    print(artifact_table(artifact))
+    print(f"wrote {args.output}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from vllm_dejavu.predictor_training import evaluate
+
+    config = evaluate.EvaluateConfig(**_fields(evaluate.EvaluateConfig, args))
+    result = evaluate.run(config, args.json)
+    print(json.dumps({k: v for k, v in result.items() if k not in ("settings", "versions")}, indent=1))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from vllm_dejavu import artifact
+    from vllm_dejavu.inspection import artifact_table
+
+    print(artifact_table(artifact.load(args.artifact)))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from vllm_dejavu.inspection import diagnose
+
+    report, healthy = diagnose()
+    print(report)
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
