@@ -24,12 +24,14 @@ from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel
 from vllm_dejavu.predictor_training.labels import active_neurons, head_contributions, head_grams
 from vllm_dejavu.predictor_training.train import FittedHeads, FittedMlp
 
-MARGINS = (3.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.25, 0.0, -0.25)
-HEAD_DENSITIES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+MARGINS = (2.0, 1.0, 0.5, 0.25, 0.0, -0.25, -0.5)
+HEAD_DENSITIES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 # Part of the budget spent on the calibration text; the rest is for text it has not seen.
-BUDGET_USED = 0.8
+BUDGET_USED = 0.9
 UPPER_QUANTILE = 0.95
+# Joint measurements spent on single steps after the search over all gates.
+REFINEMENTS = 8
 
 Key = tuple[int, str]  # layer, block
 
@@ -70,7 +72,7 @@ def make_mlp_gate(fitted: FittedMlp, margin: float, lookahead: str, dtype: str) 
 
 
 def make_head_gate(fitted: FittedHeads, cut: float, threshold: float, rate: torch.Tensor, lookahead: str, dtype: str) -> Gate:
-    """A head is selected when its predicted norm exceeds `cut`; it is truly active when its norm exceeds `threshold`."""
+    """A head is selected when its predicted log norm exceeds `cut`; it is truly active when its norm exceeds `threshold`."""
     tensors = {
         "weight": fitted.weight.to(DTYPES[dtype]), "bias": (fitted.bias - cut).float(), "activation_rate": rate.float(),
     }  # fmt: skip
@@ -99,6 +101,8 @@ class Masked:
     def _mask(self, key: Key, states: LayerStates, truth: Any) -> torch.Tensor | None:
         gate = self.gates.get(key)
         if gate is None:
+            if self.measure and key[1] == "mlp":
+                self.active[key] = self.active.get(key, 0) + int(truth(None).sum())
             return None
         x = states.gate_input(key[1], gate.lookahead)
         mask = reference.select(gate.predictor.scores(x), torch.ones(len(x), dtype=torch.bool))
@@ -197,7 +201,7 @@ class Calibrator:
         return float(mask.float().mean())
 
     def _head_statistics(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Predicted and true contribution norms [tokens, heads] of every layer; keeps MLP gate inputs for densities."""
+        """Predicted log and true contribution norms [tokens, heads] of every layer; keeps MLP gate inputs for densities."""
         predicted: dict[int, list[torch.Tensor]] = {}
         true: dict[int, list[torch.Tensor]] = {}
         inputs: dict[int, list[torch.Tensor]] = {}
@@ -233,23 +237,47 @@ class Calibrator:
             if not choices or choice != choices[-1]:
                 choices.append(choice)
         budget = BUDGET_USED * math.log1p(self.budget)
-        low, high = -1, len(choices)  # choices[low] fits; choices[high] does not
-        results: dict[int, float] = {}
-        with tqdm(desc="joint search", total=max(1, math.ceil(math.log2(len(choices) + 1))), unit="run") as bar:
+        with tqdm(desc="joint search", total=math.ceil(math.log2(len(choices) + 1)) + REFINEMENTS, unit="run") as bar:
+
+            def rise(choice: dict[Key, Point]) -> float:
+                gates = {k: p.gate for k, p in choice.items() if p.gate is not None}
+                name = "joint/" + ",".join(f"{k[0]}{k[1][0]}={p.label}" for k, p in choice.items())
+                bar.update()
+                return self.measured(name, gates, self.tokens) - dense
+
+            # choices[low] fits (or is all dense), choices[high] does not.
+            chosen, nats = {k: ps[0] for k, ps in points.items()}, 0.0
+            low, high = -1, len(choices)
             while high - low > 1:
                 middle = (low + high) // 2
-                gates = {k: p.gate for k, p in choices[middle].items() if p.gate is not None}
-                name = "joint/" + ",".join(f"{k[0]}{k[1][0]}={p.label}" for k, p in choices[middle].items())
-                results[middle] = self.measured(name, gates, self.tokens) - dense
-                low, high = (middle, high) if results[middle] <= budget else (low, middle)
-                bar.update()
-        chosen = choices[low] if low >= 0 else choose(math.inf)
+                measured = rise(choices[middle])
+                if measured <= budget:
+                    low, chosen, nats = middle, choices[middle], measured
+                else:
+                    high = middle
+            # The multiplier skips points between the corners of its curve: spend what is left gate by gate.
+            refused: set[Point] = set()
+            for _ in range(REFINEMENTS):
+                options = [
+                    ((chosen[k].bytes - p.bytes) / max(p.nats - chosen[k].nats, 1e-6), k, p)
+                    for k, ps in points.items()
+                    for p in ps
+                    if p not in refused and p.bytes < chosen[k].bytes and p.nats - chosen[k].nats <= budget - nats
+                ]
+                if not options:
+                    break
+                _, key, point = max(options, key=lambda o: o[0])
+                measured = rise({**chosen, key: point})
+                if measured <= budget:
+                    chosen, nats = {**chosen, key: point}, measured
+                else:
+                    refused.add(point)
         record = {
             "dense_ppl": math.exp(dense),
-            "sparse_ppl": math.exp(dense + results.get(low, 0.0)),
-            "ppl_increase": math.expm1(results.get(low, 0.0)),
+            "sparse_ppl": math.exp(dense + nats),
+            "ppl_increase": math.expm1(nats),
             "max_ppl_increase": self.budget,
-            "points": {f"{k[0]}.{k[1]}": [[p.label, p.bytes, p.nats] for p in ps] for k, ps in points.items()},
+            "points": {f"{k[0]}.{k[1]}": [[p.label, round(p.bytes, 5), round(p.nats, 6)] for p in ps] for k, ps in points.items()},
         }
         return {k: p.gate for k, p in chosen.items() if p.gate is not None}, record
 
@@ -264,10 +292,11 @@ def describe(opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor, dtype:
         for block in ("mlp", "attention"):
             key = (layer, block)
             gate = gates.get(key)
+            units = opt.config.ffn_dim if block == "mlp" else opt.config.num_attention_heads
             if gate is None:
-                specs[key] = GateSpec(state="dense")
+                natural = run.active[key] / (run.tokens * units) if block == "mlp" else None
+                specs[key] = GateSpec(state="dense", oracle_density=natural)
                 continue
-            units = len(gate.tensors["bias"])
             counts = torch.cat(run.counts[key]).float() / units
             gate.tensors["activation_rate"] = (run.rate[key] / run.tokens).float() if block == "attention" else gate.tensors["activation_rate"]
             specs[key] = GateSpec(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel
-from vllm_dejavu.predictor_training.labels import active_neurons, head_contributions, head_grams
+from vllm_dejavu.predictor_training.labels import active_neurons, head_grams, log_contributions
 
 # Layer 0 has no layer in front of it.
 FIRST_LAYER_LOOKAHEAD = "self"
@@ -33,7 +33,7 @@ class Moments:
 
     mlp_x: [h, h] sum of x x^T of the MLP gate's input; mlp_xm: [h, h] sum of x m^T; mlp_m: [h, h] sum of m m^T, m the MLP's own
     input; mlp_x_sum, mlp_m_sum: [h]; active: [ffn] tokens in which a neuron fired; attn_x: [h, h]; attn_xy: [h, heads], y the
-    heads' contribution norms; attn_x_sum: [h]; attn_y_sum, attn_yy: [heads].
+    logarithm of the heads' contribution norms; attn_x_sum: [h]; attn_y_sum, attn_yy: [heads].
     With lookahead `self` x is m, and mlp_x, mlp_xm, mlp_x_sum are not kept.
     """
 
@@ -76,7 +76,7 @@ class Collector:
             self.add(p + "mlp_x_sum", x.sum(0))
 
     def on_attention(self, layer: int, states: LayerStates, attn: torch.Tensor) -> None:
-        p, y = f"layers.{layer}.", head_contributions(attn, self.grams[layer])
+        p, y = f"layers.{layer}.", log_contributions(attn, self.grams[layer])
         x = states.gate_input("attention", layer_lookahead(self.lookahead["attention"], layer)).float()
         self.add(p + "attn_x", x.T @ x)
         self.add(p + "attn_xy", x.T @ y)

@@ -32,7 +32,7 @@ class FittedMlp:
 
 @dataclass(frozen=True)
 class FittedHeads:
-    """Linear regression of the heads' contribution norms: y ~ weight x + bias. weight: [heads, hidden]; bias: [heads]."""
+    """Linear regression of the heads' log contribution norms: y ~ weight x + bias. weight: [heads, hidden]; bias: [heads]."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -91,7 +91,7 @@ def fit_mlp(moments: Moments, layer: int, fc1_weight: torch.Tensor, fc1_bias: to
 
 
 def fit_heads(moments: Moments, layer: int) -> FittedHeads:
-    """Ridge regression of each head's contribution norm on the gate's input."""
+    """Ridge regression of each head's log contribution norm on the gate's input."""
     s, n = moments.layer(layer), moments.num_tokens
     cov_x = _covariance(s["attn_x"], s["attn_x_sum"], s["attn_x_sum"], n)
     cov_xy = _covariance(s["attn_xy"], s["attn_x_sum"], s["attn_y_sum"], n)

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--field", default="text", help="key of the text in JSON lines and dataset rows")
     p.add_argument("--valid-share", type=float, default=0.1, help="share of the documents held out")
     p.add_argument("--max-documents", type=int, help="read at most so many documents of each source")
-    p.add_argument("--max-tokens", type=int, default=1_024_000, help="training tokens")
+    p.add_argument("--max-tokens", type=int, default=524_288, help="training tokens")
     p.add_argument("--valid-tokens", type=int, default=32_768, help="calibration tokens")
     p.add_argument("--seq-len", type=int, help="tokens a window (default: the model's positions, at most 2048)")
     p.add_argument("--rank", type=int, help="of the MLP predictors (default: 3%% of the MLP's bytes, at least 16)")
