@@ -16,6 +16,7 @@ help:
 	@echo "make clean    delete $(VENV) and what tools left behind"
 
 install: $(VENV)/.installed
+	@echo "$(VENV): $$(cat $<)"
 
 $(VENV)/.installed: setup.py scripts/install.py
 	@$(PYTHON) scripts/install.py --venv $(VENV) --build $(BUILD)

@@ -97,7 +97,7 @@ class Installer:
             if done.returncode:
                 raise InstallError(f"{done.stdout}{done.stderr}\nPython cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv).")
         self.log.write_text("")
-        version = "import sys; sys.exit(not %r <= sys.version_info[:2] <= %r)" % SUPPORTED
+        version = f"import sys; sys.exit(not {SUPPORTED[0]} <= sys.version_info[:2] <= {SUPPORTED[1]})"
         if not self.run(self.python, "-c", version, may_fail=True):
             raise InstallError(f"{self.venv} holds an unsupported Python; delete it and run this again.")
 
@@ -141,7 +141,7 @@ def check_python():
     low, high = SUPPORTED
     if low <= sys.version_info[:2] <= high:
         return
-    names = ["python3.%d" % minor for minor in range(high[1], low[1] - 1, -1)]
+    names = [f"python3.{minor}" for minor in range(high[1], low[1] - 1, -1)]
     found = [name for name in names if shutil.which(name)]
     remedy = f"Name another: make PYTHON={found[0]} ..." if found else "Install one, then: make PYTHON=python3.12 ..."
     raise InstallError(f"{sys.executable} is Python {sys.version.split()[0]}; vLLM needs Python 3.{low[1]} to 3.{high[1]}. {remedy}")

@@ -7,8 +7,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,6 +28,8 @@ MANIFEST_FILE = "dejavu.json"
 TENSORS_FILE = "predictors.safetensors"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FORMS = {"mlp": "low_rank", "attention": "linear"}
+# Objects of the manifest that say how an artifact came about; nothing is computed from them.
+RECORDS = ("training", "calibration", "versions")
 
 
 class ArtifactError(ValueError):
@@ -156,25 +158,27 @@ class Artifact:
 def save(directory: str | os.PathLike, manifest: Manifest, tensors: dict[str, torch.Tensor], *, overwrite: bool = False) -> Artifact:
     """Write an artifact, all or nothing.
 
-    Everything is written to a temporary sibling directory and renamed: a reader sees a whole artifact or none.
+    Everything is written to a temporary directory and renamed: a reader sees a whole artifact or none.
 
     Raises:
-        ArtifactError: the directory holds an artifact (and `overwrite` is false) or other files, or the tensors do not
-            fit the manifest.
+        ArtifactError: the directory holds an artifact (and `overwrite` is false), or the tensors do not fit the manifest.
         OSError: the place cannot be written.
     """
     directory = Path(directory)
     check_output(directory, overwrite=overwrite)
-    parent = directory.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=parent))
+    # Inside a directory that exists: its parent may be read-only, or another file system, where no rename reaches.
+    place = directory if directory.is_dir() else directory.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=place))
     try:
         _check_tensors(staging, manifest, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()})
         _check_finite(staging, tensors)
         save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, staging / TENSORS_FILE)
         text = json.dumps(manifest.to_json(_sha256(staging / TENSORS_FILE)), indent=1, ensure_ascii=False)
         (staging / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        # mkdtemp and safetensors make what they write private to the user who trained.
         os.chmod(staging, 0o755)
+        os.chmod(staging / TENSORS_FILE, 0o644)
         artifact = load(staging)
         if directory.is_dir():
             # A model card or plots beside the artifact stay; only our two files are replaced, the manifest last:
@@ -221,8 +225,8 @@ def load(directory: str | os.PathLike) -> Artifact:
     path = directory / TENSORS_FILE
     if not path.is_file():
         raise ArtifactError(f"Predictor artifact {directory} has no {TENSORS_FILE}. Copy it there or train again.")
-    sha256 = _sha256(path)
     try:
+        sha256 = _sha256(path)
         with safe_open(path, "pt") as f:
             names = list(f.keys())
             tensors = {name: f.get_tensor(name) for name in names}
@@ -267,15 +271,17 @@ def load_manifest(directory: str | os.PathLike) -> tuple[Manifest, str]:
             f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}. "
             "Install the vllm-dejavu version that wrote it, or train again."
         )
-    model = reader.model(top.get("model"))
-    layers = reader.layers(top.get("layers"), model)
-    tensors = reader.object(top.get("tensors"), "tensors")
-    sha256 = tensors.get("sha256")
-    if tensors.get("file") != TENSORS_FILE:
-        raise reader.error("tensors.file", tensors.get("file"), repr(TENSORS_FILE))
+    reader.keys(top, "the manifest", required=("model", "tensors", "layers"), optional=("format", "format_version", *RECORDS))
+    model = reader.model(top["model"])
+    layers = reader.layers(top["layers"], model)
+    tensors = reader.object(top["tensors"], "tensors")
+    reader.keys(tensors, "tensors", required=("file", "sha256"))
+    sha256 = tensors["sha256"]
+    if tensors["file"] != TENSORS_FILE:
+        raise reader.error("tensors.file", tensors["file"], repr(TENSORS_FILE))
     if not isinstance(sha256, str):
         raise reader.error("tensors.sha256", sha256, "a string")
-    records = {k: reader.object(top.get(k, {}), k) for k in ("training", "calibration", "versions")}
+    records = {k: reader.object(top.get(k, {}), k) for k in RECORDS}
     return Manifest(model=model, layers=layers, **records), sha256
 
 
@@ -327,7 +333,9 @@ class WeightsFingerprint:
         if name.startswith("lm_head."):
             return
         flat = tensor.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(self.SAMPLES, flat.numel()), dtype=torch.float64).long()
+        # In integers: rounding of a floating-point spacing would depend on who computes it.
+        count = min(self.SAMPLES, flat.numel())
+        index = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)
         values = flat[index.to(flat.device)].to("cpu", torch.float32).contiguous()
         head = f"{name}|{tuple(tensor.shape)}|".encode()
         self._digests[name] = hashlib.sha256(head + values.numpy().tobytes()).digest()
@@ -354,9 +362,10 @@ def resolve(predictor: str | None, model: str, revision: str | None = None) -> P
     Raises:
         ArtifactError: nothing is there.
     """
-    if predictor is not None and Path(predictor).is_dir():
+    # os.path, because Path.is_dir raises on names no file system takes.
+    if predictor is not None and os.path.isdir(predictor):
         return Path(predictor)
-    if predictor is None and Path(model).is_dir():
+    if predictor is None and os.path.isdir(model):
         directory = Path(model) / "dejavu"
         if directory.is_dir():
             return directory
@@ -431,7 +440,7 @@ class _Reader:
     def number(self, value: Any, key: str, low: float, high: float, *, optional: bool = False) -> float | None:
         if value is None and optional:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # false for NaN
             raise self.error(key, value, f"a number in [{low}, {high}]")
         return float(value)
 
@@ -445,13 +454,17 @@ class _Reader:
             raise self.error(key, value, f"one of {sorted(choices)}")
         return value
 
-    def fields(self, cls: type, raw: dict[str, Any], key: str) -> None:
-        known = {f.name for f in dataclasses.fields(cls)}
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    def keys(self, raw: dict[str, Any], key: str, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+        known = {*required, *optional}
         for name in sorted(raw.keys() - known):
             raise self.error(f"{key}.{name}", raw[name], f"absent (allowed keys: {sorted(known)})")
-        for name in sorted(required - raw.keys()):
+        for name in sorted(set(required) - raw.keys()):
             raise self.error(f"{key}.{name}", None, "present")
+
+    def fields(self, cls: type, raw: dict[str, Any], key: str) -> None:
+        fields = dataclasses.fields(cls)
+        required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        self.keys(raw, key, required, [f.name for f in fields])
 
     def model(self, value: Any) -> ModelSpec:
         raw = self.object(value, "model")
@@ -480,8 +493,10 @@ class _Reader:
         raw = self.object(value, key)
         self.fields(GateSpec, raw, key)
         self.choice(raw["state"], f"{key}.state", ("sparse", "dense"))
+        for name in ("oracle_density", "recall"):
+            self.number(raw.get(name), f"{key}.{name}", 0, 1, optional=True)
         if raw["state"] == "dense":
-            return GateSpec(state="dense", **{k: v for k, v in raw.items() if k == "oracle_density"})
+            return GateSpec(state="dense", oracle_density=raw.get("oracle_density"))
         self.choice(raw.get("form"), f"{key}.form", (FORMS[block],))
         self.choice(raw.get("lookahead"), f"{key}.lookahead", LOOKAHEADS[block])
         if raw["lookahead"] == "previous" and layer == 0:
@@ -489,14 +504,14 @@ class _Reader:
         self.choice(raw.get("dtype"), f"{key}.dtype", DTYPES)
         if block == "mlp":
             self.integer(raw.get("rank"), f"{key}.rank", 1)
+        elif raw.get("rank", 0) != 0:
+            raise self.error(f"{key}.rank", raw["rank"], "0 (a linear scorer has no rank)")
         self.densities(raw.get("density"), f"{key}.density")
         union = self.object(raw.get("union_density", {}), f"{key}.union_density")
         for batch, densities in union.items():
-            if not batch.isdigit() or int(batch) < 1:
+            if not re.fullmatch("[1-9][0-9]{0,8}", batch):
                 raise self.error(f"{key}.union_density", batch, "an object keyed by batch sizes")
             self.densities(densities, f"{key}.union_density[{batch}]")
-        for name in ("oracle_density", "recall"):
-            self.number(raw.get(name), f"{key}.{name}", 0, 1, optional=True)
         for name in ("margin", "threshold"):
             self.number(raw.get(name), f"{key}.{name}", -1e30, 1e30, optional=block == "mlp" or name == "margin")
         return GateSpec(**raw)

@@ -89,7 +89,7 @@ class DejaVuConfig:
                 f'additional_config["dejavu"] must be an object of settings, got {settings!r}. '
                 f"Allowed keys: {sorted(_FIELDS)}."
             )
-        unknown = sorted(set(settings) - _FIELDS - {DIGEST_KEY})
+        unknown = sorted(set(settings) - _FIELDS - {DIGEST_KEY}, key=repr)
         if unknown:
             raise ValueError(
                 f'Unknown setting additional_config["dejavu"][{unknown[0]!r}]={settings[unknown[0]]!r}. '
