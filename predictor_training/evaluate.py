@@ -116,7 +116,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         "agreement_new_tokens": config.new_tokens,
         "teacher_forced_top1_agreement": float((dense_top == sparse_top).float().mean()),
         "artifact": served["artifact"],
-        "settings": asdict(config),
+        "settings": {k: v for k, v in asdict(config).items() if k not in ("model", "data", "predictor")},
         "versions": versions() | {"vllm": _vllm_version()},
     }  # fmt: skip
     if json_path is not None:

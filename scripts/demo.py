@@ -49,7 +49,7 @@ class Progress:
 
     # The lines of vLLM's log that tell a newcomer how far it is.
     MILESTONE = re.compile(
-        r"\] ((?:Resolved architecture|Initializing a V1 LLM engine \S+|Starting to load model|dejavu: |Loading weights|init engine|Starting vLLM).*)"
+        r"\] (Initializing a V1 LLM engine \S+|(?:Resolved architecture|Starting to load model|dejavu: |Loading weights|init engine|Starting vLLM).*)"
     )
 
     def __init__(self, server: Server):
@@ -173,7 +173,7 @@ def print_densities(single: dict[str, Any], batch: dict[str, Any]) -> None:
         return None if None in values else sum(values) / len(values)
 
     together = f"read, batch {len(PROMPTS)}"
-    print(f"\n  Realised density (1 = all is read)\n  {'':5} | {'MLP neurons':^25} | {'attention heads':^25}")
+    print(f"\n  Realised density (1 = all is read)\n  {'':5} | {'MLP neurons':^25} | {'attention heads':>20}")
     print(f"  layer | {'per token':>10} {together:>14} | {'per token':>10} {together:>14}")
     for i, (one, three) in enumerate(zip(single["layers"], batch["layers"], strict=True)):
         cells = [(cell(one[b], "density"), cell(three[b], "read_density")) for b in ("mlp", "attention")]
@@ -227,6 +227,9 @@ def main() -> None:
         run(args.model.absolute(), args.predictor and args.predictor.absolute(), logs)
     except (DemoError, ServerError, OSError) as e:
         sys.exit(f"\nThe demo failed: {e}\nThe servers' logs are in {logs}.")
+    except SystemExit:  # a signal
+        shutil.rmtree(logs)
+        raise
     shutil.rmtree(logs)
     print(f"\nDone in {time.monotonic() - started:.0f} s; both servers are stopped.")
 

@@ -171,8 +171,8 @@ def save(directory: str | os.PathLike, manifest: Manifest, tensors: dict[str, to
     place.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=place))
     try:
-        _check_tensors(staging, manifest, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()})
-        _check_finite(staging, tensors)
+        _check_tensors(directory, manifest, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()})
+        _check_finite(directory, tensors)
         save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, staging / TENSORS_FILE)
         text = json.dumps(manifest.to_json(_sha256(staging / TENSORS_FILE)), indent=1, ensure_ascii=False)
         (staging / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
@@ -271,7 +271,7 @@ def load_manifest(directory: str | os.PathLike) -> tuple[Manifest, str]:
             f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}. "
             "Install the vllm-dejavu version that wrote it, or train again."
         )
-    reader.keys(top, "the manifest", required=("model", "tensors", "layers"), optional=("format", "format_version", *RECORDS))
+    reader.keys(top, "the manifest", required=("format", "format_version", "model", "tensors", "layers"), optional=RECORDS)
     model = reader.model(top["model"])
     layers = reader.layers(top["layers"], model)
     tensors = reader.object(top["tensors"], "tensors")
@@ -335,7 +335,7 @@ class WeightsFingerprint:
         flat = tensor.detach().reshape(-1)
         # In integers: rounding of a floating-point spacing would depend on who computes it.
         count = min(self.SAMPLES, flat.numel())
-        index = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)
+        index = torch.arange(count, device="cpu") * (flat.numel() - 1) // max(count - 1, 1)
         values = flat[index.to(flat.device)].to("cpu", torch.float32).contiguous()
         head = f"{name}|{tuple(tensor.shape)}|".encode()
         self._digests[name] = hashlib.sha256(head + values.numpy().tobytes()).digest()

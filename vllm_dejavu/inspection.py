@@ -100,8 +100,9 @@ print("DEJAVU-CLASS", cls.__name__)
 
 
 def _resolve_in_fresh_process() -> tuple[str | None, str | None, str]:
-    """(class, device, output tail): what a process that vLLM starts would resolve."""
+    """(class, device, error lines): what a process that vLLM starts would resolve."""
     done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=300)
     found = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith("DEJAVU-"))
-    tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+    # vLLM logs a whole traceback and goes on; the lines that name the error are what a person needs.
+    tail = "\n".join([line for line in (done.stdout + done.stderr).splitlines() if "Error" in line][-6:])
     return found.get("DEJAVU-CLASS"), found.get("DEJAVU-DEVICE"), tail

@@ -1,0 +1,68 @@
+"""One environment for every test, settled before vLLM, Triton or a kernel is imported.
+
+Engines run in this process (no engine-core child), with private vLLM caches, on one thread: the models are tiny.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+_cache_root = tempfile.mkdtemp(prefix="vllm-dejavu-tests.")
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    # Private, yet shared by the session: vLLM inspects a model class in a child process of 8 s once, then finds it here.
+    VLLM_CACHE_ROOT=_cache_root,
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+)
+# The CPU worker would otherwise pin pytest itself to cores; with one thread a core, tiny models wait at barriers.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # the engines say kv_cache_memory_bytes
+os.environ.pop("VLLM_PLUGINS", None)
+
+import torch  # noqa: E402
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+import pytest  # noqa: E402
+from tiny import make_artifact, make_opt  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_cache_root, ignore_errors=True)
+
+
+def _cached(tmp_path_factory: pytest.TempPathFactory, kind: str, make):
+    made = {}
+
+    def get(*args, **kwargs):
+        key = repr((args, sorted(kwargs.items())))
+        if key not in made:
+            made[key] = make(tmp_path_factory.mktemp(kind) / kind, *args, **kwargs)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def opt(tmp_path_factory):
+    """opt(**kwargs of tiny.make_opt) -> directory of a tiny random OPT; one a session for equal arguments."""
+    return _cached(tmp_path_factory, "model", make_opt)
+
+
+@pytest.fixture(scope="session")
+def predictors(tmp_path_factory):
+    """predictors(model_dir, **kwargs of tiny.make_artifact) -> directory of an artifact; one a session for equal arguments."""
+    return _cached(tmp_path_factory, "artifact", make_artifact)

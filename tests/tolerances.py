@@ -1,0 +1,29 @@
+"""How far two computations of the same thing may be apart: one table by dtype, the same in every test.
+
+The measure is the relative root-mean-square error ||actual - expected|| / ||expected||, so inputs must be scaled such
+that no part of the result drowns in the rest (weights by 1/sqrt(fan-in)).
+"""
+from __future__ import annotations
+
+import torch
+
+# One rounding of the result costs 3e-8, 2e-4 and 1.7e-3. The references, which round once, were measured at no more than
+# 6e-7, 2.2e-4 and 1.8e-3 (tests/test_kernel_reference.py); the rest is room for a kernel that also rounds activations.
+RELATIVE_RMS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# For parametrize(..., DTYPES, ids=DTYPE_IDS).
+DTYPES = list(RELATIVE_RMS)
+DTYPE_IDS = ["fp32", "fp16", "bf16"]
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """||actual - expected|| / ||expected||, in fp64; 0 where both are all zero."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    error, scale = (actual - expected).norm().item(), expected.norm().item()
+    return error / scale if scale else error
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Same shape, and apart by no more than the tolerance of `dtype` (that of `actual` unless given); NaN never passes."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error, allowed = relative_rms(actual, expected), RELATIVE_RMS[dtype or actual.dtype]
+    assert error <= allowed, f"relative RMS error {error:.2e}, allowed {allowed:.0e} ({dtype or actual.dtype})"
