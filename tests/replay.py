@@ -11,6 +11,7 @@ recomputation and chunked prefill are replayed without knowing about them. Slots
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,15 @@ class Replayed:
         log_probs: one [requests, vocab] a step, of each request's last token.
         checked: selections compared. flips: those that differ with a score nearer to 0 than NEAR_ZERO.
         wrong: (step, layer, block, row, unit, score) of those that differ otherwise.
+        counts: (layer, block) -> what the gate's counters should hold over its sparse steps: rows, selected, read
+            (union), survived (neurons of the union that came out positive in some row), active (truly), hit.
     """
 
     log_probs: list[torch.Tensor] = field(default_factory=list)
     checked: int = 0
     flips: int = 0
     wrong: list[tuple] = field(default_factory=list)
+    counts: dict[tuple[int, str], Counter] = field(default_factory=dict)
 
     def tokens(self, steps: list[Step]) -> dict[str, dict[int, int]]:
         """Request -> position -> greedy choice for that position, as first computed."""
@@ -69,12 +73,13 @@ class Replay:
     Args:
         artifact: directory of the predictors, to check the engine's selections against; None checks none.
         row_exact: each row keeps only its own neurons, instead of the union of the batch.
+        oracle: the engine should select what is truly active: positive neurons, heads above the artifact's threshold.
     """
 
-    def __init__(self, model: Path, artifact: Path | None = None, *, row_exact: bool = False):
+    def __init__(self, model: Path, artifact: Path | None = None, *, row_exact: bool = False, oracle: bool = False):
         self.model = OPTForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager").eval()
-        self.config, self.row_exact = self.model.config, row_exact
-        self.gates = {}
+        self.config, self.row_exact, self.oracle = self.model.config, row_exact, oracle
+        self.gates, self.thresholds = {}, {}
         if artifact is not None:
             manifest = json.loads((artifact / "dejavu.json").read_text())
             tensors = {k: v.double() for k, v in load_file(artifact / "predictors.safetensors").items()}
@@ -84,6 +89,7 @@ class Replay:
                         prefix = f"layers.{layer}.{block}."
                         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                         self.gates[layer, block] = spec["lookahead"], own
+                        self.thresholds[layer] = spec["threshold"] if block == "attention" else None
         self._hook()
 
     def _hook(self) -> None:
@@ -97,39 +103,52 @@ class Replay:
             layer.fc1.register_forward_pre_hook(see("mlp_input"))
             # the residual stream in front of the MLP block: before its LayerNorm if the norm comes first
             (layer.final_layer_norm if pre_ln else layer.fc1).register_forward_pre_hook(see("residual"))
+            layer.fc1.register_forward_hook(lambda module, args, out, i=i: self.seen.__setitem__((i, "fc1"), out))
             layer.self_attn.out_proj.register_forward_pre_hook(lambda module, args, i=i: self._mask_heads(i, args[0]))
             layer.fc2.register_forward_pre_hook(lambda module, args, i=i: self._mask_neurons(i, args[0]))
 
     def _mask_heads(self, layer: int, attn: torch.Tensor) -> torch.Tensor:
-        mask = self._selection(layer, "attention")
+        mask = self._mask(layer, "attention")
         if mask is None:
             return attn
-        heads = attn.unflatten(-1, (self.config.num_attention_heads, -1))
-        return torch.where(mask.view(1, *mask.shape, 1), heads, 0.0).flatten(-2)
+        heads = attn[0].unflatten(-1, (self.config.num_attention_heads, -1))  # [T, heads, head_size]
+        if (layer, "attention") in self.gates:
+            weight = self.model.model.decoder.layers[layer].self_attn.out_proj.weight.unflatten(1, heads.shape[1:])
+            above = torch.einsum("thd,ohd->tho", heads, weight).norm(dim=-1) - self.thresholds[layer]
+            self._check(layer, "attention", mask, above if self.oracle else self.scores(layer, "attention"), above > 0)
+        return torch.where(mask[:, :, None], heads, 0.0).flatten(1)[None]
 
     def _mask_neurons(self, layer: int, h: torch.Tensor) -> torch.Tensor:
-        mask = self._selection(layer, "mlp")
+        mask = self._mask(layer, "mlp")
         if mask is None:
             return h
-        return torch.where(mask if self.row_exact else mask.any(dim=0), h, 0.0)
+        fc1 = self.seen[layer, "fc1"]
+        if (layer, "mlp") in self.gates:
+            self._check(layer, "mlp", mask, fc1 if self.oracle else self.scores(layer, "mlp"), fc1 > 0)
+        h = torch.where(mask if self.row_exact else mask.any(dim=0), h, 0.0)
+        self.out.counts[layer, "mlp"]["survived"] += int((h > 0).any(dim=0).sum())
+        return h
 
-    def _selection(self, layer: int, block: str) -> torch.Tensor | None:
-        """The engine's mask [T, units] of a block in this step, None where it ran dense; checks it on the way."""
+    def _mask(self, layer: int, block: str) -> torch.Tensor | None:
+        """The engine's mask [T, units] of a block in this step, None where it ran dense."""
         recorded = self.step.gates.get((layer, block))
         if recorded is None:
             return None
         mask, valid = recorded
         assert bool(valid.all()) and mask.shape[0] == self.step.input_ids.shape[0], "these engines do not pad"
-        if (layer, block) in self.gates:
-            scores = self.scores(layer, block)
-            self.out.checked += mask.numel()
-            for row, unit in ((scores > 0) != mask).nonzero().tolist():
-                score = float(scores[row, unit])
-                if abs(score) < NEAR_ZERO:
-                    self.out.flips += 1
-                else:
-                    self.out.wrong.append((self.number, layer, block, row, unit, score))
+        counts = self.out.counts.setdefault((layer, block), Counter())
+        counts.update(steps=1, rows=mask.shape[0], selected=int(mask.sum()), read=int(mask.any(dim=0).sum()))
         return mask
+
+    def _check(self, layer: int, block: str, mask: torch.Tensor, scores: torch.Tensor, active: torch.Tensor) -> None:
+        self.out.counts[layer, block].update(active=int(active.sum()), hit=int((active & mask).sum()))
+        self.out.checked += mask.numel()
+        for row, unit in ((scores > 0) != mask).nonzero().tolist():
+            score = float(scores[row, unit])
+            if abs(score) < NEAR_ZERO:
+                self.out.flips += 1
+            else:
+                self.out.wrong.append((self.number, layer, block, row, unit, score))
 
     def scores(self, layer: int, block: str) -> torch.Tensor:
         """Scores [T, units] of a gate from the hidden states of this replay."""

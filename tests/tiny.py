@@ -14,11 +14,11 @@ VOCAB = 256
 
 
 def make_opt(directory: Path, *, seed: int = 0, dtype: str = "float32", layers: int = 3, hidden: int = 64, heads: int = 2,
-             pre_ln: bool = True, tied: bool = True, embed_dim: int | None = None, bias: bool = True, positions: int = 128) -> Path:
+             pre_ln: bool = True, tied: bool = True, embed_dim: int | None = None, bias: bool = True, positions: int = 128, vocab: int = VOCAB) -> Path:
     """Write a random OPT checkpoint whose activations are well spread (weights by 1/sqrt(fan-in))."""
     torch.manual_seed(seed)
     config = OPTConfig(
-        vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * hidden,
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * hidden,
         max_position_embeddings=positions, do_layer_norm_before=pre_ln, word_embed_proj_dim=embed_dim or hidden,
         tie_word_embeddings=tied, enable_bias=bias, activation_function="relu", bos_token_id=2, eos_token_id=2, pad_token_id=1,
     )
