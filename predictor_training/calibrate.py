@@ -30,6 +30,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 # Part of the budget spent on the calibration text; the rest is for text it has not seen.
 BUDGET_USED = 0.9
 UPPER_QUANTILE = 0.95
+# Tokens on which single candidates are compared; the joint choice is measured on all of the calibration text.
+PROBE_TOKENS = 4096
 # Joint measurements spent on single steps after the search over all gates.
 REFINEMENTS = 8
 
@@ -150,7 +152,7 @@ class Calibrator:
         self.budget, self.dtype, self.batch, self.seed = budget, dtype, batch, seed
         self.state, self.key = state, json.dumps(key, sort_keys=True)
         # Candidates are compared with the dense run on the same tokens, so a part of the text tells them apart.
-        self.probe = tokens[: max(1, min(len(tokens), 8192 // tokens.shape[1]))]
+        self.probe = tokens[: max(1, min(len(tokens), PROBE_TOKENS // tokens.shape[1]))]
         self.cache: dict[str, float] = {}
         if state.is_file():
             saved = json.loads(state.read_text(encoding="utf-8"))

@@ -91,7 +91,8 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
 
     agreement = [_leading(a, b) for a, b in zip(dense_texts, sparse_texts, strict=True)]
     delta = (sparse_nll - dense_nll).mean(1)  # per window: the unit that is sampled
-    error = float(delta.std() / math.sqrt(len(delta))) if len(delta) > 1 else None
+    # Standard error of exp(mean) - 1 by the delta method.
+    error = float(delta.std() / math.sqrt(len(delta)) * delta.mean().exp()) if len(delta) > 1 else None
     loaded = None if config.mode == "dense" and config.predictor is None else artifact.load(artifact.resolve(config.predictor, config.model))
     layers = counted["layers"]
     result = {

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine import TOLERANCE, Recorder, engine, generate, metrics_of, model_of, next_token_log_probs, random_prompt, relative_rms, run_requests
+from engine import (
+    TOLERANCE,
+    Recorder,
+    engine,
+    generate,
+    metrics_of,
+    model_of,
+    next_token_log_probs,
+    random_prompt,
+    relative_rms,
+    run_requests,
+)
 
 PROMPTS = {"one": random_prompt(1), "two": random_prompt(2), "block": random_prompt(32), "long": random_prompt(45)}
 NEW_TOKENS = 24
@@ -19,12 +30,12 @@ MARGIN = 0.08
 
 
 def run(model, dtype, impl, dejavu=None, force=None):
-    """Returns (tokens by request, log-probabilities by (request, position), architecture, metrics or None)."""
+    """Returns (tokens by request, log-probabilities by (request, position), architecture, metrics or None, steps)."""
     with engine(model, impl=impl, dejavu=dejavu, dtype=dtype) as llm:
         with Recorder(llm, force) as recorder:
             tokens = run_requests(llm, {0: PROMPTS}, NEW_TOKENS)
         counted = metrics_of(llm) if impl == "dejavu" else None
-        return tokens, next_token_log_probs(recorder.steps), type(model_of(llm)).__name__, counted
+        return tokens, next_token_log_probs(recorder.steps), type(model_of(llm)).__name__, counted, recorder.steps
 
 
 def all_rms(found: dict, expected: dict) -> float:
@@ -32,8 +43,16 @@ def all_rms(found: dict, expected: dict) -> float:
     return relative_rms(torch.stack([found[k] for k in expected]), torch.stack([expected[k] for k in expected]))
 
 
-def assert_everything_ran_sparse(counted: dict) -> None:
-    """NEW_TOKENS - 1 decode steps were sparse, every gate saw all their rows and selected all its units."""
+def assert_everything_ran_sparse(counted: dict, steps: list) -> None:
+    """NEW_TOKENS - 1 decode steps were sparse, every gate saw all their rows and selected all its units.
+
+    A block that ran dense in them (above its crossover) would count density 1 as well, but report no mask, and no neurons
+    that survived fc1.
+    """
+    assert [s.sparse for s in steps] == [False] + [True] * (NEW_TOKENS - 1)
+    for step in steps[1:]:
+        assert len(step.gates) == 2 * len(counted["layers"])
+        assert all(gate is not None and bool(gate[0].all()) for gate in step.gates.values()), "a block ran dense"
     assert counted["steps"]["sparse"] == NEW_TOKENS - 1
     assert counted["steps"]["prefill_or_mixed"] == 1
     for layer in counted["layers"]:
@@ -41,6 +60,7 @@ def assert_everything_ran_sparse(counted: dict) -> None:
             assert layer[block]["gated"], "a gate is missing"
             assert layer[block]["rows"] == (NEW_TOKENS - 1) * len(PROMPTS)
             assert layer[block]["density"] == layer[block]["read_density"] == 1
+        assert 0 < layer["mlp"]["survived_density"] < 1
     assert counted["artifact"]["fingerprint_verified"]
 
 
@@ -58,11 +78,11 @@ def assert_everything_ran_sparse(counted: dict) -> None:
 def test_full_density_is_vllms_opt(variant, opt, predictors):
     """float32: the same tokens, the same log-probabilities."""
     model = opt(**variant)
-    tokens, expected, architecture, _ = run(model, "float32", "vllm")
+    tokens, expected, architecture, *_ = run(model, "float32", "vllm")
     assert architecture == "OPTForCausalLM"
-    found_tokens, found, architecture, counted = run(model, "float32", "dejavu", {"predictor": predictors(model, select_all=True)})
+    found_tokens, found, architecture, counted, steps = run(model, "float32", "dejavu", {"predictor": predictors(model, select_all=True)})
     assert architecture == "DejaVuOPTForCausalLM"
-    assert_everything_ran_sparse(counted)
+    assert_everything_ran_sparse(counted, steps)
     assert found_tokens == tokens
     assert all_rms(found, expected) < TOLERANCE["float32"]
 
@@ -73,11 +93,11 @@ def test_full_density_is_vllms_opt_in_bfloat16(variant, opt, predictors):
     model = opt(dtype="bfloat16", tied=False, **variant)
     tokens, expected, *_ = run(model, "bfloat16", "vllm")
     texts = {request: PROMPTS[request] + tokens[request] for request in PROMPTS}
-    found_tokens, found, architecture, counted = run(
+    found_tokens, found, architecture, counted, steps = run(
         model, "bfloat16", "dejavu", {"predictor": predictors(model, select_all=True)}, force=texts
     )
     assert architecture == "DejaVuOPTForCausalLM"
-    assert_everything_ran_sparse(counted)
+    assert_everything_ran_sparse(counted, steps)
     assert found_tokens == tokens, "the forced tokens were not taken"
     assert all_rms(found, expected) < TOLERANCE["bfloat16"]
     best = {k: v.topk(2).values for k, v in expected.items()}
@@ -90,7 +110,7 @@ def test_mode_dense_is_vllms_opt(opt):
     """mode="dense" needs no artifact, counts every step as mode_dense and gives vLLM's result."""
     model = opt()
     tokens, expected, *_ = run(model, "float32", "vllm")
-    found_tokens, found, architecture, counted = run(model, "float32", "dejavu", {"mode": "dense"})
+    found_tokens, found, architecture, counted, _ = run(model, "float32", "dejavu", {"mode": "dense"})
     assert architecture == "DejaVuOPTForCausalLM"
     assert counted["steps"] == {"sparse": 0, "prefill_or_mixed": 0, "piecewise_graph": 0, "microbatched": 0, "mode_dense": NEW_TOKENS}
     assert counted["mlp_density"] == counted["head_density"] == 1

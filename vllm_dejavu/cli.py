@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -82,6 +83,9 @@ def _fields(cls: type, args: argparse.Namespace) -> dict:
 
 
 def _train(args: argparse.Namespace) -> int:
+    # Read when torch loads OpenMP. Threads that wait at barriers by spinning take the cores from each other as soon as
+    # anything else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from vllm_dejavu.inspection import artifact_table
     from vllm_dejavu.predictor_training import pipeline
 

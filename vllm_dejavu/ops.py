@@ -156,7 +156,8 @@ def _select_heads_fake(
 def _qkv(x: torch.Tensor, head_scores: torch.Tensor, output_size: int, layer_name: LayerNameType) -> torch.Tensor:
     """K and V of all heads, Q of the selected: [num_tokens, hidden] -> [num_tokens, 3 * heads * head_size]."""
     block = _block(layer_name)
-    if block.sparse_step(x.shape[0]) is None:
+    # What an unselected head would have contributed is measured with its true query.
+    if block.needs_contributions or block.sparse_step(x.shape[0]) is None:
         return block.qkv_proj(x)[0]
     proj = block.qkv_proj
     return implementation(x.device).sparse_qkv(x, proj.weight, proj.bias, head_scores > 0)
