@@ -98,7 +98,7 @@ class Masked:
         self.rows: dict[Key, list[torch.Tensor]] = {}
         self.tokens = 0
         heads = opt.config.num_attention_heads
-        self.grams = {l: head_grams(opt.layers[l].self_attn.out_proj.weight, heads) for l, b in gates if b == "attention"} if measure else {}
+        self.grams = {i: head_grams(opt.layers[i].self_attn.out_proj.weight, heads) for i, b in gates if b == "attention"} if measure else {}
 
     def _mask(self, key: Key, states: LayerStates, truth: Any) -> torch.Tensor | None:
         gate = self.gates.get(key)
