@@ -1,0 +1,341 @@
+"""The artifact: written whole or not at all, and refused with a reason whenever anything about it is wrong."""
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from vllm_dejavu import artifact
+from vllm_dejavu.artifact import MANIFEST_FILE, TENSORS_FILE, ArtifactError, ModelSpec, WeightsFingerprint
+
+DOCS = Path(__file__).parent.parent / "docs" / "artifact.md"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return tiny.make_opt(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def original(model_dir, tmp_path_factory):
+    return tiny.make_artifact(tmp_path_factory.mktemp("original") / "a", model_dir, dense_layers=(1,))
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def edit_manifest(directory, edit):
+    path = directory / MANIFEST_FILE
+    raw = json.loads(path.read_text())
+    edit(raw)
+    path.write_text(json.dumps(raw))
+
+
+def test_round_trip(original, tmp_path):
+    loaded = artifact.load(original)
+    again = artifact.save(tmp_path / "again", loaded.manifest, loaded.tensors)
+    assert again.manifest == loaded.manifest and again.digest == loaded.digest
+    assert all(torch.equal(again.tensors[k], v) for k, v in loaded.tensors.items())
+    spec, tensors = again.gate(0, "mlp")
+    assert spec.sparse and set(tensors) == {"down", "up", "bias", "activation_rate"}
+    assert again.gate(1, "attention") == (loaded.manifest.layers[1]["attention"], {})
+
+
+def damage_tensors(edit):
+    return lambda directory: tiny.rewrite_tensors(directory, edit)
+
+
+def truncate(directory):
+    path = directory / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def swap_tensors(directory):
+    """Another artifact's tensors of the same shapes: only the checksum can tell."""
+    tiny.rewrite_tensors(directory, lambda t: t["layers.0.mlp.bias"].add_(0.25))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda d: (d / MANIFEST_FILE).unlink(), "vllm-dejavu train", id="no-manifest"),
+        pytest.param(lambda d: (d / TENSORS_FILE).unlink(), "has no predictors.safetensors", id="no-tensors"),
+        pytest.param(shutil.rmtree, "vllm-dejavu train", id="no-directory"),
+        pytest.param(truncate, "damaged or cut short", id="truncated"),
+        pytest.param(lambda d: (d / TENSORS_FILE).write_bytes(b""), "damaged or cut short", id="empty-tensors"),
+        pytest.param(swap_tensors, "not of the same artifact", id="swapped"),
+        pytest.param(damage_tensors(lambda t: t.pop("layers.2.mlp.up")), "misses 1 tensor.*layers.2.mlp.up", id="missing-tensor"),
+        pytest.param(damage_tensors(lambda t: t.update(extra=torch.ones(1))), "unexpected 1 tensor.*extra", id="extra-tensor"),
+        pytest.param(damage_tensors(lambda t: t.update({"layers.0.mlp.down": torch.ones(8, 63).half()})), r"should be .*\[8, 64\], found .*\[8, 63\]", id="shape"),
+        pytest.param(damage_tensors(lambda t: t.update({"layers.0.mlp.down": torch.ones(8, 64)})), "float16.*float32", id="dtype"),
+        pytest.param(damage_tensors(lambda t: t["layers.0.mlp.up"].view(-1)[3:5].fill_(float("nan"))), "2 values of 'layers.0.mlp.up' are not finite", id="nan"),
+        pytest.param(damage_tensors(lambda t: t["layers.0.attention.bias"].fill_(float("inf"))), "not finite", id="inf"),
+        pytest.param(lambda d: (d / MANIFEST_FILE).write_bytes(b"\xff\xfe\x00"), "cannot be read as JSON", id="binary-manifest"),
+        pytest.param(lambda d: (d / MANIFEST_FILE).write_text("[" * 100_000), "cannot be read as JSON", id="deep-manifest"),
+        pytest.param(lambda d: (d / MANIFEST_FILE).write_text("[]"), "an object", id="list-manifest"),
+    ],
+)  # fmt: skip
+def test_damage_is_refused(copy, damage, message):
+    damage(copy)
+    with pytest.raises(ArtifactError, match=message):
+        artifact.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        pytest.param(lambda m: m.update(format="other"), "format should be 'vllm-dejavu-predictor'", id="format"),
+        pytest.param(lambda m: m.update(format_version=2), "expected format_version 1, found 2", id="version"),
+        pytest.param(lambda m: m.update(format_version=True), "expected format_version 1", id="version-bool"),
+        pytest.param(lambda m: m.pop("model"), "model should be", id="no-model"),
+        pytest.param(lambda m: m["model"].pop("ffn_dim"), "model.ffn_dim should be present", id="no-ffn"),
+        pytest.param(lambda m: m["model"].update(ffn_dim=-1), "model.ffn_dim", id="negative-ffn"),
+        pytest.param(lambda m: m["model"].update(surprise=1), "model.surprise", id="unknown-key"),
+        pytest.param(lambda m: m["layers"].pop(), "a list of 3 layers", id="too-few-layers"),
+        pytest.param(lambda m: m["layers"][0].pop("mlp"), r"layers\[0\]", id="no-mlp"),
+        pytest.param(lambda m: m["layers"][0]["mlp"].update(state="maybe"), r"layers\[0\].mlp.state.*'maybe'", id="state"),
+        pytest.param(lambda m: m["layers"][0]["mlp"].update(lookahead="next"), "lookahead", id="lookahead"),
+        pytest.param(lambda m: m["layers"][0]["mlp"].update(lookahead="previous"), "no layer lies before", id="previous-in-layer-0"),
+        pytest.param(lambda m: m["layers"][0]["mlp"].update(rank=0), "rank", id="rank"),
+        pytest.param(lambda m: m["layers"][0]["mlp"].update(density={"mean": 1.5, "upper": 1}), "density.mean", id="density"),
+        pytest.param(lambda m: m["layers"][0]["attention"].update(threshold=None), "threshold", id="no-threshold"),
+        pytest.param(lambda m: m["layers"][0]["mlp"].update(union_density={"x": {"mean": 1, "upper": 1}}), "batch sizes", id="union-key"),
+        pytest.param(lambda m: m["tensors"].update(file="../../etc/passwd"), "tensors.file", id="other-file"),
+    ],
+)  # fmt: skip
+def test_manifest_errors_name_file_key_and_value(copy, edit, message):
+    edit_manifest(copy, edit)
+    with pytest.raises(ArtifactError, match=message) as e:
+        artifact.load(copy)
+    assert MANIFEST_FILE in str(e.value)
+
+
+@pytest.mark.parametrize("key", ["num_layers", "hidden_size", "ffn_dim", "num_heads", "layer_norm", "architecture", "activation"])
+def test_another_geometry_is_refused(original, key):
+    manifest = artifact.load(original).manifest
+    value = getattr(manifest.model, key)
+    other = dataclasses.replace(manifest.model, name="other", **{key: value * 2})
+    with pytest.raises(ArtifactError, match=f"{key}=.*other has {key}=.*Retrain"):
+        artifact.check_model(manifest, other)
+    artifact.check_model(manifest, manifest.model)
+
+
+def test_other_weights_are_refused(original):
+    manifest = artifact.load(original).manifest
+    with pytest.raises(ArtifactError, match="sha256:00.*retrain"):
+        artifact.check_fingerprint(manifest, "sha256:00", "other")
+    artifact.check_fingerprint(manifest, manifest.model.fingerprint, "same")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("where", ["save_file", "os.rename"])
+def test_an_interrupted_save_leaves_nothing(original, tmp_path, monkeypatch, where):
+    loaded = artifact.load(original)
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr(f"vllm_dejavu.artifact.{where}", kill)
+        with pytest.raises(Killed):
+            artifact.save(tmp_path / "out", loaded.manifest, loaded.tensors)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("replaced", [0, 1], ids=["before-the-first-file", "between-the-two"])
+def test_an_interrupted_overwrite_is_never_a_mixture(original, model_dir, tmp_path, monkeypatch, replaced):
+    target = tiny.make_artifact(tmp_path / "a", model_dir, seed=9, dense_layers=(1,))
+    old, new = artifact.load(target), artifact.load(original)
+    calls, replace = [], artifact.os.replace
+
+    def kill_after(*args):
+        if len(calls) == replaced:
+            raise Killed
+        calls.append(args)
+        replace(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(artifact.os, "replace", kill_after)
+        with pytest.raises(Killed):
+            artifact.save(target, new.manifest, new.tensors, overwrite=True)
+    if replaced:
+        with pytest.raises(ArtifactError, match="not of the same artifact"):
+            artifact.load(target)
+    else:
+        assert artifact.load(target).digest == old.digest
+
+
+def test_overwriting_needs_a_word(original, copy):
+    loaded = artifact.load(original)
+    with pytest.raises(ArtifactError, match="--overwrite"):
+        artifact.save(copy, loaded.manifest, loaded.tensors)
+    assert artifact.save(copy, loaded.manifest, loaded.tensors, overwrite=True).digest == loaded.digest
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is a file"):
+        artifact.check_output(tmp_path / "file")
+    with pytest.raises(PermissionError, match="cannot be written"):
+        artifact.check_output(tmp_path / "file" / "below")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_tensors_that_do_not_fit_the_manifest_are_not_saved(original, tmp_path):
+    loaded = artifact.load(original)
+    bad = {**loaded.tensors, "layers.0.mlp.bias": torch.full((256,), float("nan"))}
+    with pytest.raises(ArtifactError, match="not finite"):
+        artifact.save(tmp_path / "out", loaded.manifest, bad)
+    assert list(tmp_path.iterdir()) == []
+
+
+def fingerprint(items) -> str:
+    f = WeightsFingerprint()
+    for name, tensor in items:
+        f.add(name, tensor)
+    return f.hexdigest()
+
+
+class TestFingerprint:
+    @pytest.fixture(scope="class")
+    def weights(self, model_dir):
+        return load_file(model_dir / "model.safetensors")
+
+    def test_order_prefix_and_tied_head_do_not_matter(self, weights):
+        base = fingerprint(weights.items())
+        assert base == fingerprint(reversed(weights.items()))
+        assert base == fingerprint((k.removeprefix("model."), v) for k, v in weights.items())
+        assert base == fingerprint([*weights.items(), ("lm_head.weight", torch.ones(3))])
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_a_16_bit_checkpoint_reads_the_same_in_32_bits(self, weights, dtype):
+        half = {k: v.to(dtype) for k, v in weights.items()}
+        assert fingerprint(half.items()) == fingerprint((k, v.float()) for k, v in half.items())
+
+    def test_any_changed_tensor_changes_it(self, weights):
+        base = fingerprint(weights.items())
+        for name in weights:
+            changed = {**weights, name: weights[name] * 1.01 + 0.01}
+            assert fingerprint(changed.items()) != base, name
+
+    def test_tee_passes_everything_on(self, weights):
+        f = WeightsFingerprint()
+        assert [name for name, _ in f.tee(weights.items())] == list(weights)
+        assert f.hexdigest() == fingerprint(weights.items())
+
+    def test_it_is_as_documented(self, weights):
+        """docs/artifact.md, followed word for word with numpy."""
+        import numpy as np
+
+        digests = {}
+        for name, tensor in weights.items():
+            name = name.removeprefix("model.").removeprefix("decoder.")
+            if name.startswith("lm_head."):
+                continue
+            flat = tensor.numpy().astype("<f4").reshape(-1)
+            index = np.linspace(0, flat.size - 1, min(512, flat.size)).astype(np.int64)
+            digests[name] = hashlib.sha256(f"{name}|{tuple(tensor.shape)}|".encode() + flat[index].tobytes()).digest()
+        total = hashlib.sha256(b"".join(n.encode() + b"\0" + digests[n] for n in sorted(digests)))
+        assert fingerprint(weights.items()) == "sha256:" + total.hexdigest()
+
+
+class TestResolve:
+    def test_beside_the_model(self, tmp_path):
+        with pytest.raises(ArtifactError, match=r"looked for .*dejavu.json.*--output"):
+            artifact.resolve(None, str(tmp_path))
+        (tmp_path / "dejavu").mkdir()
+        assert artifact.resolve(None, str(tmp_path)) == tmp_path / "dejavu"
+
+    def test_a_directory(self, tmp_path):
+        assert artifact.resolve(str(tmp_path), "any/model") == tmp_path
+
+    @pytest.mark.parametrize("name", ["./missing", "/no/such/dir", "a/b/c", "~/x", "plain"])
+    def test_no_such_directory_and_no_hub_id(self, name):
+        with pytest.raises(ArtifactError, match="no such directory, and not a hub id"):
+            artifact.resolve(name, "model")
+
+    def test_hub(self, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        asked = []
+
+        def download(repo, revision, allow_patterns):
+            asked.append((repo, revision, sorted(allow_patterns)))
+            return str(tmp_path)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        assert artifact.resolve("org/name", "any/model", "main") == tmp_path
+        assert artifact.resolve(None, "org/model", "v1") == tmp_path / "dejavu"
+        assert asked == [
+            ("org/name", None, ["dejavu.json", "predictors.safetensors"]),
+            ("org/model", "v1", ["dejavu/dejavu.json", "dejavu/predictors.safetensors"]),
+        ]
+
+        def refuse(*args, **kwargs):
+            raise ConnectionError("offline")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+        with pytest.raises(ArtifactError, match="the hub gave none .*offline"):
+            artifact.resolve("org/name", "any/model")
+
+
+JUNK = st.sampled_from([None, True, False, -1, 0, 3, 1.5, float("nan"), 1e308, "", "x", "sparse", [], [1], {}, {"a": 1}])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_manifests_load_or_are_refused(original, tmp_path, data):
+    """Values replaced, removed or added anywhere in a good manifest: never another kind of error."""
+    raw = json.loads((original / MANIFEST_FILE).read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        node = raw
+        for _ in range(data.draw(st.integers(0, 5))):
+            inner = [v for v in (node.values() if isinstance(node, dict) else node) if isinstance(v, (dict, list)) and v]
+            if not inner:
+                break
+            node = inner[data.draw(st.integers(0, len(inner) - 1))]
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node)))))
+        action = data.draw(st.sampled_from(["replace", "remove", "add"]))
+        if action == "replace":
+            node[key] = deepcopy(data.draw(JUNK))
+        elif action == "remove":
+            del node[key]
+        elif isinstance(node, dict):
+            node[data.draw(st.text(max_size=4))] = deepcopy(data.draw(JUNK))
+        if not raw:
+            break
+    target = tmp_path / "fuzz"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(original, target)
+    (target / MANIFEST_FILE).write_text(json.dumps(raw))
+    try:
+        artifact.load(target)
+    except ArtifactError:
+        pass
+
+
+def test_the_documented_example_writes_a_loadable_artifact(model_dir, tmp_path):
+    from transformers import OPTConfig
+
+    code = re.search(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S).group(1)
+    names: dict = {}
+    exec(code, names)
+    spec = ModelSpec.from_hf_config(OPTConfig.from_pretrained(model_dir), "tiny", tiny.fingerprint_of(model_dir))
+    names["write"](str(tmp_path / "made"), dataclasses.asdict(spec))
+    loaded = artifact.load(tmp_path / "made")
+    assert loaded.manifest.layers[0]["mlp"].sparse and not loaded.manifest.layers[1]["mlp"].sparse
+    artifact.check_model(loaded.manifest, spec)
