@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tolerances import RELATIVE_RMS
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.forward_context import get_forward_context
@@ -18,7 +19,7 @@ from vllm_dejavu.metrics import summarize
 
 # Relative RMS error of log-probabilities against a reference, by the engine's dtype. Measured on tiny models: float32
 # 1e-7; bfloat16 1.1e-3 against vLLM's own OPT in bfloat16, which is itself 0.9e-3 away from its float32.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}
+TOLERANCE = {"float32": RELATIVE_RMS[torch.float32], "bfloat16": RELATIVE_RMS[torch.bfloat16]}
 # Every forced token's logit, so that sampling at temperature 0 can only choose it.
 FORCED_LOGIT = 1e9
 
@@ -214,7 +215,3 @@ def next_token_log_probs(steps: list[Step]) -> dict[tuple[str, int], torch.Tenso
         for row, (request, length) in enumerate(zip(step.requests, step.seq_lens, strict=True)):
             out.setdefault((request, length - 1), step.log_probs[row])
     return out
-
-
-def relative_rms(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())

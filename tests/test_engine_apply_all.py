@@ -14,10 +14,10 @@ from engine import (
     metrics_of,
     next_token_log_probs,
     random_prompt,
-    relative_rms,
     run_requests,
 )
 from replay import Replay
+from tolerances import relative_rms
 
 MODEL = {"hidden": 128, "heads": 4, "tied": False}
 TEXTS = {"short": random_prompt(9), "medium": random_prompt(40), "long": random_prompt(70)}

@@ -17,9 +17,9 @@ from engine import (
     model_of,
     next_token_log_probs,
     random_prompt,
-    relative_rms,
     run_requests,
 )
+from tolerances import relative_rms
 
 PROMPTS = {"one": random_prompt(1), "two": random_prompt(2), "block": random_prompt(32), "long": random_prompt(45)}
 NEW_TOKENS = 24

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine import TOLERANCE, Recorder, engine, metrics_of, random_prompt, relative_rms, run_requests
+from engine import TOLERANCE, Recorder, engine, metrics_of, random_prompt, run_requests
 from replay import Replay
+from tolerances import relative_rms
 
 MODEL = {"hidden": 128, "heads": 4, "tied": False}  # untied: the greedy texts do not repeat themselves
 POST_LN = {"pre_ln": False, "embed_dim": 32}

@@ -15,11 +15,11 @@ from engine import (
     model_of,
     next_token_log_probs,
     random_prompt,
-    relative_rms,
     run_requests,
 )
 from replay import Replay
 from safetensors.torch import load_file
+from tolerances import relative_rms
 from vllm.forward_context import set_forward_context
 
 MODEL = {"hidden": 128, "heads": 4, "tied": False}

@@ -1,9 +1,12 @@
 """What the sparse model can run with: every refusal, with its reason and remedy, in one place."""
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm_dejavu.config import DIGEST_KEY, SETTINGS_KEY, DejaVuConfig
+
+logger = logging.getLogger("vllm.dejavu")
 
 ARCHITECTURES = {"OPTForCausalLM": "DejaVuOPTForCausalLM"}
 
@@ -78,6 +81,7 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
     heads, ranks = model.hf_config.num_attention_heads, parallel.tensor_parallel_size
     if heads % ranks or model.hf_config.ffn_dim % ranks:
         refuse("tensor_parallel_size", ranks, f"{heads} heads and {model.hf_config.ffn_dim} neurons cannot be split evenly.")
+    # Only reached in a worker whose front end did not run `update_engine`: its scheduler already counts on the cache.
     if settings.apply_to == "all" and cache.enable_prefix_caching:
         refuse("enable_prefix_caching", True, 'with apply_to="all" every prompt token must be scored.')
     # The default cudagraph mode (None) is resolved later; the workers check again.
@@ -99,7 +103,8 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
     parallel = vllm_config.parallel_config
     if not parallel.worker_extension_cls:
         parallel.worker_extension_cls = "vllm_dejavu.metrics.WorkerExtension"
-    if settings.apply_to == "all":
+    if settings.apply_to == "all" and vllm_config.cache_config.enable_prefix_caching:
+        logger.info('dejavu: apply_to="all" scores every prompt token, so prefix caching is turned off')
         vllm_config.cache_config.enable_prefix_caching = False
     if settings.apply_to == "all" or settings.measure or settings.mode in ("oracle", "random", "static"):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
