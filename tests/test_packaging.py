@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [p for d in ("vllm_dejavu", "kernels", "predictor_training", "tests", "benchmarks", "scripts") for p in sorted((ROOT / d).glob("*.py"))]
+FOLDERS = ("vllm_dejavu", "kernels", "predictor_training", "tests", "benchmarks", "scripts", "examples")
+SOURCES = [ROOT / "setup.py", *(p for d in FOLDERS for p in sorted((ROOT / d).rglob("*.py")))]
 
 
 def imports(path: Path) -> set[str]:
