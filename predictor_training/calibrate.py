@@ -146,10 +146,10 @@ class Calibrator:
 
     def __init__(
         self, opt: OptModel, mlp: list[FittedMlp], heads: list[FittedHeads], lookahead: dict[str, str], tokens: torch.Tensor,
-        *, budget: float, dtype: str, batch: int, state: Path, key: dict[str, Any], seed: int,
+        *, budget: float, dtype: str, batch: int, state: Path, key: dict[str, Any],
     ):  # fmt: skip
         self.opt, self.mlp, self.heads, self.lookahead, self.tokens = opt, mlp, heads, lookahead, tokens
-        self.budget, self.dtype, self.batch, self.seed = budget, dtype, batch, seed
+        self.budget, self.dtype, self.batch = budget, dtype, batch
         self.state, self.key = state, json.dumps(key, sort_keys=True)
         # Candidates are compared with the dense run on the same tokens, so a part of the text tells them apart.
         self.probe = tokens[: max(1, min(len(tokens), PROBE_TOKENS // tokens.shape[1]))]

@@ -106,7 +106,7 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False) 
     heads = [fit_heads(moments, i) for i in range(len(opt.layers))]
     gates, record = Calibrator(
         opt, mlp, heads, config.lookahead, valid.tokens, budget=config.max_ppl_increase, dtype=config.dtype,
-        batch=config.batch, state=run_dir / "calibration.json", key=key, seed=config.seed,
+        batch=config.batch, state=run_dir / "calibration.json", key=key,
     ).run()  # fmt: skip
     specs = describe(opt, gates, valid.tokens, config.dtype, config.batch, config.seed)
     manifest = artifact.Manifest(

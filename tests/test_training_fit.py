@@ -115,7 +115,7 @@ def test_calibration_stays_inside_its_budget_and_uses_it(opt, tokens, tmp_path, 
     mlp = [fit_mlp(moments, i, x.fc1.weight.detach(), x.fc1.bias.detach(), 32) for i, x in enumerate(opt.layers)]
     heads = [fit_heads(moments, i) for i in range(len(opt.layers))]
     gates, record = Calibrator(
-        opt, mlp, heads, lookahead, tokens, budget=budget, dtype="float32", batch=5, state=tmp_path / "c.json", key={}, seed=0
+        opt, mlp, heads, lookahead, tokens, budget=budget, dtype="float32", batch=5, state=tmp_path / "c.json", key={}
     ).run()
     measured = Masked(opt, gates).nll(tokens, 5) - Masked(opt, {}).nll(tokens, 5)
     assert torch.tensor(measured).expm1() <= budget + 1e-6
