@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class OptModel:
     def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
         from transformers import AutoConfig
 
+        if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+            raise ValueError(f"Model {name}: no such directory, and not a hub id (ORG/NAME).")
         self.name = name
         self.config = AutoConfig.from_pretrained(name)
         support.map_architecture(self.config.architectures or [])

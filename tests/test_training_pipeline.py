@@ -160,6 +160,8 @@ def test_cli_reports_errors_in_one_line(model, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["train", "--model", model, "--data", str(empty), "--output", str(tmp_path / "file" / "x")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+    assert cli.main(["train", "--model", "/no/such/model", "--data", "self", "--output", str(tmp_path / "x")]) == 1
+    assert "Model /no/such/model: no such directory" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path)]) == 1
     assert "dejavu.json" in capsys.readouterr().err
 
