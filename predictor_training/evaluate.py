@@ -55,6 +55,9 @@ class EvaluateConfig:
             raise ValueError(f"--mode {self.mode!r} is unknown: expected one of {list(MODES)}.")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"--max-tokens {self.max_tokens} is too small: expected at least 2.")
+        for name, value in (("--prompts", self.prompts), ("--new-tokens", self.new_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} {value} is too small: expected at least 1.")
 
 
 def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
@@ -67,13 +70,21 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         parent = Path(json_path).absolute().parent
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise PermissionError(f"--json {json_path} cannot be written: {parent} is not a writable directory.")
+        if Path(json_path).is_dir():
+            raise IsADirectoryError(f"--json {json_path} is a directory: name a file.")
+    # Before the dense pass, not after it: a bad artifact must not cost the time that pass takes.
+    needs_artifact = config.mode != "dense" or config.predictor is not None
+    loaded = artifact.load(artifact.resolve(config.predictor, config.model)) if needs_artifact else None
     from transformers import AutoConfig, AutoTokenizer
 
     hf_config = AutoConfig.from_pretrained(config.model)
     seq_len = min(2048, hf_config.max_position_embeddings) - 1  # the engine wants room for one new token
     texts = [t for source in config.data for t in data.read_documents(source, config.field)]
+    if loaded is not None:
+        artifact.check_model(loaded.manifest, artifact.ModelSpec.from_hf_config(hf_config, config.model))
     tokens = data.tokenize(texts, AutoTokenizer.from_pretrained(config.model))
-    windows = data.pack(tokens, seq_len, hf_config.bos_token_id, max_tokens=config.max_tokens, seed=None)
+    # With --max-tokens the windows are drawn from the whole text: the first ones may all be of one document.
+    windows = data.pack(tokens, seq_len, hf_config.bos_token_id, max_tokens=config.max_tokens, seed=config.seed)
     prompts = _prompts(windows.tokens, config, seq_len)
     say(f"text: {windows.num_tokens:,} tokens in {len(windows.tokens)} windows; {len(prompts)} prompts x {config.new_tokens} new tokens")
 
@@ -93,7 +104,6 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     delta = (sparse_nll - dense_nll).mean(1)  # per window: the unit that is sampled
     # Standard error of exp(mean) - 1 by the delta method.
     error = float(delta.std() / math.sqrt(len(delta)) * delta.mean().exp()) if len(delta) > 1 else None
-    loaded = None if config.mode == "dense" and config.predictor is None else artifact.load(artifact.resolve(config.predictor, config.model))
     layers = counted["layers"]
     result = {
         "model": config.model, "mode": config.mode, "blocks": list(config.blocks), "data": [Path(d).name for d in config.data],
