@@ -6,13 +6,18 @@ import json
 import sys
 from pathlib import Path
 
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 COLUMNS = (
     ("mode", lambda r: r["mode"]),
     ("perplexity", lambda r: f"{r['sparse_ppl']:.2f}"),
     ("rise over dense", lambda r: f"{100 * r['ppl_increase']:+.2f}% ± {100 * (r['ppl_increase_stderr'] or 0):.2f}"),
     ("MLP density", lambda r: f"{r['mlp_density']:.4f}"),
-    ("truly active", lambda r: f"{r['oracle_mlp_density']:.4f}"),
-    ("MLP recall", lambda r: f"{r['mlp_recall']:.2f}"),
+    ("truly active", lambda r: number(r["oracle_mlp_density"], ".4f")),
+    ("MLP recall", lambda r: number(r["mlp_recall"], ".2f")),
     ("head density", lambda r: f"{r['head_density']:.3f}"),
     ("bytes density", lambda r: f"{r['bytes_density']:.2f}"),
     ("same most likely token", lambda r: f"{100 * r['teacher_forced_top1_agreement']:.0f}%"),

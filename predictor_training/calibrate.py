@@ -107,7 +107,8 @@ class Masked:
                 self.active[key] = self.active.get(key, 0) + int(truth(None).sum())
             return None
         x = states.gate_input(key[1], gate.lookahead)
-        mask = reference.select(gate.predictor.scores(x), torch.ones(len(x), dtype=torch.bool))
+        gate.predictor.to(x.device)
+        mask = reference.select(gate.predictor.scores(x), torch.ones(len(x), dtype=torch.bool, device=x.device))
         if self.measure:
             active = truth(gate)
             self.counts.setdefault(key, []).append(mask.sum(1))
@@ -334,6 +335,6 @@ def _dense_bytes(opt: OptModel, block: str) -> float:
 
 
 def _predictor_bytes(opt: OptModel, gate: Gate) -> float:
-    """Bytes of a gate's predictor, relative to one layer's MLP (both in 16 bits)."""
-    values = sum(t.numel() for name, t in gate.tensors.items() if name in ("down", "up", "weight"))
-    return values / (2 * opt.config.hidden_size * opt.config.ffn_dim)
+    """Bytes of a gate's predictor, relative to one layer's MLP in 16 bits."""
+    weights = [t for name, t in gate.tensors.items() if name in ("down", "up", "weight")]
+    return sum(t.numel() * t.element_size() / 2 for t in weights) / (2 * opt.config.hidden_size * opt.config.ffn_dim)

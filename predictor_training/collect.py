@@ -98,7 +98,7 @@ class Collector:
                 if count % save_every == 0:
                     self._save()
         self._save()
-        return Moments(self.sums, self.num_tokens)
+        return Moments({k: v.cpu() for k, v in self.sums.items()}, self.num_tokens)
 
     def _resume(self) -> None:
         if not self.checkpoint.is_file():
@@ -109,7 +109,7 @@ class Collector:
             metadata = f.metadata() or {}
         if metadata.get("key") != self.key:
             return
-        self.sums = load_file(self.checkpoint)
+        self.sums = load_file(self.checkpoint, device=str(self.opt.device))
         self.windows, self.num_tokens = int(metadata["windows"]), int(metadata["num_tokens"])
 
     def _save(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def _read(source: str, field: str) -> Iterator[str]:
     try:
         with opener(path, "rt", encoding="utf-8") as f:
             yield from _read_jsonl(f, source, field) if kind == ".jsonl" else _read_txt(f, source)
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as e:
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{source} is not UTF-8 text ({type(e).__name__}: {e}). Convert it, or name another file.") from e
 
 
@@ -97,7 +98,7 @@ def _read_jsonl(lines: Iterable[str], source: str, field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise DataError(f"{source}, line {number}: not JSON ({e}).") from e
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -190,6 +191,7 @@ def sample_from_model(model: Any, num_tokens: int, seq_len: int, bos: int, seed:
     eos = model.config.eos_token_id
     documents: list[list[int]] = []
     batch = 32
+    empty = 0
     while sum(map(len, documents)) < num_tokens:
         prompt = torch.full((batch, 1), bos, dtype=torch.long, device=model.device)
         out = model.generate(
@@ -200,6 +202,9 @@ def sample_from_model(model: Any, num_tokens: int, seq_len: int, bos: int, seed:
             end = row.index(eos) if eos in row else len(row)
             if end:
                 documents.append(row[:end])
+        empty = 0 if any(len(row) > 1 and row[1] != eos for row in out.tolist()) else empty + 1
+        if empty == 8:
+            raise DataError(f"The model ended {8 * batch} texts at their first token: it cannot write its own text. Name files with --data.")
         if progress is not None:
             progress.update(min(num_tokens, sum(map(len, documents))) - progress.n)
     return documents

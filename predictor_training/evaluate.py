@@ -152,6 +152,7 @@ def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
     try:
         if llm.model_config.architecture != "DejaVuOPTForCausalLM":
             raise RuntimeError(f"The engine resolved {llm.model_config.architecture}, not DejaVuOPTForCausalLM. Run: vllm-dejavu doctor")
+        llm.collective_rpc("dejavu_reset_metrics")  # some runners warm up with real steps
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from vllm_dejavu import support
@@ -57,8 +58,12 @@ class OptModel:
         self.config = AutoConfig.from_pretrained(name)
         support.map_architecture(self.config.architectures or [])
         support.check_hf_config(self.config)
-        # Read in the checkpoint's own dtype first: the fingerprint is taken from the values as stored.
-        model = OPTForCausalLM.from_pretrained(name, dtype="auto")
+        # In fp32, which holds any checkpoint exactly, so that the fingerprint is that of the values as stored: "auto" would
+        # follow the config, and some fp32 checkpoints come with a 16-bit config.
+        try:
+            model = OPTForCausalLM.from_pretrained(name, dtype=torch.float32)
+        except SafetensorError as e:
+            raise ValueError(f"Weights of {name} cannot be read ({e}); the file is damaged or cut short.") from e
         fingerprint = WeightsFingerprint()
         for key, tensor in model.state_dict().items():
             fingerprint.add(key, tensor)

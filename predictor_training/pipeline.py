@@ -1,7 +1,9 @@
 """collect -> fit -> calibrate -> artifact, in one resumable, reproducible run."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -61,10 +63,13 @@ class TrainConfig:
         for name, value, low, high in (
             ("valid_share", self.valid_share, 0.001, 0.9), ("max_tokens", self.max_tokens, 1, 10**12),
             ("valid_tokens", self.valid_tokens, 1, 10**10), ("batch", self.batch, 1, 10**6), ("seed", self.seed, 0, 2**31 - 1),
-            ("max_ppl_increase", self.max_ppl_increase, 0, 10), ("rank", self.rank or 1, 1, 10**6), ("seq_len", self.seq_len or 2, 2, 10**6),
+            ("max_ppl_increase", self.max_ppl_increase, 0, 10), ("rank", 1 if self.rank is None else self.rank, 1, 10**6), ("seq_len", 2 if self.seq_len is None else self.seq_len, 2, 10**6),
+            ("max_documents", 1 if self.max_documents is None else self.max_documents, 1, 10**12),
         ):  # fmt: skip
             if not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: expected {low} to {high}.")
+        if not self.output.strip():
+            raise ValueError("--output is empty: name a directory.")
         for flag, block, value in (("--mlp-lookahead", "mlp", self.mlp_lookahead), ("--head-lookahead", "attention", self.head_lookahead)):
             if value not in LOOKAHEADS[block]:
                 raise ValueError(f"{flag} {value!r} is unknown: expected one of {list(LOOKAHEADS[block])}.")
@@ -99,7 +104,14 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False) 
     key = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "device", "batch")}
     key |= {"fingerprint": opt.spec.fingerprint, "seq_len": seq_len, "rank": rank, "version": vllm_dejavu.__version__}
 
-    train, valid = load_text(config, opt, seq_len, run_dir, key)
+    try:
+        train, valid = load_text(config, opt, seq_len, run_dir, key)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # only if nothing is in it yet
+        raise
+    # What was measured on other text must not be resumed: files can change under their names.
+    key |= {"text": [hashlib.sha256(w.tokens.numpy().tobytes()).hexdigest() for w in (train, valid)]}
     say(f"text: {train.num_tokens:,} training tokens ({train.documents} documents), {valid.num_tokens:,} for calibration ({valid.documents})")
     moments = Collector(opt, config.lookahead, run_dir / "moments.safetensors", key).run(train.tokens, config.batch)
     mlp = [fit_mlp(moments, i, layer.fc1.weight.detach(), None if layer.fc1.bias is None else layer.fc1.bias.detach(), rank) for i, layer in enumerate(opt.layers)]
@@ -124,6 +136,8 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False) 
         },
         versions=versions(),
     )  # fmt: skip
+    if not gates:
+        say("warning: no gate fits the budget; the artifact keeps every block dense. Allow more with --max-ppl-increase or --rank.")
     tensors = {f"layers.{i}.{b}.{n}": t for (i, b), gate in gates.items() for n, t in gate.tensors.items()}
     saved = artifact.save(config.output, manifest, tensors, overwrite=overwrite)
     shutil.rmtree(run_dir, ignore_errors=True)

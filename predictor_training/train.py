@@ -60,7 +60,7 @@ def fit_mlp(moments: Moments, layer: int, fc1_weight: torch.Tensor, fc1_bias: to
         fc1_weight: [ffn, hidden]; fc1_bias: [ffn] or None. rank: of the predictor, at most hidden.
     """
     s, n = moments.layer(layer), moments.num_tokens
-    weight = fc1_weight.double()
+    weight = fc1_weight.double().cpu()
     m_mean = s["mlp_m_sum"] / n
     cov_m = _covariance(s["mlp_m"], s["mlp_m_sum"], s["mlp_m_sum"], n)
     if "mlp_x" in s:
@@ -69,7 +69,7 @@ def fit_mlp(moments: Moments, layer: int, fc1_weight: torch.Tensor, fc1_bias: to
         cov_xm = _covariance(s["mlp_xm"], s["mlp_x_sum"], s["mlp_m_sum"], n)
     else:
         x_mean, cov_x, cov_xm = m_mean, cov_m, cov_m
-    z_mean = weight @ m_mean + (0 if fc1_bias is None else fc1_bias.double())
+    z_mean = weight @ m_mean + (0 if fc1_bias is None else fc1_bias.double().cpu())
     z_var = ((weight @ cov_m) * weight).sum(1).clamp_min(1e-12)
 
     whitener = _inverse_sqrt(cov_x)
@@ -77,7 +77,7 @@ def fit_mlp(moments: Moments, layer: int, fc1_weight: torch.Tensor, fc1_bias: to
     rate = s["active"] / n
     importance = (rate * (1 - rate)).clamp_min(1e-4).sqrt() / z_var.sqrt()
     weighted = importance[:, None] * whitened
-    values, vectors = torch.linalg.eigh(weighted.T @ weighted)
+    _, vectors = torch.linalg.eigh(weighted.T @ weighted)
     basis = vectors[:, -rank:]  # [hidden, rank]
     up, down = whitened @ basis, basis.T @ whitener
     # Both factors are stored in 16 bits: give every row of `down` unit norm.

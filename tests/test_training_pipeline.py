@@ -195,3 +195,39 @@ def test_split_is_by_document(text):
     documents = list(data.read_documents(text))
     train, valid = data.split_documents(documents, 0.25, 0)
     assert len(train) + len(valid) == len(documents) == 8 and valid
+
+
+def test_changed_text_does_not_reuse_an_interrupted_run(model, tmp_path, monkeypatch):
+    """The file kept its name: moments of the old text would be continued with windows of the new one."""
+    source = tmp_path / "prose.txt"
+    for words in ("the river rose in the night", "a carriage stood before the gate"):
+        source.write_text("\n\n".join(f"{words}, as it did in the year {n}. " * 40 for n in range(8)))
+        with monkeypatch.context() as m:
+            m.setattr(artifact, "save", lambda *a, **k: kill())
+            with pytest.raises(Killed):
+                pipeline.run(config(model, str(source), tmp_path / "resumed"))
+    resumed = pipeline.run(config(model, str(source), tmp_path / "resumed"))
+    assert resumed.digest == pipeline.run(config(model, str(source), tmp_path / "fresh")).digest
+
+
+@pytest.mark.parametrize(("flag", "value"), [("rank", 0), ("seq_len", 0), ("max_documents", 0)])
+def test_zero_is_not_taken_for_the_default(model, text, tmp_path, flag, value):
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} 0 is out of range"):
+        config(model, text, tmp_path / "x", **{flag: value})
+
+
+def test_data_errors_leave_no_run_directory(model, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(data.DataError):
+        pipeline.run(config(model, str(tmp_path / "empty.txt"), tmp_path / "x"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt"]
+
+
+def test_fingerprint_of_an_fp32_checkpoint_with_a_16_bit_config(tmp_path):
+    """transformers would read it in 16 bits; vLLM fingerprints the values as stored."""
+    from vllm_dejavu.predictor_training.hf_opt import OptModel
+
+    directory = tiny.make_opt(tmp_path / "m")
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | {"dtype": "float16"}))
+    assert OptModel(str(directory)).spec.fingerprint == tiny.fingerprint_of(directory)

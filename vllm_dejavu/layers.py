@@ -29,6 +29,10 @@ from vllm_dejavu.predictor import Predictor
 Recorder = Callable[[int, str, torch.Tensor | None, torch.Tensor | None], None]
 
 
+# Backends whose metadata holds max_query_len, seq_lens and num_actual_tokens.
+ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+
+
 class Gate(nn.Module):
     """Predictor, threshold and counters of one block on this rank.
 
@@ -48,7 +52,9 @@ class Gate(nn.Module):
         self.lookahead = "self" if settings.mode == "oracle" else spec.lookahead
         # Largest padded token count at which the calibrated union density stays below the crossover.
         over = [int(b) for b, d in spec.union_density.items() if d["mean"] > settings.crossover]
-        self.max_tokens = min(over) - 1 if over else None
+        measured = max(map(int, spec.union_density), default=None) if settings.crossover < 1 else None
+        # A union only grows with the batch, so what lies beyond the measured sizes counts as over.
+        self.max_tokens = min(over) - 1 if over else measured
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
         self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
@@ -182,7 +188,7 @@ class DejaVuMLP(_GatedBlock):
         else:
             mask = self.gate.select(impl, gate_input, positions, valid)
         if not self.settings.measure:
-            self.gate.count(mask, valid)
+            self.gate.count(mask, valid, mask if self.settings.mode == "oracle" else None)
         return mask
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
@@ -244,6 +250,12 @@ class DejaVuSelfAttention(_GatedBlock):
         )
         self.attn.hidden_size = hidden
         self.attention_name = self.attn.layer_name
+        backend = self.attn.attn_backend.get_name()
+        if backend not in ATTENTION_BACKENDS:
+            raise ValueError(
+                f"model_impl='dejavu' does not support the attention backend {backend}: its metadata has no sequence lengths to "
+                f"decide by. Choose one of {list(ATTENTION_BACKENDS)} with --attention-backend."
+            )
         self.gate = None
         if gate is None:
             return

@@ -1,6 +1,6 @@
 """What the sparse path really did: counts kept on the device, read out on request.
 
-Counters are tensors, so that CUDA graphs can add to them; only a read-out (`snapshot`) brings them to the host.
+Counters are tensors, so that CUDA graphs can add to them; only a read-out brings them to the host.
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class WorkerExtension:
 
 
 def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the snapshots of all ranks into densities.
+    """Merge the read-outs of all ranks into densities.
 
     Args:
         ranks: one `dejavu_metrics()` result a worker, as `LLM.collective_rpc("dejavu_metrics")` returns them.

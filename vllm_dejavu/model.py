@@ -184,7 +184,6 @@ class DejaVuOPTDecoder(nn.Module):
         return hidden_states
 
 
-# The annotations name the dynamic tensors for torch.compile, so they must be types, not strings.
 @support_torch_compile(
     dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}
 )
@@ -275,7 +274,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         # Outside the compiled part: run by Python in eager and PIECEWISE steps, captured as one addition in FULL graphs.
         step = ops.current_step(self.first_attention, self.settings.apply_to)
         if step is not None:
-            reason = "mode_dense" if self.settings.mode == "dense" else step.reason
+            reason = step.reason if self.gates else "mode_dense"
             self.step_counters[metrics.STEP_REASONS.index(reason)] += 1
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -365,6 +364,8 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         if self.loaded is None:
             logger.info("dejavu: OPT served dense (mode='dense'), no predictors")
             return
+        if not self.gates:
+            logger.warning("dejavu: the artifact %s gates no block that is served here: every step runs dense", self.artifact_path)
         count = {b: sum(g.block == b for g in self.gates) for b in ("mlp", "attention")}
         size = sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers())
         logger.info(

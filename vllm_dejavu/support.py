@@ -78,6 +78,8 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
             "kv_transfer_config", vllm_config.kv_transfer_config.kv_connector,
             "the cache depends on mode and predictor artifact, which a connector's keys do not hold.",
         )  # fmt: skip
+    if getattr(cache, "kv_offloading_size", None):
+        refuse("kv_offloading_size", cache.kv_offloading_size, "offloaded blocks are found again by keys that do not hold mode and artifact.")
     heads, ranks = model.hf_config.num_attention_heads, parallel.tensor_parallel_size
     if heads % ranks or model.hf_config.ffn_dim % ranks:
         refuse("tensor_parallel_size", ranks, f"{heads} heads and {model.hf_config.ffn_dim} neurons cannot be split evenly.")
