@@ -33,7 +33,7 @@ class DejaVuConfig:
         row_exact: mask each row to its own neurons inside the batch's union, so that neighbours in a batch cannot
             change a request's result.
         blocks: which blocks are gated: `mlp`, `attention` or both.
-        crossover: a layer's MLP runs dense at batch sizes whose calibrated union density is above this; in (0, 1].
+        crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in (0, 1].
         measure: in sparse steps also compute every true activation, to count recall. Costs a dense fc1 per layer.
         seed: of the control mode `random`.
     """
