@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from torch import nn
 
-try:  # vLLM >= 0.27 has its own LayerNorm; same parameters, same result
+try:  # later versions have their own LayerNorm; same parameters, same result
     from vllm.model_executor.layers.layernorm import LayerNorm
 except ImportError:  # 0.26
     LayerNorm = nn.LayerNorm
@@ -12,10 +12,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
-TESTED_VLLM = (">=0.26", "<0.34")
-
 __all__ = [
-    "TESTED_VLLM",
     "Attention",
     "LayerNameType",
     "LayerNorm",
