@@ -1,0 +1,298 @@
+"""The launch-and-bytes model: bytes by hand, what must rise and fall, the design note's figures, the command line."""
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "roofline.py"
+sys.path.append(str(SCRIPT.parent))
+
+from roofline import (  # noqa: E402
+    DENSE_LAUNCHES,
+    DEVICES,
+    GEOMETRIES,
+    SPARSE_LAUNCHES,
+    Device,
+    Geometry,
+    Workload,
+    account,
+    main,
+    preset_densities,
+)
+
+H200 = DEVICES["h200"]
+TINY = Geometry("tiny", hidden=8, num_heads=2, num_layers=3, vocab=10, positions=6)
+# 1 GB/s reads 1e3 bytes in a microsecond.
+SLOW = Device("slow", bandwidth_gbs=1, memory_gb=1, link_gbs=1, launch_us=2, all_reduce_us=5)
+TINY_WORK = Workload(batch=2, context=3, mlp_density=0.25, head_density=0.5, survivors=0.5, predictor_rank=1)
+DESIGN = {
+    "6.7b": Workload(batch=1, context=1, mlp_density=0.10, head_density=0.5),
+    "30b": Workload(batch=1, context=1, mlp_density=0.08, head_density=0.4),
+}
+
+
+def parts(result):
+    return {name: (part.dense_bytes, part.sparse_bytes) for name, part in result.parts.items()}
+
+
+def test_bytes_by_hand():
+    """hidden 8, 2 heads, ffn 32, 2 sequences of 3 tokens, 16 bits; heads 0.5 each, union 1 - 0.5^2 = 0.75."""
+    result = account(TINY, SLOW, TINY_WORK)
+    assert parts(result) == {
+        "qkv": (384, 352),  # 3 x 128; K, V and 0.75 of Q
+        "KV write": (64, 64),  # 2 sequences x K and V of 8 x 2 bytes
+        "KV read": (192, 96),
+        "out_proj": (128, 96),
+        "fc1": (512, 128),
+        "fc2": (512, 64),  # half of the quarter
+        "predictor": (0, 112),  # 2 x (1 x 8 down + 32 x 1 up + 2 x 8 heads)
+    }
+    assert (result.dense_bytes, result.sparse_bytes) == (1792, 912)
+    assert result.dense_us == pytest.approx(1.792 + 20) and result.sparse_us == pytest.approx(0.912 + 20)
+    assert result.outer_bytes == 10 * 8 * 2 + 2 * 2 * 8 * 2  # lm_head; two rows of each embedding table
+    assert result.outer_us == pytest.approx(0.224 + 5 * 2)
+    assert result.sparse_step_us == pytest.approx(3 * 20.912 + 10.224)
+    assert result.step_speedup == pytest.approx((3 * 21.792 + 10.224) / (3 * 20.912 + 10.224))
+    assert result.need_gb * 1e9 == pytest.approx(3 * 12 * 64 * 2 + 16 * 8 * 2 + 3 * 192) and result.fits
+    assert result.dominant == "launches"
+    assert account(TINY, replace(SLOW, launch_us=0), TINY_WORK).dominant == "qkv"
+
+
+def test_tensor_parallel_by_hand():
+    """Weights, heads, neurons and cache halve; the predictor's down-projection does not; two all-reduces come on top."""
+    one, two = account(TINY, SLOW, TINY_WORK), account(TINY, SLOW, replace(TINY_WORK, tp=2))
+    for name in one.parts:
+        if name != "predictor":
+            assert parts(two)[name] == tuple(b / 2 for b in parts(one)[name]), name
+    assert two.parts["predictor"].sparse_bytes == 2 * (8 + (32 + 2 * 8) / 2)
+    # 2 rows x 8 x 2 bytes; a ring of two sends 2 x 1/2 of them at 1 GB/s.
+    assert one.all_reduce_us == 0 and two.all_reduce_us == pytest.approx(2 * (5 + 0.032))
+    assert two.dense_us == pytest.approx(one.dense_us - 0.896 + 2 * 5.032)
+    with pytest.raises(ValueError, match="tp=3 does not divide"):
+        account(TINY, SLOW, replace(TINY_WORK, tp=3))
+
+
+def test_a_mesh_of_two_has_one_link():
+    assert [DEVICES["mi300x"].group_gbs(tp) for tp in (2, 4, 8)] == [64, 192, 448]
+    assert H200.group_gbs(2) == H200.group_gbs(8) == 450
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("tp", [1, 4])
+def test_nothing_skipped_and_no_predictor_is_dense(name, tp):
+    result = account(
+        GEOMETRIES[name], H200, Workload(batch=8, mlp_density=1, head_density=1, predictor_rank=0, tp=tp)
+    )
+    assert all(part.dense_bytes == part.sparse_bytes for part in result.parts.values())
+    assert (result.speedup, result.step_speedup) == pytest.approx((1, 1))
+
+
+def test_ten_launches_each():
+    assert len(DENSE_LAUNCHES) == len(SPARSE_LAUNCHES) == Workload().dense_launches == Workload().sparse_launches == 10
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("mlp_density", (0.01, 0.1, 0.5, 1.0)),
+        ("head_density", (0.01, 0.1, 0.5, 0.99)),  # at 1 the head predictor goes
+        ("survivors", (0.0, 0.3, 1.0)),
+        ("predictor_rank", (0, 16, 1000)),
+        ("predictor_dtype_bytes", (0.5, 1, 2)),
+        ("sparse_launches", (5, 10, 16)),
+        ("batch", (1, 8, 64)),
+        ("context", (1, 256, 1920)),
+    ],
+)
+def test_more_work_takes_the_sparse_layer_longer(field, values):
+    times = [account(GEOMETRIES["6.7b"], H200, Workload(**{"batch": 4, field: value})).sparse_us for value in values]
+    assert times == sorted(set(times))
+
+
+def test_union_only_matters_where_weights_are_shared():
+    """One cache per sequence, one Q matrix for all: a wider union costs qkv and out_proj, not the KV read."""
+    low, high = (
+        account(GEOMETRIES["6.7b"], H200, Workload(batch=8, head_union_density=union)) for union in (0.5, 1.0)
+    )
+    grown = {name for name in low.parts if high.parts[name].sparse_bytes > low.parts[name].sparse_bytes}
+    assert grown == {"qkv", "out_proj"}
+    independent = Workload(batch=8, head_density=0.5).union_heads
+    assert Workload(batch=1, head_density=0.5).union_heads == 0.5 < independent == 1 - 0.5**8
+    everything = account(GEOMETRIES["6.7b"], H200, Workload(skip_projections=False))
+    assert everything.parts["out_proj"].sparse_bytes == everything.parts["out_proj"].dense_bytes
+    assert everything.parts["qkv"].sparse_bytes == everything.parts["qkv"].dense_bytes
+
+
+@pytest.mark.parametrize("head_density", [1e-6, 0.1, 0.5, 1.0])
+def test_k_and_v_are_always_paid(head_density):
+    result = account(GEOMETRIES["30b"], H200, Workload(head_density=head_density))
+    qkv, write = result.parts["qkv"], result.parts["KV write"]
+    assert qkv.sparse_bytes >= 2 / 3 * qkv.dense_bytes and write.sparse_bytes == write.dense_bytes
+
+
+def test_efficiency_slows_both_sides_alike():
+    """The ratio of bytes stands; with launches that do not scale, the speed-up moves towards it."""
+    for launch_us in (0, 3):
+        full, half = (
+            account(GEOMETRIES["6.7b"], replace(H200, efficiency=e, launch_us=launch_us), Workload()) for e in (1, 0.5)
+        )
+        assert half.speedup == pytest.approx(full.speedup) if launch_us == 0 else half.speedup > full.speedup
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_predictor_stays_in_its_budget(name):
+    geometry = GEOMETRIES[name]
+    for width in (1, 2):
+        rank = Workload(predictor_dtype_bytes=width).rank(geometry)
+        share = rank * (geometry.hidden + geometry.ffn) * width / (2 * geometry.hidden * geometry.ffn * 2)
+        assert 0.028 < share <= 0.03
+
+
+# The design note: dense layers of 84 us (6.7B) and 290 us (30B), and a speed-up for 10, 13 and 16 sparse launches. It
+# does not give its inputs beyond densities, 3 us and the predictor's 3%. What this model makes of it:
+#   84 us is 12 * 4096^2 weights of 2 bytes at 4.8 TB/s, without launches. 290 us is not: 30B's weights read in 257, and
+#   come to 287 with ten launches of 3 us. The two figures seem to be of two kinds.
+#   Speed-ups lie 1% below to 8% above the note's. At 3 us a launch these terms alone cannot give all six, whatever the
+#   bandwidth: the fall from 10 to 16 launches puts the note's dense layer at 147-156 us (6.7B) and 358-386 us (30B),
+#   while bytes and ten launches make 114 and 287. All six are met within 0.3% at 80% of the bandwidth with a further 17 us (6.7B) and
+#   25 us (30B) a layer on both sides. The note names no such term, so it is not built in; a measurement may show it.
+DESIGN_SPEEDUPS = [
+    # geometry, launches, the note's, this model's
+    ("6.7b", 10, 1.84, 1.954),
+    ("6.7b", 13, 1.66, 1.692),
+    ("6.7b", 16, 1.51, 1.493),
+    ("30b", 10, 2.45, 2.633),
+    ("30b", 13, 2.31, 2.432),
+    ("30b", 16, 2.19, 2.260),
+]
+
+
+@pytest.mark.parametrize(("name", "launches", "note", "model"), DESIGN_SPEEDUPS)
+def test_design_speedups(name, launches, note, model):
+    result = account(GEOMETRIES[name], H200, replace(DESIGN[name], sparse_launches=launches))
+    assert result.speedup == pytest.approx(model, abs=0.002)
+    assert -0.02 < result.speedup / note - 1 < 0.08
+
+
+def test_design_dense_layers():
+    small, large = (account(GEOMETRIES[name], H200, work) for name, work in DESIGN.items())
+    assert H200.read_us(small.dense_bytes) == pytest.approx(84, rel=0.01)
+    assert H200.read_us(large.dense_bytes) == pytest.approx(257, rel=0.01)
+    assert large.dense_us == pytest.approx(290, rel=0.015)
+
+
+@pytest.mark.parametrize(("launches", "model"), [(10, 2.129), (13, 1.996), (16, 1.878)])
+def test_projections_are_what_lifts_30b_over_two(launches, model):
+    """The note: under 2x without skipping Q and out_proj. Here that holds from 13 launches; with 10 it is 2.13x."""
+    work = replace(DESIGN["30b"], sparse_launches=launches)
+    result = account(GEOMETRIES["30b"], H200, replace(work, skip_projections=False))
+    assert result.speedup == pytest.approx(model, abs=0.002)
+    assert account(GEOMETRIES["30b"], H200, work).speedup > 1.18 * result.speedup
+
+
+@pytest.mark.parametrize(
+    ("name", "ceilings"),
+    [("6.7b", (1.94, 1.56, 1.17)), ("30b", (2.23, 1.86, 1.34)), ("66b", (2.31, 2.00, 1.41))],
+    ids=["6.7b", "30b", "66b"],
+)
+def test_byte_ceilings_worked_out_elsewhere(name, ceilings):
+    """Our survey of peers, independent of this script: bytes of a step, MLP only, rank-1000 predictor, batch 1, 8, 64."""
+    for batch, ceiling in zip((1, 8, 64), ceilings, strict=True):
+        work = Workload(
+            batch=batch, context=1, mlp_density=preset_densities(name, batch)[0], head_density=1, predictor_rank=1000
+        )
+        assert account(GEOMETRIES[name], replace(H200, launch_us=0), work).step_speedup == pytest.approx(ceiling, rel=0.015)
+
+
+def test_presets_say_where_they_come_from():
+    assert preset_densities("6.7b", 8) == (0.29, 0.5, "MLP Polar's table, heads assumed")
+    assert [preset_densities("30b", batch)[0] for batch in (1, 8, 64)] == [0.08, 0.21, 0.53]
+    assert preset_densities("13b", 8) == (0.29, 0.5, "assumed: 6.7b stands in")
+    between, _, source = preset_densities("30b", 4)
+    assert between == pytest.approx(0.08 + 2 / 3 * 0.13) and "interpolated" in source
+    assert preset_densities("66b", 1000)[0] == 0.64 and "batch 256" in preset_densities("66b", 1000)[2]
+    assert {name for name in GEOMETRIES if "stands in" in preset_densities(name, 1)[2]} == {"1.3b", "2.7b", "13b", "175b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("1.3b", 1.3e9), ("2.7b", 2.7e9), ("6.7b", 6.7e9), ("13b", 13e9), ("30b", 30e9), ("66b", 66e9), ("175b", 175e9)]
+)
+def test_geometries_have_the_parameters_of_their_name(name, parameters):
+    assert GEOMETRIES[name].num_weights == pytest.approx(parameters, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"mlp_density": 0}, "mlp_density"),
+        ({"head_density": 1.5}, "head_density"),
+        ({"batch": 0}, "batch"),
+        ({"survivors": -0.1}, "survivors"),
+        ({"sparse_launches": -1}, "sparse_launches"),
+        ({"batch": 8, "head_density": 0.5, "head_union_density": 0.4}, "head_union_density"),
+        ({"batch": 2, "head_density": 0.1, "head_union_density": 0.3}, "head_union_density"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_refuses(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Workload(**wrong)
+
+
+def test_summary_is_one_line_and_says_model():
+    line = account(GEOMETRIES["6.7b"], H200, Workload()).summary()
+    assert line.startswith("model: OPT-6.7B on H200") and "\n" not in line and "1.95x" in line and "launches" in line
+
+
+def test_command_line_needs_the_standard_library_only():
+    """-I -S: no site-packages, so neither torch nor vLLM can be imported."""
+    done = subprocess.run([sys.executable, "-I", "-S", str(SCRIPT)], capture_output=True, text=True, check=True)
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith("MODEL, not a measurement")
+    assert sum(line.startswith("OPT-") for line in rest) == 7 * 4 * 2
+    assert "DOES NOT FIT" in done.stdout and "stands in" in done.stdout
+
+
+def test_csv(tmp_path, capsys):
+    path = tmp_path / "model.csv"
+    main(["--geometry", "30b", "13b", "--batch", "1", "8", "--context", "256", "--launches", "13", "--csv", str(path)])
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and all(row["kind"] == "model" and row["sparse_launches"] == "13" for row in rows)
+    assert [row["batch"] for row in rows] == ["1", "8", "1", "8"] and "stands in" in rows[-1]["densities_from"]
+    expected = account(GEOMETRIES["30b"], H200, replace(DESIGN["30b"], context=256, sparse_launches=13))
+    assert float(rows[0]["layer_speedup"]) == pytest.approx(expected.speedup, abs=1e-4)
+    for side in ("dense", "sparse"):
+        stems = [column for column in rows[0] if column.endswith(f"_layer_{side}_bytes")]
+        total = sum(int(rows[0][column]) for column in stems)
+        assert len(stems) == 7 and total == pytest.approx(int(rows[0][f"layer_{side}_bytes"]), abs=7)
+
+
+def test_one_point_shows_its_parts_and_what_was_overridden(capsys):
+    main(["--geometry", "6.7b", "--batch", "1", "--context", "256", "--bandwidth-gbs", "2400", "--launch-us", "0", "--launches", "12"])
+    out = capsys.readouterr().out
+    assert "KV read" in out and "+2 not named" in out and "bandwidth_gbs 2400, launch_us 0" in out
+    assert "169.5 ->" in out  # 84.8 us at half the bandwidth, no launches
+
+
+def test_bad_input_ends_with_its_reason():
+    with pytest.raises(SystemExit, match="tp=3 does not divide"):
+        main(["--geometry", "6.7b", "--tp", "3"])
+
+
+def test_png(tmp_path, monkeypatch, capsys):
+    """A plot where matplotlib is installed, else a message that says so."""
+    command = ["--geometry", "6.7b", "--batch", "1", "8", "--png", str(tmp_path / "model.png")]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        main(command)
+        assert (tmp_path / "model.png").stat().st_size > 1000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="--png needs matplotlib"):
+        main(command)
