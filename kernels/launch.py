@@ -93,6 +93,8 @@ def buckets(kernel: str) -> tuple[int, ...]:
 
 # Multiprocessors assumed where there is none: the interpreter runs programs one after the other.
 INTERPRETED_SMS = 3
+# Workspace for larger predictors is taken as needed; 3% of OPT-175B's MLP bytes are rank 590.
+_MAX_RANK = 1024
 MAX_SPLITS = 32
 
 
@@ -138,22 +140,30 @@ class Workspace:
             self._semaphores[name] = torch.zeros(self.SEMAPHORES, dtype=torch.int32, device=device)
 
     @classmethod
-    def for_model(cls, device: torch.device, dtype: torch.dtype, num_tokens: int, ffn: int, hidden: int, rank: int, heads: int, head_size: int, max_len: int) -> Workspace:
-        """Room for decode steps of up to `num_tokens` rows."""
-        sizes = dict.fromkeys(("down", "down_partials", "activations", "fc2_partials", "attention"), 0)
-        for rows in {1, *(b for k in KERNELS for b in buckets(k)), num_tokens}:
-            rows = min(rows, num_tokens)
-            splits, blocks, fc2_splits = down_grid(rows, rank, heads, hidden, device), -(-hidden // tile("fc2", rows).k), fc2_grid(rows, hidden, device)
-            per = {
-                "down": rows * rank,
-                "down_partials": splits * rows * (rank + heads) if splits > 1 else 0,
-                "activations": ffn * rows,
-                "fc2_partials": fc2_splits * rows * hidden if fc2_splits > 1 else 0,
-                "attention": rows * heads * attention_splits(rows, heads, max_len, device) * (head_size + 2),
-            }
-            assert blocks <= cls.SEMAPHORES
-            sizes = {k: max(sizes[k], per[k]) for k in sizes}
-        return cls(device, {k: v for k, v in sizes.items() if v}, dtype)
+    def for_model(cls, device: torch.device, dtype: torch.dtype, num_tokens: int, ffn: int, head_size: int) -> Workspace:
+        """Room for decode steps of up to `num_tokens` rows.
+
+        Partial sums are bounded by what one wave of programs holds, since grids are cut to fill the chip once: a tile
+        (n x tokens, or columns x tokens) each.
+        """
+        sms = num_sms(device)
+
+        def wave(kernel: str, columns: str) -> int:
+            return max(t.per_sm * sms * getattr(t, columns) * t.tokens for t in _TILES[kernel].values())
+
+        attention = tile("attention", 1)
+        return cls(
+            device,
+            {
+                "down": num_tokens * _MAX_RANK,
+                "down_partials": wave("down", "n"),
+                "activations": ffn * num_tokens,
+                "fc2_partials": wave("fc2", "k"),
+                # rounding up the number of splits at most doubles a wave
+                "attention": 2 * attention.per_sm * sms * (head_size + 2),
+            },
+            dtype,
+        )
 
     def take(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Uninitialised memory, valid until the same name is asked for again."""

@@ -8,6 +8,7 @@ try:  # later versions have their own LayerNorm; same parameters, same result
 except ImportError:  # 0.26
     LayerNorm = nn.LayerNorm
 
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
@@ -17,6 +18,7 @@ __all__ = [
     "LayerNameType",
     "LayerNorm",
     "direct_register_custom_op",
+    "eager_break_during_capture",
     "encode_layer_name",
     "get_attention_context",
     "keep_plain_weight",

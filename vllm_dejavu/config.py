@@ -35,6 +35,8 @@ class DejaVuConfig:
         blocks: which blocks are gated: `mlp`, `attention` or both.
         crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in (0, 1].
         measure: in sparse steps also compute every true activation, to count recall. Costs a dense fc1 per layer.
+        overlap: predict neurons on a side stream, beside the attention (GPU; gates whose lookahead is not `self`). Saves
+            latency, not bytes; off until measured.
         seed: of the control mode `random`.
     """
 
@@ -45,6 +47,7 @@ class DejaVuConfig:
     blocks: tuple[str, ...] = BLOCKS
     crossover: float = 1.0
     measure: bool = False
+    overlap: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +63,7 @@ class DejaVuConfig:
         _check_choice("apply_to", self.apply_to, APPLY_TO)
         _check_type("row_exact", self.row_exact, (bool,), "true or false")
         _check_type("measure", self.measure, (bool,), "true or false")
+        _check_type("overlap", self.overlap, (bool,), "true or false")
         if isinstance(self.blocks, str) or not isinstance(self.blocks, (list, tuple)):
             raise _error("blocks", self.blocks, f"a non-empty list out of {list(BLOCKS)}")
         object.__setattr__(self, "blocks", tuple(self.blocks))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +30,9 @@ from vllm_dejavu.predictor import Predictor
 Recorder = Callable[[int, str, torch.Tensor | None, torch.Tensor | None], None]
 
 
-# Backends whose metadata holds max_query_len, seq_lens and num_actual_tokens.
-ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+# Backends whose metadata holds max_query_len, seq_lens and num_actual_tokens, and whether our kernels can read their
+# cache: vLLM's CPU backend packs a block for its own instructions.
+ATTENTION_BACKENDS = {"CPU_ATTN": False, "FLASH_ATTN": True, "TRITON_ATTN": True}
 
 
 class Gate(nn.Module):
@@ -61,19 +63,17 @@ class Gate(nn.Module):
         self.register_buffer("counters", metrics.new_gate_counters(device), persistent=False)
         self.recorder: Recorder | None = None
 
-    def select(self, impl: ModuleType, x: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Mask [T, units], bool, of a mode that does not need the block's own weights."""
-        mode = self.settings.mode
-        if mode == "sparse":
-            return impl.select(self.predictor.scores(x), valid)
-        if mode == "static":
-            return self.static[None, :] & valid[:, None]
-        assert mode == "random", f"mode {mode} has no selection of its own"
-        chosen = selection.random_mask(positions, self.layer, self.unit_ids, self.spec.density["mean"], self.settings.seed)
-        return chosen & valid[:, None]
+    def select(self, positions: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
+        """Mask [T, units], bool, of the controls that need neither predictor nor the block's own weights."""
+        if self.settings.mode == "static":
+            chosen = self.static[None, :]
+        else:
+            assert self.settings.mode == "random", f"mode {self.settings.mode} has no selection of its own"
+            chosen = selection.random_mask(positions, self.layer, self.unit_ids, self.spec.density["mean"], self.settings.seed)
+        return chosen & (row_lens > 0)[:, None]
 
     def count(self, mask: torch.Tensor, valid: torch.Tensor, active: torch.Tensor | None = None) -> None:
-        """Add a step's selection to the counters, on the device."""
+        """Add a step's selection to the counters, where the kernels did not, and show it to the recorder."""
         selected = mask.sum()
         active_count = hit = selected.new_zeros(())
         if active is not None:
@@ -82,6 +82,9 @@ class Gate(nn.Module):
         read = mask.any(dim=0).sum()
         zero, one = selected.new_zeros(()), selected.new_ones(())
         self.counters += torch.stack([one, valid.sum(), selected, read, zero, active_count, hit])
+        self.observe(mask, valid)
+
+    def observe(self, mask: torch.Tensor, valid: torch.Tensor) -> None:
         if self.recorder is not None:
             self.recorder(self.layer, self.block, mask, valid)
 
@@ -92,6 +95,7 @@ class _GatedBlock(nn.Module):
     gate: Gate | None
     settings: DejaVuConfig
     attention_name: str
+    workspace: Any = None  # launch.Workspace where the kernels need one; set by the model
 
     def sparse_step(self, num_tokens: int) -> ops.Step | None:
         """The step if this block runs sparse in it, else None."""
@@ -111,7 +115,7 @@ class _GatedBlock(nn.Module):
         if gate.recorder is not None:
             gate.recorder(gate.layer, gate.block, None, None)
         if step.sparse:
-            rows = step.valid_rows(num_tokens, device).sum()
+            rows = (step.row_lens(num_tokens, device) > 0).sum()
             one, units = torch.ones_like(rows), torch.full_like(rows, self.units)
             gate.counters += torch.stack([one, rows, rows * units, units, units, 0 * rows, 0 * rows])
 
@@ -164,11 +168,35 @@ class DejaVuMLP(_GatedBlock):
         self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias)
         self.gate = Gate(*gate, "mlp", layer, self.units, settings)
         self.needs_row_mask = settings.masks_rows or settings.measure
+        self.pending: torch.cuda.Event | None = None  # a prediction under way on the side stream
+        self._rider: tuple[DejaVuSelfAttention, ...] = ()
         self.register(vllm_config, f"{prefix}.dejavu_mlp")
 
-    def choose(self, gate_input: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Neurons of this step; [T, hidden] -> (neuron_ids, num_selected, row_mask). May run before the attention."""
-        return ops.select_neurons(gate_input, positions, self.units, self.needs_row_mask, encode_layer_name(self.layer_name))
+    @property
+    def rider(self) -> DejaVuSelfAttention | None:
+        """The next layer's attention, if its head scores are computed in this predictor's launch."""
+        return self._rider[0] if self._rider else None
+
+    def carry(self, attention: DejaVuSelfAttention) -> None:
+        """Let a later layer's head predictor (lookahead `previous`) ride along. In a tuple: it is not our submodule."""
+        self._rider = (attention,)
+
+    def overlaps(self, device: torch.device) -> bool:
+        """Whether prediction runs on a side stream, beside the attention."""
+        return self.settings.overlap and self.gate.lookahead != "self" and device.type == "cuda"
+
+    def choose(self, gate_input: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor | None = None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """Neurons of this step, for `forward`, and the rider's head scores [T, heads] or None. May run before the attention.
+
+        Args:
+            gate_input: [T, hidden]. previous: residual in front of this MLP block; read by the rider.
+        """
+        rider = self.rider
+        ids, counts, row_mask, head_scores = ops.select_neurons(
+            gate_input, positions, None if rider is None else previous, self.units, 0 if rider is None else rider.units,
+            self.needs_row_mask or self.gate.recorder is not None, encode_layer_name(self.layer_name),
+        )  # fmt: skip
+        return (ids, counts, row_mask, gate_input), None if rider is None else head_scores
 
     def forward(self, x: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]; chosen: from `choose`, None for a dense layer."""
@@ -181,29 +209,43 @@ class DejaVuMLP(_GatedBlock):
 
     # Called from inside the ops:
 
-    def select(self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Mask [T, units]; in mode oracle `gate_input` is the MLP's own input."""
-        if self.settings.mode == "oracle":
-            mask = (impl.mlp_activations(gate_input, self.fc1.weight, self.fc1.bias) > 0) & valid[:, None]
+    def select(
+        self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, row_lens: torch.Tensor, with_row_mask: bool,
+        rider: DejaVuSelfAttention | None, previous: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """(neuron_ids, counts, row_mask, the rider's head scores or None); in mode oracle `gate_input` is the MLP's own input."""
+        mode, gate, measure = self.settings.mode, self.gate, self.settings.measure
+        if mode == "sparse":
+            p = gate.predictor
+            heads = None if rider is None else (previous, rider.gate.predictor.weight, rider.gate.predictor.bias)
+            chosen = impl.select_neurons(
+                gate_input, p.down, p.up, p.bias, row_lens, with_row_mask, heads, None if measure else gate.counters, self.workspace
+            )
+            if not measure and gate.recorder is not None:
+                gate.observe(chosen[2], row_lens > 0)
+            return chosen
+        if mode == "oracle":
+            mask = (impl.mlp_activations(gate_input, self.fc1.weight, self.fc1.bias) > 0) & (row_lens > 0)[:, None]
         else:
-            mask = self.gate.select(impl, gate_input, positions, valid)
-        if not self.settings.measure:
-            self.gate.count(mask, valid, mask if self.settings.mode == "oracle" else None)
-        return mask
+            mask = gate.select(positions, row_lens)
+        if not measure:
+            gate.count(mask, row_lens > 0, mask if mode == "oracle" else None)
+        return *impl.compact_union(mask), mask if with_row_mask else mask[:0].clone(), None
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's dense MLP without fc2's bias."""
         self.count_dense(x.shape[0], x.device)
         return reference.ACTIVATIONS[self.activation](self.fc1(x)[0]) @ self.fc2.weight
 
-    def sparse(self, impl: ModuleType, x: torch.Tensor, ids: torch.Tensor, num_selected: torch.Tensor, row_mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def sparse(self, impl: ModuleType, x: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, row_mask: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
         """This rank's sparse MLP without fc2's bias."""
         if self.settings.measure:
             active = impl.mlp_activations(x, self.fc1.weight, self.fc1.bias) > 0
-            self.gate.count(row_mask, valid, active)
-        survived = self.gate.counters.narrow(0, metrics.GATE_COUNTERS.index("survived"), 1)
+            self.gate.count(row_mask, row_lens > 0, active)
         mask = row_mask if self.settings.masks_rows else None
-        return impl.sparse_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, ids, num_selected, mask, self.activation, survived)
+        return impl.sparse_mlp(
+            x, self.fc1.weight, self.fc1.bias, self.fc2.weight, ids, counts, row_lens, mask, self.activation, self.gate.counters, self.workspace
+        )
 
 
 class DejaVuAttention(Attention):
@@ -251,6 +293,8 @@ class DejaVuSelfAttention(_GatedBlock):
         self.attn.hidden_size = hidden
         self.attention_name = self.attn.layer_name
         backend = self.attn.attn_backend.get_name()
+        self.reads_cache = ATTENTION_BACKENDS.get(backend, False)
+        self.max_model_len = vllm_config.model_config.max_model_len
         if backend not in ATTENTION_BACKENDS:
             raise ValueError(
                 f"model_impl='dejavu' does not support the attention backend {backend}: its metadata has no sequence lengths to "
@@ -263,7 +307,9 @@ class DejaVuSelfAttention(_GatedBlock):
         keep_plain_weight(self.out_proj)
         self.gate = Gate(*gate, "attention", layer, self.units, settings)
         self.threshold = gate[0].threshold
+        # True contributions of all heads are wanted: the stock attention computes them.
         self.needs_contributions = settings.measure or settings.mode == "oracle"
+        self.reads_cache = self.reads_cache and not self.needs_contributions
         self.register_buffer("grams", None, persistent=False)
         self.register(vllm_config, f"{prefix}.dejavu_attention")
 
@@ -284,30 +330,49 @@ class DejaVuSelfAttention(_GatedBlock):
 
     # Called from inside the ops:
 
-    def select(self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def select(self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
         """Scores [T, units]; +1 and -1 where a control decides. The oracle decides after the attention, so all are +1."""
         mode = self.settings.mode
         if mode == "sparse":
-            return self.gate.predictor.scores(gate_input).masked_fill_(~valid[:, None], -1.0)
+            return impl.score_heads(gate_input, self.gate.predictor.weight, self.gate.predictor.bias, row_lens, self.workspace)
         if mode == "oracle":
-            mask = valid[:, None].expand(-1, self.units)
-        else:
-            mask = self.gate.select(impl, gate_input, positions, valid)
-        return torch.where(mask, 1.0, -1.0)
+            return _scores_of((row_lens > 0)[:, None].expand(-1, self.units))
+        return _scores_of(self.gate.select(positions, row_lens))
+
+    def sparse_qkv(self, impl: ModuleType, x: torch.Tensor, head_scores: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
+        """[T, 3 * units * head_dim]: K and V of all heads, Q of those selected; counts the selection."""
+        proj = self.qkv_proj
+        return impl.sparse_qkv(x, proj.weight, proj.bias, head_scores, row_lens, self.head_dim, self.gate.counters, self.workspace)
+
+    def paged(self, impl: ModuleType, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, head_scores: torch.Tensor, output: torch.Tensor) -> None:
+        """Attention of the selected heads straight from the cache, projected into `output` [T, hidden]."""
+        if self.gate.recorder is not None:
+            self.gate.observe(head_scores > 0, seq_lens > 0)
+        attn = impl.paged_attention(
+            query, kv_cache, block_table, seq_lens, self.attn.impl.scale, head_scores, self.max_model_len, self.workspace
+        )
+        impl.sparse_out_proj(attn, self.out_proj.weight, head_scores, output, self.workspace)
 
     def project(self, attn: torch.Tensor) -> torch.Tensor:
         """Dense out_proj of this rank without bias: [T, units, head_dim] -> [T, hidden]."""
         self.count_dense(attn.shape[0], attn.device)
         return torch.nn.functional.linear(attn.flatten(1), self.out_proj.weight)
 
-    def sparse(self, impl: ModuleType, attn: torch.Tensor, head_scores: torch.Tensor, valid: torch.Tensor, output: torch.Tensor) -> None:
-        """Keep the selected heads of `attn` [T, units, head_dim] and project them into `output` [T, hidden]."""
-        mask, active = head_scores > 0, None
+    def sparse(self, impl: ModuleType, attn: torch.Tensor, head_scores: torch.Tensor, row_lens: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep the selected heads of `attn` [T, units, head_dim], computed for all, and project them into `output`."""
+        valid = row_lens > 0
         if self.needs_contributions:
             if self.grams is None:
                 self.grams = selection.head_grams(self.out_proj.weight, self.units)
             active = selection.head_contributions(attn, self.grams) > self.threshold
             if self.settings.mode == "oracle":
-                mask = active & valid[:, None]
-        self.gate.count(mask, valid, active)
-        output.copy_(impl.sparse_out_proj(impl.mask_heads(attn, mask), self.out_proj.weight, mask))
+                head_scores = _scores_of(active & valid[:, None])
+            self.gate.count(head_scores > 0, valid, active)
+        else:
+            self.gate.observe(head_scores > 0, valid)
+        impl.sparse_out_proj(impl.mask_heads(attn, head_scores), self.out_proj.weight, head_scores, output, self.workspace)
+
+
+def _scores_of(mask: torch.Tensor) -> torch.Tensor:
+    """Scores that select exactly a mask."""
+    return torch.where(mask, 1.0, -1.0)

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
+from vllm_dejavu.kernels.reference import COUNTERS
+
 # One int64 vector a gate. Units are neurons or heads of this rank.
-GATE_COUNTERS = (
-    "steps",  # sparse steps the gate took part in
-    "rows",  # valid rows in them
-    "selected",  # units selected, summed over rows (per token, before any union)
-    "read",  # units read, summed over steps (the union of the rows)
-    "survived",  # MLP: fc2 rows read, summed over steps (neurons that came out positive)
-    "active",  # truly active units, summed over rows; with `measure` or in oracle mode only
-    "hit",  # active units that were selected
-)
+#   steps: sparse steps the gate took part in; rows: valid rows in them
+#   selected: units selected, summed over rows (per token, before any union)
+#   read: units read, summed over steps (the union of the rows)
+#   survived: MLP: fc2 rows read, summed over steps (neurons that came out positive)
+#   active: truly active units, summed over rows; with `measure` or in oracle mode only; hit: those of them that were selected
+GATE_COUNTERS = (*COUNTERS, "active", "hit")
 # One int64 vector a model: sparse steps, then dense steps by reason.
 STEP_REASONS = ("sparse", "prefill_or_mixed", "piecewise_graph", "microbatched", "mode_dense")
 

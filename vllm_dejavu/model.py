@@ -6,7 +6,7 @@ a step, padded; hidden states are [T, hidden].
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -90,23 +90,41 @@ class DejaVuOPTDecoderLayer(nn.Module):
         )  # fmt: skip
         self.final_layer_norm = LayerNorm(config.hidden_size, elementwise_affine=affine)
 
+    def carries(self, later: DejaVuOPTDecoderLayer) -> bool:
+        """Whether this layer's MLP predictor scores the heads of the next layer too: one launch less.
+
+        Both read what is known in front of this layer's MLP: its input, and the residual the next layer calls `previous`.
+        """
+        gate, head_gate = self.mlp.gate, later.self_attn.gate
+        if gate is None or head_gate is None or gate.settings.mode != "sparse":
+            return False
+        return gate.lookahead == "self" and head_gate.lookahead == "previous"
+
     def forward(
-        self, hidden_states: torch.Tensor, previous: torch.Tensor | None, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the layer's output and the residual in front of its MLP (`previous` of the next layer)."""
+        self, hidden_states: torch.Tensor, previous: torch.Tensor | None, head_scores: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """One layer.
+
+        Args:
+            hidden_states: [T, hidden]. previous: residual in front of the MLP of the layer before, None in the first.
+            head_scores: [T, heads], if the layer before has scored them already.
+
+        Returns:
+            The layer's output, the next layer's `previous`, the next layer's `head_scores` or None.
+        """
         attn_gate, mlp_gate = self.self_attn.gate, self.mlp.gate
         residual = hidden_states
         if self.do_layer_norm_before:  # 125m, 1.3b, ... 175b; 350m normalises after each block
             hidden_states = self.self_attn_layer_norm(hidden_states)
         attn_input = hidden_states
 
-        head_scores = chosen = None
-        if attn_gate is not None:
+        chosen = next_scores = None
+        if attn_gate is not None and head_scores is None:
             x = gate_input(attn_gate.lookahead, block_input=attn_input, attn_input=attn_input, previous=previous)
             head_scores = self.self_attn.choose(x, positions)
         if mlp_gate is not None and mlp_gate.lookahead != "self":  # can run beside the attention
             x = gate_input(mlp_gate.lookahead, block_input=attn_input, attn_input=attn_input, previous=previous)
-            chosen = self.mlp.choose(x, positions)
+            chosen, _ = self.mlp.choose(x, positions)
 
         hidden_states = residual + self.self_attn(attn_input, head_scores)
         if not self.do_layer_norm_before:
@@ -117,11 +135,11 @@ class DejaVuOPTDecoderLayer(nn.Module):
             hidden_states = self.final_layer_norm(hidden_states)
         if mlp_gate is not None and mlp_gate.lookahead == "self":
             x = gate_input("self", block_input=hidden_states, attn_input=attn_input, previous=None)
-            chosen = self.mlp.choose(x, positions)
+            chosen, next_scores = self.mlp.choose(x, positions, previous)
         hidden_states = residual + self.mlp(hidden_states, chosen)
         if not self.do_layer_norm_before:
             hidden_states = self.final_layer_norm(hidden_states)
-        return hidden_states, previous
+        return hidden_states, previous, next_scores
 
 
 class DejaVuOPTDecoder(nn.Module):
@@ -150,6 +168,9 @@ class DejaVuOPTDecoder(nn.Module):
             lambda prefix: DejaVuOPTDecoderLayer(vllm_config, settings, gates, prefix),
             prefix=f"{prefix}.layers",
         )
+        for layer, later in pairwise(self.local_layers()):
+            if layer.carries(later):
+                layer.mlp.carry(later.self_attn)
 
     def local_layers(self) -> Iterable[DejaVuOPTDecoderLayer]:
         """Layers of this pipeline stage."""
@@ -171,9 +192,9 @@ class DejaVuOPTDecoder(nn.Module):
             assert intermediate_tensors is not None, "a later pipeline stage needs the hidden states of the one before"
             hidden_states = intermediate_tensors["hidden_states"]
 
-        previous = None
+        previous = head_scores = None
         for layer in self.local_layers():
-            hidden_states, previous = layer(hidden_states, previous, positions)
+            hidden_states, previous, head_scores = layer(hidden_states, previous, head_scores, positions)
 
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states})
@@ -232,6 +253,8 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
             # Reached without the front end's hook (a bare worker harness, hf_overrides): settle the same things here.
             support.update_engine(vllm_config, settings, self.loaded.digest)
 
+        if settings.mode != "dense":
+            support.add_capture_size(vllm_config)
         splitting_ops = vllm_config.compilation_config.splitting_ops
         if splitting_ops:
             splitting_ops.extend(op for op in ops.SPLITTING_OPS if op not in splitting_ops)
@@ -249,6 +272,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         self.register_buffer("weights_fingerprint", torch.zeros(32, dtype=torch.uint8))
         self.register_buffer("step_counters", metrics.new_step_counters(), persistent=False)
         layers = list(self.model.decoder.local_layers())
+        self._allocate_workspace(vllm_config, layers)
         self.gates = [g for layer in layers for g in (layer.self_attn.gate, layer.mlp.gate) if g is not None]
         self.first_attention = layers[0].self_attn.attention_name
         layers[0].self_attn.attn.after_loading = self.verify_fingerprint
@@ -359,6 +383,25 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         """Observe every selection; for tests on eager engines."""
         for gate in self.gates:
             gate.recorder = recorder
+
+    def _allocate_workspace(self, vllm_config: VllmConfig, layers: list[DejaVuOPTDecoderLayer]) -> None:
+        """Scratch memory of the Triton kernels, now, so that vLLM's memory profile counts it."""
+        device = torch.get_default_device()
+        mlps = [x.mlp for x in layers if x.mlp.gate is not None]
+        attentions = [x.self_attn for x in layers if x.self_attn.gate is not None]
+        if device.type != "cuda" or not (mlps or attentions):
+            return
+        from vllm_dejavu.kernels.launch import Workspace
+
+        workspace = Workspace.for_model(
+            torch.device("cuda", torch.cuda.current_device()),
+            vllm_config.model_config.dtype,
+            num_tokens=vllm_config.scheduler_config.max_num_seqs,
+            ffn=max((m.units for m in mlps), default=0),
+            head_size=max((a.head_dim for a in attentions), default=0),
+        )
+        for block in (*mlps, *attentions):
+            block.workspace = workspace
 
     def _announce(self) -> None:
         if self.loaded is None:

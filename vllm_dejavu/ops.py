@@ -6,6 +6,7 @@ forward context, as vLLM's own attention op does. What runs inside is chosen by 
 No `from __future__ import annotations` here: torch derives the ops' schemas from these signatures.
 """
 
+import functools
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,18 +16,34 @@ from torch.library import Library
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, get_forward_context
 
-from vllm_dejavu.compat import LayerNameType, direct_register_custom_op, get_attention_context, resolve_layer_name
+from vllm_dejavu.compat import (
+    LayerNameType,
+    direct_register_custom_op,
+    eager_break_during_capture,
+    get_attention_context,
+    resolve_layer_name,
+)
 from vllm_dejavu.kernels import reference
 
 _library = Library("dejavu", "FRAGMENT")
 
 
-def implementation(device: torch.device) -> ModuleType:
-    """The kernels for a device; every implementation has the signatures of `kernels.reference`.
+@functools.cache
+def implementation(device_type: str) -> ModuleType:
+    """The kernels for a kind of device; every implementation has the signatures of `kernels.reference`.
 
-    TODO: ends being a constant when the Triton (cuda) and native (cpu) kernels arrive.
+    TODO: "cpu" gets its own when the native kernels arrive.
     """
+    if device_type == "cuda":  # NVIDIA and AMD; imported here, so that a CPU installation needs no Triton
+        from vllm_dejavu.kernels import gpu
+
+        return gpu
     return reference
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
@@ -45,15 +62,13 @@ class Step:
     def sparse(self) -> bool:
         return self.reason == "sparse"
 
-    def valid_rows(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """[num_tokens], bool: False for rows that only pad the batch. Computed on the device."""
-        rows = torch.arange(num_tokens, device=device)
+    def row_lens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """[num_tokens], int32: 0 for rows that only pad the batch. vLLM's own buffer wherever that has the rows."""
         if self.metadata.max_query_len != 1:
-            return rows < self.metadata.num_actual_tokens
+            return (torch.arange(num_tokens, device=device) < self.metadata.num_actual_tokens).int()
         seq_lens = self.metadata.seq_lens[:num_tokens]
-        valid = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-        valid[: seq_lens.shape[0]] = seq_lens > 0
-        return valid
+        missing = num_tokens - seq_lens.shape[0]
+        return torch.nn.functional.pad(seq_lens, (0, missing)) if missing else seq_lens
 
 
 def current_step(attention_name: str, apply_to: str) -> Step | None:
@@ -85,51 +100,93 @@ def _block(layer_name: LayerNameType) -> Any:
 
 
 def _select_neurons(
-    gate_input: torch.Tensor, positions: torch.Tensor, units: int, with_row_mask: bool, layer_name: LayerNameType
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Neurons of this step: (neuron_ids [ffn] int32, num_selected [1] int32, row_mask [num_tokens or 0, ffn] bool)."""
-    block = _block(layer_name)
-    step = block.sparse_step(gate_input.shape[0])
+    gate_input: torch.Tensor,
+    positions: torch.Tensor,
+    previous: torch.Tensor | None,
+    units: int,
+    rider_units: int,
+    with_row_mask: bool,
+    layer_name: LayerNameType,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Neurons of this step and, riding along, the next layer's head scores.
+
+    Args:
+        gate_input: [num_tokens, hidden]. previous: what the next layer's head predictor reads, if it rides along.
+        units, rider_units: neurons; heads of the rider, 0 without one.
+
+    Returns:
+        neuron_ids [ffn] int32, counts [segments] int32, row_mask [num_tokens or 0, ffn] bool, head scores [num_tokens, rider_units].
+    """
+    block, num_tokens = _block(layer_name), gate_input.shape[0]
+    step = block.sparse_step(num_tokens)
+    rider = block.rider if rider_units and block.rider.sparse_step(num_tokens) is not None else None
+    empty = _select_neurons_fake(gate_input, positions, previous, units, rider_units, with_row_mask, layer_name)
+    impl = implementation(gate_input.device.type)
     if step is None:
-        return _select_neurons_fake(gate_input, positions, units, with_row_mask, layer_name)
-    impl = implementation(gate_input.device)
-    mask = block.select(impl, gate_input, positions, step.valid_rows(gate_input.shape[0], gate_input.device))
-    ids, num_selected = impl.compact_union(mask)
-    return ids, num_selected, mask if with_row_mask else mask[:0].clone()
+        if rider is None:
+            return empty
+        step = rider.sparse_step(num_tokens)
+        return *empty[:3], rider.select(impl, previous, positions, step.row_lens(num_tokens, gate_input.device))
+    row_lens = step.row_lens(num_tokens, gate_input.device)
+    if block.overlaps(gate_input.device):
+        # Beside the attention; `_mlp` waits. It also holds gate_input, so that its memory is not given away meanwhile.
+        main, side = torch.cuda.current_stream(), _side_stream(gate_input.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            ids, counts, mask, _ = block.select(impl, gate_input, positions, row_lens, with_row_mask, None, None)
+        block.pending = side.record_event()
+        return ids, counts, mask, empty[3]
+    ids, counts, mask, scores = block.select(impl, gate_input, positions, row_lens, with_row_mask, rider, previous)
+    return ids, counts, mask, empty[3] if scores is None else scores
 
 
 def _select_neurons_fake(
-    gate_input: torch.Tensor, positions: torch.Tensor, units: int, with_row_mask: bool, layer_name: LayerNameType
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    new, rows = gate_input.new_empty, gate_input.shape[0] if with_row_mask else 0
+    gate_input: torch.Tensor,
+    positions: torch.Tensor,
+    previous: torch.Tensor | None,
+    units: int,
+    rider_units: int,
+    with_row_mask: bool,
+    layer_name: LayerNameType,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    new, rows = gate_input.new_empty, gate_input.shape[0]
     return (
         new((units,), dtype=torch.int32),
-        new((1,), dtype=torch.int32),
-        new((rows, units), dtype=torch.bool),
+        new((-(-units // reference.SEGMENT),), dtype=torch.int32),
+        new((rows if with_row_mask else 0, units), dtype=torch.bool),
+        new((rows, rider_units), dtype=torch.float32),
     )
 
 
 def _mlp(
     x: torch.Tensor,
     neuron_ids: torch.Tensor,
-    num_selected: torch.Tensor,
+    counts: torch.Tensor,
     row_mask: torch.Tensor,
+    gate_input: torch.Tensor,
     layer_name: LayerNameType,
 ) -> torch.Tensor:
-    """MLP [num_tokens, hidden] -> [num_tokens, hidden] without fc2's bias: this rank's part of the sum."""
+    """MLP [num_tokens, hidden] -> [num_tokens, hidden] without fc2's bias: this rank's part of the sum.
+
+    gate_input: what the neurons were predicted from; not read here, but alive until here.
+    """
     block = _block(layer_name)
     step = block.sparse_step(x.shape[0])
     if step is None:
         return block.dense(x)
-    valid = step.valid_rows(x.shape[0], x.device)
-    return block.sparse(implementation(x.device), x, neuron_ids, num_selected, row_mask, valid)
+    if block.pending is not None:
+        torch.cuda.current_stream().wait_event(block.pending)
+        block.pending = None
+    row_lens = step.row_lens(x.shape[0], x.device)
+    return block.sparse(implementation(x.device.type), x, neuron_ids, counts, row_mask, row_lens)
 
 
 def _mlp_fake(
     x: torch.Tensor,
     neuron_ids: torch.Tensor,
-    num_selected: torch.Tensor,
+    counts: torch.Tensor,
     row_mask: torch.Tensor,
+    gate_input: torch.Tensor,
     layer_name: LayerNameType,
 ) -> torch.Tensor:
     return torch.empty_like(x)
@@ -143,8 +200,8 @@ def _select_heads(
     step = block.sparse_step(gate_input.shape[0])
     if step is None:
         return _select_heads_fake(gate_input, positions, units, layer_name)
-    valid = step.valid_rows(gate_input.shape[0], gate_input.device)
-    return block.select(implementation(gate_input.device), gate_input, positions, valid)
+    row_lens = step.row_lens(gate_input.shape[0], gate_input.device)
+    return block.select(implementation(gate_input.device.type), gate_input, positions, row_lens)
 
 
 def _select_heads_fake(
@@ -156,11 +213,11 @@ def _select_heads_fake(
 def _qkv(x: torch.Tensor, head_scores: torch.Tensor, output_size: int, layer_name: LayerNameType) -> torch.Tensor:
     """K and V of all heads, Q of the selected: [num_tokens, hidden] -> [num_tokens, 3 * heads * head_size]."""
     block = _block(layer_name)
+    step = block.sparse_step(x.shape[0])
     # What an unselected head would have contributed is measured with its true query.
-    if block.needs_contributions or block.sparse_step(x.shape[0]) is None:
+    if block.needs_contributions or step is None:
         return block.qkv_proj(x)[0]
-    proj = block.qkv_proj
-    return implementation(x.device).sparse_qkv(x, proj.weight, proj.bias, head_scores > 0)
+    return block.sparse_qkv(implementation(x.device.type), x, head_scores, step.row_lens(x.shape[0], x.device))
 
 
 def _qkv_fake(
@@ -169,6 +226,7 @@ def _qkv_fake(
     return x.new_empty((x.shape[0], output_size))
 
 
+@eager_break_during_capture
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -180,20 +238,23 @@ def _attention(
 ) -> None:
     """Attention over the paged cache and the output projection, into output [num_tokens, hidden] (no bias).
 
-    One op, so that a GPU kernel can fuse the merge of its splits with the projection. `kv_cache_dummy_dep` only
-    orders this op behind the cache update.
+    `kv_cache_dummy_dep` only orders this op behind the cache update.
     """
-    block = _block(layer_name)
+    block, num_tokens = _block(layer_name), query.shape[0]
     metadata, layer, kv_cache, _ = get_attention_context(block.attn.layer_name)
+    step = block.sparse_step(num_tokens)
+    if step is not None and block.reads_cache and metadata.max_query_len == 1 and metadata.seq_lens.shape[0] >= num_tokens:
+        impl = implementation(query.device.type)
+        block.paged(impl, query, kv_cache, metadata.block_table, metadata.seq_lens[:num_tokens], head_scores, output)
+        return
     # [num_tokens, heads, head_size]; rows that pad the batch are not written by the backend
-    attn = torch.zeros_like(query)
+    attn = torch.zeros_like(query, memory_format=torch.contiguous_format)
     layer.impl.forward(layer, query, key, value, kv_cache, metadata, output=attn)
-    step = block.sparse_step(query.shape[0])
     if step is None:
         output.copy_(block.project(attn))
         return
-    valid = step.valid_rows(query.shape[0], query.device)
-    block.sparse(implementation(query.device), attn, head_scores, valid, output)
+    row_lens = step.row_lens(num_tokens, query.device)
+    block.sparse(implementation(query.device.type), attn, head_scores, row_lens, output)
 
 
 def _attention_fake(

@@ -50,7 +50,6 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
         ValueError: naming the option, its value and the remedy.
     """
     from vllm.config import CUDAGraphMode
-    from vllm.platforms import current_platform
 
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
 
@@ -86,13 +85,27 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
     # Only reached in a worker whose front end did not run `update_engine`: its scheduler already counts on the cache.
     if settings.apply_to == "all" and cache.enable_prefix_caching:
         refuse("enable_prefix_caching", True, 'with apply_to="all" every prompt token must be scored.')
-    # The default cudagraph mode (None) is resolved later; the workers check again.
-    graphs = mode not in (None, CUDAGraphMode.NONE) and not model.enforce_eager
-    if settings.mode != "dense" and graphs and current_platform.is_cuda_alike():
-        refuse(
-            "cudagraph_mode", str(mode),
-            "this version has no GPU kernels yet; on a GPU it runs the PyTorch reference: pass --enforce-eager.",
-        )  # fmt: skip
+
+
+def add_capture_size(vllm_config: Any) -> None:
+    """Capture a graph for the largest batch of decoding requests; called in a worker, where vLLM has settled the sizes.
+
+    vLLM pads a decode step up to the next captured size but captures full decode graphs only up to max_num_seqs: when
+    that is not a captured size, the largest batches would fall to PIECEWISE graphs, which stay dense.
+    """
+    from vllm.config import CUDAGraphMode
+
+    config, largest = vllm_config.compilation_config, vllm_config.scheduler_config.max_num_seqs
+    sizes, mode = config.cudagraph_capture_sizes, config.cudagraph_mode
+    if not sizes or mode in (None, CUDAGraphMode.NONE):
+        return
+    if not mode.decode_mode() == CUDAGraphMode.FULL:
+        logger.warning("dejavu: cudagraph_mode=%s replays decode steps in piecewise graphs, which run dense; use FULL_AND_PIECEWISE", mode.name)
+        return
+    if largest > max(sizes):
+        logger.warning("dejavu: batches of more than %d requests run without a graph; raise max_cudagraph_capture_size to %d", max(sizes), largest)
+    elif largest not in sizes:
+        config.cudagraph_capture_sizes = sorted([*sizes, largest])
 
 
 def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None:
@@ -108,5 +121,14 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
     if settings.apply_to == "all" and vllm_config.cache_config.enable_prefix_caching:
         logger.info('dejavu: apply_to="all" scores every prompt token, so prefix caching is turned off')
         vllm_config.cache_config.enable_prefix_caching = False
+    from vllm.platforms import current_platform
+
+    attention = getattr(vllm_config, "attention_config", None)
+    if current_platform.is_cuda() and attention is not None and attention.backend is None and current_platform.has_device_capability(100):
+        # vLLM's first choice on Blackwell is FlashInfer, whose metadata and cache our kernels do not read.
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        attention.backend = AttentionBackendEnum.TRITON_ATTN
+        logger.info("dejavu: attention backend TRITON_ATTN (FlashInfer's cache layout is not supported)")
     if settings.apply_to == "all" or settings.measure or settings.mode in ("oracle", "random", "static"):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

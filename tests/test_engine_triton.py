@@ -1,0 +1,114 @@
+"""The Triton kernels in the real engine: paged attention on vLLM's own block tables, under the interpreter.
+
+A CPU attention backend with the GPU cache layout stands in for FlashAttention; everything else is the engine as served.
+The independent replay of test_engine_replay follows every step, so nothing here is compared with itself.
+"""
+from __future__ import annotations
+
+import pytest
+import torch
+from engine import Recorder, engine, metrics_of, model_of, random_prompt, run_requests
+from test_engine_replay import MIDWAY, MODEL, TWICE, assert_replayed, recomputed_tokens
+from vllm.platforms import current_platform
+from vllm.v1.attention import selector
+
+from vllm_dejavu import ops
+from vllm_dejavu.kernels import gpu, reference
+from vllm_dejavu.kernels.launch import Workspace
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stand-in; on a GPU the real backends run")
+
+
+@pytest.fixture
+def paged(monkeypatch):
+    """use(module): the engine's kernels, over a cache in the GPU layout."""
+    monkeypatch.setattr(
+        type(current_platform), "get_attn_backend_cls", classmethod(lambda *args, **kwargs: "paged_backend.PagedCpuBackend")
+    )
+    selector._cached_get_attn_backend.cache_clear()
+    calls = {}
+
+    def use(module):
+        class Counted:
+            """The module, counting what is called."""
+
+            def __getattr__(self, name):
+                calls[name] = calls.get(name, 0) + 1
+                return getattr(module, name)
+
+        monkeypatch.setattr(ops, "implementation", lambda device_type, counted=Counted(): counted)
+        return calls
+
+    yield use
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def record(model, artifact, arrivals, max_tokens, dejavu=None, **options):
+    """As test_engine_replay.record, with the scratch memory a GPU engine has.
+
+    A small cache: the interpreter copies every tensor that a kernel is given.
+    """
+    options = {"num_gpu_blocks_override": 16, **options}
+    with engine(model, dejavu={"predictor": artifact, **(dejavu or {})}, **options) as llm:
+        gates = [g for g in model_of(llm).modules() if hasattr(g, "sparse_step") and g.gate is not None]
+        workspace = Workspace.for_model(torch.device("cpu"), torch.float32, num_tokens=4, ffn=512, head_size=80)
+        for block in gates:
+            block.workspace = workspace
+        with Recorder(llm) as recorder:
+            tokens = run_requests(llm, arrivals, max_tokens)
+        return recorder.steps, tokens, metrics_of(llm)
+
+
+@pytest.mark.parametrize(
+    ("variant", "gates", "settings", "max_tokens"),
+    [
+        pytest.param({}, {}, {}, 10, id="self"),
+        pytest.param({}, {"attention": "previous"}, {}, 10, id="heads_ride_along"),
+        pytest.param({}, {"mlp": "attn_input", "attention": "previous"}, {"row_exact": True}, 8, id="attn_input_row_exact"),
+        pytest.param({"pre_ln": False, "embed_dim": 32}, {"attention": "previous"}, {}, 8, id="post_ln"),
+        pytest.param({"hidden": 160, "heads": 2}, {}, {}, 8, id="head_size_80"),
+    ],
+)
+def test_a_request_arriving_midway(variant, gates, settings, max_tokens, paged, opt, predictors):
+    """Sparse steps read the cache through the paged kernel; tokens and selections are the replay's, counts exact."""
+    calls = paged(gpu)
+    model = opt(**{**MODEL, **variant})
+    artifact = predictors(model, **gates)
+    steps, tokens, counted = record(model, artifact, MIDWAY, max_tokens, settings)
+    sparse = sum(s.sparse for s in steps)
+    assert calls["paged_attention"] == calls["sparse_out_proj"] == 3 * sparse, "attention did not go through the paged kernel"
+    if gates.get("attention") == "previous" and "mlp" not in gates:
+        assert calls["score_heads"] == sparse, "only layer 0 has a launch of its own for its heads"
+    assert_replayed(model, artifact, MIDWAY, steps, tokens, counted["steps"], row_exact=settings.get("row_exact", False))
+    for layer, entry in enumerate(counted["layers"]):
+        for block in ("mlp", "attention"):
+            if entry[block]["gated"]:
+                masks = [s.gates[layer, block][0] for s in steps if s.sparse]
+                assert entry[block]["steps"] == sparse
+                assert entry[block]["selected"] == sum(int(m.sum()) for m in masks)
+                assert entry[block]["read"] == sum(int(m.any(0).sum()) for m in masks)
+
+
+def test_preemption_and_prefix_hits(paged, opt, predictors):
+    """Blocks change hands: recomputed requests, shared prefixes and chunked prompts beside decoding ones."""
+    paged(gpu)
+    model = opt(**MODEL)
+    artifact = predictors(model, attention="previous")
+    arrivals = {0: {"a": TWICE[:40], "b": random_prompt(30)}, 6: {"c": TWICE[:32] + random_prompt(5), "d": random_prompt(1)}}
+    steps, tokens, counted = record(
+        model, artifact, arrivals, 40, max_num_batched_tokens=16, num_gpu_blocks_override=7, enable_prefix_caching=True
+    )
+    assert recomputed_tokens(steps) > 0, "nothing was preempted"
+    assert_replayed(model, artifact, arrivals, steps, tokens, counted["steps"])
+
+
+def test_the_reference_kernels_give_the_same_tokens_over_the_same_cache(paged, opt, predictors):
+    """Triton and reference over one layout: equal tokens, equal counts."""
+    model = opt(**MODEL)
+    artifact = predictors(model)
+    results = []
+    for module in (gpu, reference):
+        paged(module)
+        _, tokens, counted = record(model, artifact, MIDWAY, 10)
+        results.append((tokens, counted["steps"], counted["layers"]))
+    assert results[0] == results[1]
