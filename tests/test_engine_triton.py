@@ -8,13 +8,17 @@ from __future__ import annotations
 import pytest
 import torch
 from engine import Recorder, engine, metrics_of, model_of, random_prompt, run_requests
-from test_engine_replay import MIDWAY, MODEL, TWICE, assert_replayed, recomputed_tokens
+from test_engine_replay import TWICE, assert_replayed, first_positions, recomputed_tokens
 from vllm.platforms import current_platform
 from vllm.v1.attention import selector
 
 from vllm_dejavu import ops
 from vllm_dejavu.kernels import gpu, reference
 from vllm_dejavu.kernels.launch import Workspace
+
+# Small: under the interpreter a sparse step of one layer takes about 0.3 s.
+MODEL = {"layers": 2, "tied": False}
+ARRIVALS = {0: {"a": random_prompt(20), "b": random_prompt(33)}, 3: {"c": random_prompt(7), "d": random_prompt(1)}}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stand-in; on a GPU the real backends run")
 
@@ -60,26 +64,26 @@ def record(model, artifact, arrivals, max_tokens, dejavu=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("variant", "gates", "settings", "max_tokens"),
+    ("variant", "gates", "settings"),
     [
-        pytest.param({}, {}, {}, 10, id="self"),
-        pytest.param({}, {"attention": "previous"}, {}, 10, id="heads_ride_along"),
-        pytest.param({}, {"mlp": "attn_input", "attention": "previous"}, {"row_exact": True}, 8, id="attn_input_row_exact"),
-        pytest.param({"pre_ln": False, "embed_dim": 32}, {"attention": "previous"}, {}, 8, id="post_ln"),
-        pytest.param({"hidden": 160, "heads": 2}, {}, {}, 8, id="head_size_80"),
+        pytest.param({}, {}, {}, id="self"),
+        pytest.param({}, {"attention": "previous"}, {}, id="heads_ride_along"),
+        pytest.param({}, {"mlp": "attn_input", "attention": "previous"}, {"row_exact": True}, id="attn_input_row_exact"),
+        pytest.param({"pre_ln": False, "embed_dim": 32}, {"attention": "previous"}, {}, id="post_ln"),
+        pytest.param({"hidden": 160}, {}, {}, id="head_size_80"),
     ],
 )
-def test_a_request_arriving_midway(variant, gates, settings, max_tokens, paged, opt, predictors):
+def test_a_request_arriving_midway(variant, gates, settings, paged, opt, predictors):
     """Sparse steps read the cache through the paged kernel; tokens and selections are the replay's, counts exact."""
     calls = paged(gpu)
     model = opt(**{**MODEL, **variant})
     artifact = predictors(model, **gates)
-    steps, tokens, counted = record(model, artifact, MIDWAY, max_tokens, settings)
+    steps, tokens, counted = record(model, artifact, ARRIVALS, 6, settings)
     sparse = sum(s.sparse for s in steps)
-    assert calls["paged_attention"] == calls["sparse_out_proj"] == 3 * sparse, "attention did not go through the paged kernel"
+    assert calls["paged_attention"] == calls["sparse_out_proj"] == MODEL["layers"] * sparse, "attention did not go through the paged kernel"
     if gates.get("attention") == "previous" and "mlp" not in gates:
         assert calls["score_heads"] == sparse, "only layer 0 has a launch of its own for its heads"
-    assert_replayed(model, artifact, MIDWAY, steps, tokens, counted["steps"], row_exact=settings.get("row_exact", False))
+    assert_replayed(model, artifact, ARRIVALS, steps, tokens, counted["steps"], row_exact=settings.get("row_exact", False))
     for layer, entry in enumerate(counted["layers"]):
         for block in ("mlp", "attention"):
             if entry[block]["gated"]:
@@ -90,15 +94,16 @@ def test_a_request_arriving_midway(variant, gates, settings, max_tokens, paged, 
 
 
 def test_preemption_and_prefix_hits(paged, opt, predictors):
-    """Blocks change hands: recomputed requests, shared prefixes and chunked prompts beside decoding ones."""
+    """Blocks change hands: 5 blocks for three growing requests, one of which starts from another's cached block."""
     paged(gpu)
     model = opt(**MODEL)
     artifact = predictors(model, attention="previous")
-    arrivals = {0: {"a": TWICE[:40], "b": random_prompt(30)}, 6: {"c": TWICE[:32] + random_prompt(5), "d": random_prompt(1)}}
+    arrivals = {0: {"a": TWICE[:33], "b": random_prompt(61)}, 2: {"c": TWICE[:32] + random_prompt(3)}}
     steps, tokens, counted = record(
-        model, artifact, arrivals, 40, max_num_batched_tokens=16, num_gpu_blocks_override=7, enable_prefix_caching=True
+        model, artifact, arrivals, 8, num_gpu_blocks_override=6, max_model_len=96, enable_prefix_caching=True
     )
     assert recomputed_tokens(steps) > 0, "nothing was preempted"
+    assert first_positions(steps)["c"] == 32, "the prefix cache was not hit"
     assert_replayed(model, artifact, arrivals, steps, tokens, counted["steps"])
 
 
@@ -109,6 +114,6 @@ def test_the_reference_kernels_give_the_same_tokens_over_the_same_cache(paged, o
     results = []
     for module in (gpu, reference):
         paged(module)
-        _, tokens, counted = record(model, artifact, MIDWAY, 10)
+        _, tokens, counted = record(model, artifact, ARRIVALS, 6)
         results.append((tokens, counted["steps"], counted["layers"]))
     assert results[0] == results[1]

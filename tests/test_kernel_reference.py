@@ -14,7 +14,7 @@ NAN = float("nan")
 FUZZ = settings(max_examples=80, deadline=None, derandomize=True)
 
 # (tokens, hidden, units): odd sizes, one token, one neuron, and sizes that tile well.
-SIZES = [(1, 64, 256), (3, 37, 101), (5, 16, 1), (1, 1, 1), (8, 48, 192)]
+SIZES = [(1, 64, 256), (3, 37, 301), (5, 16, 1), (1, 1, 1), (8, 48, 192)]
 SIZE_IDS = ["one-token", "odd", "one-neuron", "all-one", "tiled"]
 DENSITIES = [0.0, 0.2, 1.0]
 DENSITY_IDS = ["none-selected", "some-selected", "all-selected"]
@@ -29,8 +29,20 @@ def rand_mask(*shape, density, seed=0):
 
 
 def poison(tensor, keep, dim=0):
-    """A copy with NaN at the indices of `dim` that are not kept."""
-    return tensor.clone().index_fill_(dim, (~keep).nonzero().flatten(), NAN)
+    """A copy with NaN at the indices of `dim` that are not kept, and behind its end."""
+    guarded = torch.cat([tensor, torch.full_like(tensor[:1], NAN)])
+    return guarded[:-1].index_fill_(dim, (~keep).nonzero().flatten(), NAN)
+
+
+def row_lens_of(valid):
+    """Lengths of rows, 0 where they only pad the batch."""
+    return torch.where(valid, torch.arange(1, len(valid) + 1, device=valid.device), 0).to(torch.int32)
+
+
+def scores_of(mask):
+    """Head scores that select `mask`: small positive ones, and among the others 0 and -0."""
+    size = torch.rand(mask.shape, generator=torch.Generator().manual_seed(6)).to(mask.device)
+    return torch.where(mask, size + 1e-6, torch.where(size < 0.3, -0.0, torch.where(size < 0.6, 0.0, -size)))
 
 
 # Scores and selection
@@ -46,9 +58,12 @@ def test_scores_are_the_predictors_matrix_products_in_fp32(tokens, hidden, units
     weight, bias = rand(units, hidden, seed=3, dtype=dtype, fan_in=hidden), rand(units, seed=4)
     low_rank = torch.einsum("th,rh,ur->tu", x.double(), down.double(), up.double()) + bias.double()
     linear = (x.double()[:, None, :] * weight.double()[None]).sum(2) + bias.double()
+    lens = torch.ones(tokens, dtype=torch.int32)
     for scores, expected in (
-        (reference.low_rank_scores(x, down, up, bias), low_rank), (reference.linear_scores(x, weight, bias), linear),
-    ):  # fmt: skip
+        (reference.low_rank_scores(x, down, up, bias), low_rank),
+        (reference.linear_scores(x, weight, bias), linear),
+        (reference.score_heads(x, weight, bias, lens), linear),
+    ):
         assert scores.dtype == torch.float32
         assert_close(scores, expected)
 
@@ -56,34 +71,70 @@ def test_scores_are_the_predictors_matrix_products_in_fp32(tokens, hidden, units
 def test_select_takes_positive_scores_of_valid_rows_only():
     """0 and -0 are not selected; a padded row selects nothing, whatever garbage its scores hold."""
     scores = torch.tensor([[1.0, 0.0, -0.0, -1.0, 1e-38], [1.0, 1.0, 1.0, 1.0, 1.0], [NAN, float("inf"), 1.0, 0.0, -1.0]])
-    got = reference.select(scores, torch.tensor([True, True, False]))
+    got = reference.select(scores, torch.tensor([7, 1, 0], dtype=torch.int32))
     assert got.tolist() == [[True, False, False, False, True], [True] * 5, [False] * 5]
 
 
-def plain_union(mask):
-    """Ids that any row selected, ascending, padded with the number of units."""
-    units = mask.shape[1]
-    found = [u for u in range(units) if any(row[u] for row in mask.tolist())]
-    return found + [units] * (units - len(found)), len(found)
+def test_score_heads_gives_minus_one_to_padded_rows():
+    """NaN in a padded row's input stays there; the other rows keep their scores."""
+    x, weight, bias = rand(3, 8), rand(5, 8, seed=1, fan_in=8), rand(5, seed=2)
+    valid = torch.tensor([True, False, True])
+    got = reference.score_heads(poison(x, valid), weight, bias, row_lens_of(valid))
+    assert got[1].tolist() == [-1.0] * 5
+    assert_close(got[valid], (x.double() @ weight.double().t() + bias.double())[valid])
+
+
+def plain_list(mask):
+    """The neuron list of the units that any row selected, segment by segment, and the units themselves."""
+    units, ids, counts = mask.shape[1], [], []
+    chosen = [u for u in range(units) if any(mask[:, u].tolist())]
+    for start in range(0, units, reference.SEGMENT):
+        end = min(units, start + reference.SEGMENT)
+        found = [u for u in chosen if start <= u < end]
+        ids += found + [units] * (end - start - len(found))
+        counts.append(len(found))
+    return ids, counts, chosen
+
+
+def check_list(mask, ids, counts):
+    expected_ids, expected_counts, chosen = plain_list(mask)
+    assert (ids.dtype, counts.dtype) == (torch.int32, torch.int32)
+    assert ids.tolist() == expected_ids and counts.tolist() == expected_counts
+    assert reference.listed(ids, counts).tolist() == chosen
 
 
 @FUZZ
-@given(st.data())
-def test_compact_union_lists_every_selected_unit_once_ascending(data):
-    """Exactly the units that some row selected, in order; the tail holds `units`; int32 throughout."""
-    tokens, units = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
-    mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=units, max_size=units), min_size=tokens, max_size=tokens)))
-    ids, num_selected = reference.compact_union(mask)
-    expected, count = plain_union(mask)
-    assert (ids.dtype, num_selected.dtype, num_selected.shape) == (torch.int32, torch.int32, (1,))
-    assert ids.tolist() == expected and num_selected.tolist() == [count]
+@given(tokens=st.integers(1, 6), units=st.integers(1, 300), density=st.floats(0, 1), seed=st.integers(0, 99))
+def test_compact_union_lists_every_selected_unit_once_ascending(tokens, units, density, seed):
+    """Exactly the units that some row selected, in order inside their segment; the tails hold `units`; int32 throughout."""
+    mask = rand_mask(tokens, units, density=density, seed=seed)
+    check_list(mask, *reference.compact_union(mask))
 
 
+@pytest.mark.parametrize("units", [1, 127, 128, 129, 256], ids=lambda n: f"{n}-units")
 @pytest.mark.parametrize("density", [0.0, 1.0], ids=["none-selected", "all-selected"])
-def test_compact_union_of_nothing_and_of_everything(density):
-    ids, num_selected = reference.compact_union(rand_mask(4, 33, density=density))
-    assert ids.tolist() == ([33] * 33 if density == 0 else list(range(33)))
-    assert num_selected.item() == 33 * density
+def test_compact_union_of_nothing_and_of_everything(density, units):
+    mask = rand_mask(4, units, density=density)
+    check_list(mask, *reference.compact_union(mask))
+
+
+@pytest.mark.parametrize("with_row_mask", [True, False], ids=["row-mask", "union"])
+@pytest.mark.parametrize("valid", [[True] * 4, [True, False, False, True], [False] * 4], ids=["no-padding", "padding", "all-padding"])
+def test_select_neurons_predicts_unites_and_counts(valid, with_row_mask):
+    """List, row mask and head scores equal plain math; padded rows (NaN) select nothing; counters add to what they held."""
+    valid = torch.tensor(valid)
+    x, down, up, bias = rand(4, 24), rand(5, 24, seed=1, fan_in=24), rand(200, 5, seed=2, fan_in=5), rand(200, seed=3) - 1
+    heads = poison(rand(4, 24, seed=4), valid), rand(3, 24, seed=5, fan_in=24), rand(3, seed=6)
+    mask = (torch.einsum("th,rh,ur->tu", x.double(), down.double(), up.double()) + bias.double() > 0) & valid[:, None]
+    counters = torch.full((5,), 100)
+    ids, counts, row_mask, scores = reference.select_neurons(
+        poison(x, valid), down, up, bias, row_lens_of(valid), with_row_mask, heads, counters
+    )
+    check_list(mask, ids, counts)
+    assert torch.equal(row_mask, mask if with_row_mask else mask[:0])
+    assert torch.equal(scores, reference.score_heads(*heads, row_lens_of(valid)))
+    assert counters.sub(100).tolist() == [1, int(valid.sum()), int(mask.sum()), int(mask.any(0).sum()), 0]
+    assert reference.select_neurons(x, down, up, bias, row_lens_of(valid))[3] is None
 
 
 # MLP
@@ -100,12 +151,14 @@ def mlp_inputs(tokens, hidden, units, dtype, with_bias=True):
     return x, fc1, rand(units, seed=2, dtype=dtype) if with_bias else None, rand(units, hidden, seed=3, dtype=dtype, fan_in=units)
 
 
-def poisoned_mlp(x, fc1, bias, fc2_t, mask, row_mask=None, **options):
-    """sparse_mlp with NaN in all that the union of `mask` leaves out."""
-    ids, num_selected = reference.compact_union(mask)
+def poisoned_mlp(x, fc1, bias, fc2_t, mask, row_mask=None, valid=None, **options):
+    """sparse_mlp with NaN in all that the union of `mask` leaves out, and in rows that are not valid."""
     keep = mask.any(0)
     bias = None if bias is None else poison(bias, keep)
-    return reference.sparse_mlp(x, poison(fc1, keep), bias, poison(fc2_t, keep), ids, num_selected, row_mask, **options)
+    valid = torch.ones(len(x), dtype=torch.bool) if valid is None else valid
+    return reference.sparse_mlp(
+        poison(x, valid), poison(fc1, keep), bias, poison(fc2_t, keep), *reference.compact_union(mask), row_lens_of(valid), row_mask, **options
+    )
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
@@ -137,21 +190,22 @@ def test_sparse_mlp_reads_fc2_only_where_a_neuron_came_out_positive():
     h = torch.nn.functional.linear(x, fc1, bias)
     alive = ((h > 0) & mask).any(0)
     assert 0 < alive.sum() < mask.any(0).sum(), "the test needs selected neurons that are off"
-    survived = torch.tensor([100])
-    ids, num_selected = reference.compact_union(mask)
-    out = reference.sparse_mlp(x, fc1, bias, poison(fc2_t, alive), ids, num_selected, mask, survived=survived)
+    counters = torch.full((5,), 100)
+    lens = torch.ones(3, dtype=torch.int32)
+    out = reference.sparse_mlp(x, fc1, bias, poison(fc2_t, alive), *reference.compact_union(mask), lens, mask, counters=counters)
     assert_close(out, dense_mlp(x, fc1, bias, fc2_t, mask))
-    assert survived.item() == 100 + int(alive.sum())
+    assert counters.sub(100).tolist() == [0, 0, 0, 0, int(alive.sum())]
 
 
-def test_sparse_mlp_row_of_a_padded_token_is_zero_under_a_row_mask():
-    """A padded row selects nothing: its result is 0 even where its input is NaN, and it adds nothing to its neighbours."""
+@pytest.mark.parametrize("row_exact", [False, True], ids=["union", "row-exact"])
+def test_sparse_mlp_row_of_a_padded_token_is_zero(row_exact):
+    """A padded row gives 0 even where its input is NaN, with a row mask or without, and adds nothing to its neighbours."""
     x, fc1, bias, fc2_t = mlp_inputs(3, 24, 60, torch.float32)
-    mask = rand_mask(3, 60, density=0.5) & torch.tensor([True, False, True])[:, None]
-    expected = dense_mlp(x, fc1, bias, fc2_t, mask)
-    out = poisoned_mlp(poison(x, mask.any(1)), fc1, bias, fc2_t, mask, mask)
+    valid = torch.tensor([True, False, True])
+    mask = rand_mask(3, 60, density=0.5) & valid[:, None]
+    out = poisoned_mlp(x, fc1, bias, fc2_t, mask, mask if row_exact else None, valid)
     assert out[1].eq(0).all()
-    assert_close(out, expected)
+    assert_close(out, dense_mlp(x, fc1, bias, fc2_t, mask if row_exact else mask.any(0) & valid[:, None]))
 
 
 @FUZZ
@@ -178,46 +232,48 @@ def test_mlp_activations_are_fp32_pre_activations(dtype, with_bias):
 
 # Attention
 
-# (tokens, heads, head_size): hidden is their product.
-HEADS = [(1, 4, 16), (3, 5, 20), (2, 1, 8), (4, 8, 32)]
-HEADS_IDS = ["one-token", "odd", "one-head", "tiled"]
+# (tokens, heads, KV heads, head_size): hidden is heads * head_size.
+HEADS = [(1, 4, 4, 16), (3, 5, 5, 20), (2, 1, 1, 8), (4, 8, 2, 32)]
+HEADS_IDS = ["one-token", "odd", "one-head", "grouped"]
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("density", DENSITIES, ids=DENSITY_IDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize(("tokens", "heads", "head_size"), HEADS, ids=HEADS_IDS)
-def test_sparse_qkv_computes_all_keys_and_values_and_the_selected_queries(tokens, heads, head_size, dtype, density, with_bias):
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_size"), HEADS, ids=HEADS_IDS)
+def test_sparse_qkv_computes_all_keys_and_values_and_the_selected_queries(tokens, heads, kv_heads, head_size, dtype, density, with_bias):
     """K and V equal the dense projection for every head and row; Q of heads that no row selected is 0 and its rows unread."""
-    hidden = heads * head_size
-    x, weight = rand(tokens, hidden, dtype=dtype), rand(3 * hidden, hidden, seed=1, dtype=dtype, fan_in=hidden)
-    bias = rand(3 * hidden, seed=2, dtype=dtype) if with_bias else None
+    hidden, size = heads * head_size, (heads + 2 * kv_heads) * head_size
+    x, weight = rand(tokens, hidden, dtype=dtype), rand(size, hidden, seed=1, dtype=dtype, fan_in=hidden)
+    bias = rand(size, seed=2, dtype=dtype) if with_bias else None
     mask = rand_mask(tokens, heads, density=density)
     dense = x.double() @ weight.double().t() + (bias.double() if with_bias else 0)
-    wanted = torch.tensor([row >= hidden or bool(mask[:, row // head_size].any()) for row in range(3 * hidden)])
-    out = reference.sparse_qkv(x, poison(weight, wanted), poison(bias, wanted) if with_bias else None, mask)
+    wanted = torch.tensor([row >= hidden or bool(mask[:, row // head_size].any()) for row in range(size)])
+    counters, lens = torch.full((5,), 100), torch.arange(tokens, dtype=torch.int32)  # one row of padding
+    bias = poison(bias, wanted) if with_bias else None
+    out = reference.sparse_qkv(x, poison(weight, wanted), bias, scores_of(mask), lens, head_size, counters)
     assert out.dtype == dtype
-    assert_close(out, dense * wanted)
+    assert_close(out, torch.where(wanted, dense, 0.0))
+    assert counters.sub(100).tolist() == [1, tokens - 1, int(mask.sum()), int(mask.any(0).sum()), 0]
 
 
 @pytest.mark.parametrize("density", DENSITIES, ids=DENSITY_IDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize(("tokens", "heads", "head_size"), HEADS, ids=HEADS_IDS)
-def test_masked_heads_through_out_proj_equal_a_sum_over_each_rows_heads(tokens, heads, head_size, dtype, density):
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_size"), HEADS, ids=HEADS_IDS)
+def test_masked_heads_through_out_proj_equal_a_sum_over_each_rows_heads(tokens, heads, kv_heads, head_size, dtype, density):
     """mask_heads then sparse_out_proj: per row the sum of its own heads' parts; NaN in other heads and columns is unseen."""
     hidden = heads * head_size
     attn, weight = rand(tokens, heads, head_size, dtype=dtype), rand(hidden, hidden, seed=1, dtype=dtype, fan_in=hidden)
     mask = rand_mask(tokens, heads, density=density)
-    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
-    for row in range(tokens):
-        for head in range(heads):
-            if mask[row, head]:
-                expected[row] += weight.double()[:, head * head_size : (head + 1) * head_size] @ attn[row, head].double()
-    masked = reference.mask_heads(torch.where(mask[:, :, None], attn, torch.full_like(attn, NAN)), mask)
+    expected = torch.einsum("tnd,hnd->th", (attn * mask[:, :, None]).double(), weight.double().unflatten(1, (heads, head_size)))
+    masked = reference.mask_heads(torch.where(mask[:, :, None], attn, NAN), scores_of(mask))
     assert masked.dtype == dtype and torch.equal(masked, attn * mask[:, :, None])
-    out = reference.sparse_out_proj(masked, poison(weight, mask.any(0).repeat_interleave(head_size), dim=1), mask)
+    weight = poison(weight, mask.any(0).repeat_interleave(head_size), dim=1)
+    out = reference.sparse_out_proj(masked, weight, scores_of(mask))
     assert out.dtype == dtype
     assert_close(out, expected)
+    output = torch.full_like(out, NAN)
+    assert reference.sparse_out_proj(masked, weight, scores_of(mask), output) is output and torch.equal(output, out)
 
 
 def paged_cache(keys, values, needed, block_size, layout):
@@ -229,23 +285,23 @@ def paged_cache(keys, values, needed, block_size, layout):
 
     Returns:
         kv_cache [num_blocks, kv_heads, block_size, 2 * head_size] by the layout's strides, block_table whose unused
-        entries point outside the cache.
+        entries name the block behind the cache's last, which holds NaN.
     """
     kv_heads, head_size = keys[0].shape[1:]
     counts = [-(-len(k) // block_size) for k in keys]
-    shuffled = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(5)).tolist()
+    num_blocks = sum(counts) + 2
+    shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5)).tolist()
     outer, inner = (kv_heads, block_size) if layout == "HND" else (block_size, kv_heads)
-    cache = torch.full((len(shuffled), outer, inner, 2 * head_size), NAN, dtype=keys[0].dtype)
+    cache = torch.full((num_blocks + 1, outer, inner, 2 * head_size), NAN, dtype=keys[0].dtype)
     cache = cache if layout == "HND" else cache.transpose(1, 2)
-    table = torch.full((len(keys), max(counts) + 1), torch.iinfo(torch.int32).max, dtype=torch.int32)
+    table = torch.full((len(keys), max(counts) + 1), num_blocks, dtype=torch.int32)
     for row, (k, v) in enumerate(zip(keys, values, strict=True)):
+        kv = torch.where(needed[row, :, None], torch.cat([k, v], 2), NAN).transpose(0, 1)
         for i in range(counts[row]):
             table[row, i] = shuffled.pop()
-        for position in range(len(k)):
-            block = cache[int(table[row, position // block_size])]
-            for head in needed[row].nonzero().flatten().tolist():
-                block[head, position % block_size] = torch.cat([k[position, head], v[position, head]])
-    return cache, table
+            part = kv[:, i * block_size : (i + 1) * block_size]
+            cache[int(table[row, i]), :, : part.shape[1]] = part
+    return cache[:-1], table
 
 
 def plain_attention(query, keys, values, scale, head_mask):
@@ -295,7 +351,7 @@ def check_paged_attention(layout, block_size, lengths, density, *, heads, kv_hea
     read = head_mask & torch.tensor(lengths, dtype=torch.bool)[:, None]
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     scale = head_size**-0.5
-    poisoned = torch.where(read[:, :, None], query, torch.full_like(query, NAN))
-    out = reference.paged_attention(poisoned, cache, table, seq_lens, scale, head_mask)
+    poisoned = torch.where(read[:, :, None], query, NAN)
+    out = reference.paged_attention(poisoned, cache, table, seq_lens, scale, scores_of(head_mask))
     assert out.dtype == dtype and out[~read].eq(0).all()
     assert_close(out, plain_attention(query, keys, values, scale, head_mask))
