@@ -14,7 +14,7 @@ FIELDS = [f.name for f in dataclasses.fields(DejaVuConfig)]
 def test_defaults():
     assert dataclasses.asdict(DejaVuConfig.from_dict({})) == {
         "predictor": None, "mode": "sparse", "apply_to": "decode", "row_exact": False, "blocks": ("mlp", "attention"),
-        "crossover": 1.0, "measure": False, "seed": 0,
+        "crossover": 1.0, "measure": False, "overlap": False, "seed": 0,
     }  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def test_defaults():
     [
         ("predictor", "some/dir"), ("predictor", None), ("mode", "dense"), ("mode", "oracle"), ("mode", "random"), ("mode", "static"),
         ("apply_to", "all"), ("row_exact", True), ("blocks", ["mlp"]), ("blocks", ["attention", "mlp"]), ("crossover", 0.3),
-        ("crossover", 1), ("measure", True), ("seed", 2**31 - 1),
+        ("crossover", 1), ("measure", True), ("overlap", True), ("seed", 2**31 - 1),
     ],
     ids=str,
 )  # fmt: skip
@@ -37,7 +37,7 @@ def test_allowed_values(key, value):
     [
         ("predictor", 3, "a path"), ("predictor", " ", "a path"), ("mode", "fast", "'oracle'"), ("mode", None, "'oracle'"),
         ("apply_to", "prefill", "'decode'"), ("row_exact", 1, "true or false"), ("row_exact", "yes", "true or false"),
-        ("measure", None, "true or false"), ("blocks", [], "'mlp'"), ("blocks", "mlp", "'mlp'"), ("blocks", ["mlp", "mlp"], "'mlp'"),
+        ("measure", None, "true or false"), ("overlap", 1, "true or false"), ("blocks", [], "'mlp'"), ("blocks", "mlp", "'mlp'"), ("blocks", ["mlp", "mlp"], "'mlp'"),
         ("blocks", ["heads"], "'attention'"), ("blocks", [["mlp"]], "'mlp'"), ("crossover", 0, "(0, 1]"), ("crossover", 1.01, "(0, 1]"),
         ("crossover", True, "(0, 1]"), ("crossover", float("nan"), "(0, 1]"), ("crossover", "1", "(0, 1]"), ("seed", -1, "[0, 2147483648)"),
         ("seed", 2**31, "[0, 2147483648)"), ("seed", 0.5, "[0, 2147483648)"), ("seed", True, "[0, 2147483648)"),

@@ -124,7 +124,7 @@ def test_compiled_is_eager(opt, predictors):
     model = opt(tied=False)
     results = []
     for eager in (True, False):
-        with engine(model, dejavu={"predictor": predictors(model)}, enforce_eager=eager) as llm:
+        with engine(model, dejavu={"predictor": predictors(model, attention="previous")}, enforce_eager=eager) as llm:
             tokens = generate(llm, list(PROMPTS.values()), NEW_TOKENS)
             counted = metrics_of(llm)
         results.append((tokens, counted["steps"], [(g["mlp"]["selected"], g["attention"]["selected"]) for g in counted["layers"]]))

@@ -47,17 +47,22 @@ def paged(monkeypatch):
     selector._cached_get_attn_backend.cache_clear()
 
 
+def give_workspace(model):
+    """The scratch memory that a model on a GPU allocates for itself."""
+    workspace = Workspace.for_model(torch.device("cpu"), torch.float32, num_tokens=4, ffn=640, head_size=80)
+    for block in model.modules():
+        if getattr(block, "gate", None) is not None:
+            block.workspace = workspace
+
+
 def record(model, artifact, arrivals, max_tokens, dejavu=None, **options):
-    """As test_engine_replay.record, with the scratch memory a GPU engine has.
+    """As test_engine_replay.record, with scratch memory as on a GPU.
 
     A small cache: the interpreter copies every tensor that a kernel is given.
     """
     options = {"num_gpu_blocks_override": 16, **options}
     with engine(model, dejavu={"predictor": artifact, **(dejavu or {})}, **options) as llm:
-        gates = [g for g in model_of(llm).modules() if hasattr(g, "sparse_step") and g.gate is not None]
-        workspace = Workspace.for_model(torch.device("cpu"), torch.float32, num_tokens=4, ffn=512, head_size=80)
-        for block in gates:
-            block.workspace = workspace
+        give_workspace(model_of(llm))
         with Recorder(llm) as recorder:
             tokens = run_requests(llm, arrivals, max_tokens)
         return recorder.steps, tokens, metrics_of(llm)
@@ -117,3 +122,54 @@ def test_the_reference_kernels_give_the_same_tokens_over_the_same_cache(paged, o
         _, tokens, counted = record(model, artifact, ARRIVALS, 6)
         results.append((tokens, counted["steps"], counted["layers"]))
     assert results[0] == results[1]
+
+
+# What a sparse step may dispatch beside the kernels: memory and views of it.
+NO_LAUNCH = {"empty", "empty_strided", "new_empty", "view", "slice", "select", "alias", "detach", "_unsafe_view", "unsqueeze", "transpose", "as_strided", "expand"}
+
+
+def test_a_sparse_layer_takes_seven_launches_of_ours(paged, opt, predictors, monkeypatch):
+    """Predict 2 (next layer's heads ride along), fc1, fc2, QKV, attention, out_proj; the ops around them launch nothing.
+
+    With vLLM's cache write and two fused additions + LayerNorms these are the 10 of the design.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+    from triton.runtime.interpreter import GridExecutor
+
+    launches, glue, number = [], [], {"step": 0}
+    run = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        launches.append((number["step"], self.fn.__name__))
+        with _disable_current_modes():
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+
+    class Inside(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            glue.append((number["step"], func._schema.name))
+            return func(*args, **(kwargs or {}))
+
+    class Outside(TorchDispatchMode):
+        """Runs our ops' bodies where `Inside` sees them."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            space, _, name = func._schema.name.partition("::")
+            if space != "dejavu":
+                return func(*args, **(kwargs or {}))
+            with Inside():
+                return getattr(ops, f"_{name}")(*args, **(kwargs or {}))
+
+    paged(gpu)
+    model = opt(**{**MODEL, "layers": 3})
+    with engine(model, dejavu={"predictor": predictors(model, attention="previous")}, num_gpu_blocks_override=16) as llm:
+        give_workspace(model_of(llm))
+        model_of(llm).register_forward_pre_hook(lambda *_: number.update(step=number["step"] + 1))
+        with Outside():
+            run_requests(llm, {0: {"a": random_prompt(20), "b": random_prompt(9)}}, 2)
+    assert not [n for s, n in launches if s == 1], "the prompts' step is dense"
+    mine = [n for s, n in launches if s == 2]
+    middle = ["_qkv_kernel", "_attention_kernel", "_out_proj_kernel", "_down_kernel", "_up_select_kernel", "_fc1_kernel", "_fc2_kernel"]
+    assert mine == ["_down_kernel", *middle * 3], "the first layer scores its own heads"
+    assert {n.removeprefix("aten::") for s, n in glue if s == 2} <= NO_LAUNCH

@@ -1,0 +1,44 @@
+"""The largest batch of decoding requests gets a CUDA graph of its own, or a warning says that it will run dense."""
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import CUDAGraphMode
+
+from vllm_dejavu import support
+
+
+def sizes_after(sizes, max_num_seqs, mode=CUDAGraphMode.FULL_AND_PIECEWISE):
+    compilation = SimpleNamespace(cudagraph_capture_sizes=list(sizes), cudagraph_mode=mode)
+    support.add_capture_size(SimpleNamespace(compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs)))
+    return compilation.cudagraph_capture_sizes
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY])
+def test_max_num_seqs_is_captured(mode, caplog):
+    """vLLM captures [.., 96, 104, ..] but full decode graphs only up to max_num_seqs: 97 to 100 requests would run piecewise."""
+    with caplog.at_level(logging.WARNING, logger="vllm.dejavu"):
+        assert sizes_after([1, 2, 4, 8, 96, 104, 200], 100, mode) == [1, 2, 4, 8, 96, 100, 104, 200]
+        assert sizes_after([1, 2, 4, 8], 8, mode) == [1, 2, 4, 8]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "mode", "warning"),
+    [
+        pytest.param(1024, CUDAGraphMode.FULL_AND_PIECEWISE, "more than 8 requests run without a graph", id="beyond_the_largest"),
+        pytest.param(6, CUDAGraphMode.PIECEWISE, "PIECEWISE replays decode steps in piecewise graphs, which run dense", id="piecewise"),
+    ],
+)
+def test_what_cannot_be_captured_is_said(max_num_seqs, mode, warning, caplog):
+    logging.getLogger("vllm.dejavu").propagate = True
+    with caplog.at_level(logging.WARNING, logger="vllm.dejavu"):
+        assert sizes_after([1, 4, 8], max_num_seqs, mode) == [1, 4, 8]
+    assert warning in caplog.text
+
+
+def test_without_graphs_nothing_happens():
+    assert sizes_after([], 7) == []
+    assert sizes_after([1, 8], 7, CUDAGraphMode.NONE) == [1, 8]
