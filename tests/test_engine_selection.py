@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from tolerances import relative_rms
 from vllm.forward_context import set_forward_context
 
+from vllm_dejavu.kernels import reference
+
 MODEL = {"hidden": 128, "heads": 4, "tied": False}
 LAYERS = 3
 PROMPTS = {name: random_prompt(9 * i + 5) for i, name in enumerate("abcd")}
@@ -64,8 +66,8 @@ class TestGivenTheSameInputs:
                 metadata = SimpleNamespace(max_query_len=1, num_actual_tokens=len(x), seq_lens=torch.tensor(seq_lens, dtype=torch.int32))
                 positions = torch.arange(len(x))
                 with set_forward_context({layer.self_attn.attention_name: metadata}, config), torch.no_grad():
-                    ids, count, mask = layer.mlp.choose(x, positions)
-                    return mask, ids[: int(count)], layer.self_attn.choose(x, positions)
+                    (ids, counts, mask, _), _ = layer.mlp.choose(x, positions)
+                    return mask, reference.listed(ids, counts), layer.self_attn.choose(x, positions)
 
             yield call
 
