@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_dejavu.kernels.reference import COUNTERS
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -41,20 +43,21 @@ _TILES: dict[str, dict[int, Tile]] = {
     },
     "up": {
         1: Tile(n=128, k=32, tokens=1, dot=False, warps=4, stages=3),
-        16: Tile(n=128, k=32, tokens=16, dot=True, warps=4, stages=3),
-        32: Tile(n=128, k=32, tokens=32, dot=True, warps=4, stages=3),
-        64: Tile(n=128, k=32, tokens=64, dot=True, warps=8, stages=2),
+        16: Tile(n=128, k=32, tokens=16, dot=True, warps=8, stages=3),
+        32: Tile(n=128, k=32, tokens=32, dot=True, warps=8, stages=3),
+        64: Tile(n=128, k=16, tokens=64, dot=True, warps=8, stages=2),
     },
     "fc1": {
         1: Tile(n=4, k=1024, tokens=1, dot=False, warps=4, stages=4, per_sm=2),
-        16: Tile(n=16, k=256, tokens=16, dot=True, warps=4, stages=4, per_sm=2),
-        32: Tile(n=32, k=128, tokens=32, dot=True, warps=4, stages=4, per_sm=2),
-        64: Tile(n=64, k=128, tokens=64, dot=True, warps=8, stages=4, per_sm=1),
+        16: Tile(n=16, k=256, tokens=16, dot=True, warps=8, stages=4, per_sm=2),
+        32: Tile(n=16, k=128, tokens=32, dot=True, warps=4, stages=4, per_sm=2),
+        64: Tile(n=32, k=128, tokens=64, dot=True, warps=8, stages=4, per_sm=1),
     },
     "fc2": {
-        1: Tile(n=8, k=512, tokens=1, dot=False, warps=4, stages=4, per_sm=2),
-        16: Tile(n=32, k=256, tokens=16, dot=True, warps=4, stages=4, per_sm=2),
-        32: Tile(n=32, k=256, tokens=32, dot=True, warps=8, stages=4, per_sm=2),
+        # the chain list -> activation -> weight takes up stages of its own
+        1: Tile(n=8, k=512, tokens=1, dot=False, warps=4, stages=7, per_sm=2),
+        16: Tile(n=32, k=256, tokens=16, dot=True, warps=4, stages=7, per_sm=2),
+        32: Tile(n=32, k=256, tokens=32, dot=True, warps=8, stages=7, per_sm=2),
         64: Tile(n=32, k=128, tokens=64, dot=True, warps=4, stages=4, per_sm=1),
     },
     "qkv": {
@@ -66,7 +69,7 @@ _TILES: dict[str, dict[int, Tile]] = {
     "out_proj": {
         1: Tile(n=16, k=0, tokens=1, dot=False, warps=4, stages=4),
         16: Tile(n=16, k=0, tokens=16, dot=True, warps=4, stages=4),
-        32: Tile(n=32, k=0, tokens=32, dot=True, warps=4, stages=4),
+        32: Tile(n=16, k=0, tokens=32, dot=True, warps=4, stages=4),
         64: Tile(n=32, k=0, tokens=64, dot=True, warps=4, stages=3),
     },
     # One row a program whatever the batch; per_sm: programs wanted on the chip, which sets the number of splits.
@@ -106,6 +109,11 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def padded_tokens(num_tokens: int) -> int:
+    """Columns of a neuron's activations: whole 32-byte pieces, so that they are read in wide loads."""
+    return num_tokens if num_tokens == 1 else -(-num_tokens // 16) * 16
+
+
 def attention_splits(num_tokens: int, heads: int, max_len: int, device: torch.device) -> int:
     """Pieces a sequence is cut in: enough programs for the chip, none shorter than two steps at full length.
 
@@ -136,7 +144,7 @@ class Workspace:
         }
         # Zero, and zero again after every launch (tiles.arrive); each kernel has its own, in case two streams run.
         self._semaphores: dict[str, torch.Tensor] = {}
-        for name in ("down", "fc2", "attention"):
+        for name in ("down", "heads", "fc2", "attention"):
             self._semaphores[name] = torch.zeros(self.SEMAPHORES, dtype=torch.int32, device=device)
 
     @classmethod
@@ -157,7 +165,8 @@ class Workspace:
             {
                 "down": num_tokens * _MAX_RANK,
                 "down_partials": wave("down", "n"),
-                "activations": ffn * num_tokens,
+                "heads_partials": wave("down", "n"),
+                "activations": ffn * padded_tokens(num_tokens),
                 "fc2_partials": wave("fc2", "k"),
                 # rounding up the number of splits at most doubles a wave
                 "attention": 2 * attention.per_sm * sms * (head_size + 2),
@@ -203,9 +212,9 @@ def workspace_for(workspace: Workspace | None, device: torch.device) -> Workspac
     return Workspace(device) if workspace is None else workspace
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 tiles are multiplied: exactly if the model is fp32; else only fp16 and bf16 values meet in fp32, exact in tf32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def precision(*dtypes: torch.dtype) -> str:
+    """How fp32 tiles are multiplied: exactly if an operand is fp32; else only fp16 and bf16 values meet in fp32, exact in tf32."""
+    return "ieee" if torch.float32 in dtypes else "tf32"
 
 
 def check(condition: bool, what: str, got: object) -> None:
@@ -219,3 +228,14 @@ def check_matrix(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...],
     check(good, f"{name} of shape {list(shape)}", list(tensor.shape))
     check(dtype is None or tensor.dtype == dtype, f"{name} of dtype {dtype}", tensor.dtype)
     check(tensor.stride(-1) == 1 or tensor.shape[-1] == 1, f"{name} contiguous in its last dimension", f"strides {tensor.stride()}")
+
+
+def check_counters(counters: torch.Tensor | None) -> None:
+    if counters is not None:
+        good = counters.dtype == torch.int64 and counters.dim() == 1 and counters.numel() >= len(COUNTERS) and counters.is_contiguous()
+        check(good, f"counters int64, contiguous, at least {len(COUNTERS)}", (counters.dtype, list(counters.shape), counters.stride()))
+
+
+def check_bias(name: str, bias: torch.Tensor | None, size: int) -> None:
+    if bias is not None:
+        check_matrix(name, bias, (size,))

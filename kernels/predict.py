@@ -137,14 +137,17 @@ def _launch_down(x: torch.Tensor, down: torch.Tensor | None, heads: tuple | None
     rank_blocks, token_blocks = -(-rank // t.n), -(-num_tokens // t.tokens)
     projected = workspace.take("down", num_tokens, rank) if rank else x
     scores = torch.empty(num_tokens, units, dtype=torch.float32, device=x.device) if units else x
-    partials = workspace.take("down_partials", splits, num_tokens, rank + units) if splits > 1 else x
+    # Heads scored on their own may run beside a predictor on the side stream: they share nothing with it.
+    name = "down" if rank else "heads"
+    partials = workspace.take(f"{name}_partials", splits, num_tokens, rank + units) if splits > 1 else x
     _down_kernel[(rank_blocks + -(-units // t.n), splits, token_blocks)](
         x, x.stride(0), x if down is None else down, projected, rank,
         head_x, head_x.stride(0), head_weight, head_bias, scores, units,
-        row_lens, partials, workspace.semaphores("down", (rank_blocks + -(-units // t.n)) * token_blocks),
+        row_lens, partials, workspace.semaphores(name, (rank_blocks + -(-units // t.n)) * token_blocks),
         num_tokens, hidden, span, rank_blocks,
         RANK=rank > 0, HEADS=units > 0, SPLITS=splits, BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot,
-        PRECISION=launch.precision(x.dtype), HEAD_PRECISION=launch.precision(x.dtype), STAGES=t.stages, num_warps=t.warps,
+        PRECISION=launch.precision(x.dtype, x.dtype if down is None else down.dtype),
+        HEAD_PRECISION=launch.precision(x.dtype, head_weight.dtype), STAGES=t.stages, num_warps=t.warps,
     )  # fmt: skip
     return projected if rank else None, scores if units else None
 
@@ -194,6 +197,7 @@ def select_neurons(
         _check_scored(heads[0], heads[1], "head weight", row_lens)
         check_matrix("head bias", heads[2], (heads[1].shape[0],), torch.float32)
         check(heads[0].shape == x.shape and heads[0].dtype == x.dtype, f"head input like x {list(x.shape)}", list(heads[0].shape))
+    launch.check_counters(counters)
     workspace = launch.workspace_for(workspace, x.device)
     projected, head_scores = _launch_down(x, down, heads, row_lens, workspace)
     segments = -(-ffn // SEGMENT)
@@ -206,6 +210,6 @@ def select_neurons(
         ffn, rank, num_tokens,
         SEGMENT=SEGMENT, ROW_MASK=with_row_mask, COUNT=counters is not None, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot,
         # the down-projection is fp32: three tf32 products keep what one would drop
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3", STAGES=t.stages, num_warps=t.warps,
+        PRECISION="ieee" if launch.precision(x.dtype, up.dtype) == "ieee" else "tf32x3", STAGES=t.stages, num_warps=t.warps,
     )  # fmt: skip
     return ids, counts, mask, head_scores

@@ -107,6 +107,10 @@ def sparse_qkv(
     check_matrix("weight", weight, (None, hidden), x.dtype)
     check(weight.is_contiguous() and out_size % head_size == 0, f"weight contiguous, rows a multiple of {head_size}", list(weight.shape))
     heads = head_scores.shape[1]
+    kv_heads = out_size // head_size - heads
+    check(kv_heads >= 2 and kv_heads % 2 == 0, f"weight with rows for Q of {heads} heads, and as many for K as for V", list(weight.shape))
+    launch.check_bias("bias", bias, out_size)
+    launch.check_counters(counters)
     _check_scores(head_scores, num_tokens, heads)
     check_matrix("row_lens", row_lens, (num_tokens,), torch.int32)
     t = launch.tile("qkv", num_tokens, x.dtype)

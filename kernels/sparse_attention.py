@@ -117,7 +117,7 @@ def paged_attention(
     check(kv_cache.shape[3] == 2 * head_size and kv_cache.stride(3) == 1, f"kv_cache [..., {2 * head_size}], contiguous there", list(kv_cache.shape))
     check(heads % kv_heads == 0, f"query heads a multiple of {kv_heads}", heads)
     check(block_table.dtype == torch.int32 and block_table.shape[0] >= num_tokens and block_table.stride(1) == 1, f"block_table int32, {num_tokens} rows", (block_table.dtype, list(block_table.shape)))
-    check(seq_lens.dtype == torch.int32 and seq_lens.shape[0] >= num_tokens, f"seq_lens int32, {num_tokens} rows", (seq_lens.dtype, list(seq_lens.shape)))
+    check(seq_lens.dtype == torch.int32 and seq_lens.shape[0] >= num_tokens and seq_lens.is_contiguous(), f"seq_lens int32, contiguous, {num_tokens} rows", (seq_lens.dtype, list(seq_lens.shape)))
     check_matrix("head_scores", head_scores, (num_tokens, heads), torch.float32)
     check(head_scores.is_contiguous(), "head_scores contiguous", head_scores.stride())
     workspace = launch.workspace_for(workspace, query.device)

@@ -23,12 +23,12 @@ from vllm_dejavu.kernels.reference import SEGMENT
 @triton.jit
 def _fc1_kernel(
     x_ptr, stride_x, w_ptr, bias_ptr, ids_ptr, counts_ptr, row_lens_ptr, row_mask_ptr,
-    list_ptr, total_ptr, h_ptr, num_tokens, hidden, ffn, num_segments,
+    list_ptr, total_ptr, h_ptr, stride_h, num_tokens, hidden, ffn, num_segments,
     SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, BIAS: tl.constexpr, ROW_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, token blocks). h: [neurons of the list, num_tokens]; list: [ffn], ascending; total: [1]."""
+    """Grid (programs, token blocks). h: [neurons of the list, stride_h], 0 beyond num_tokens; list: [ffn], ascending; total: [1]."""
     program, token_block = tl.program_id(0), tl.program_id(1)
     segment = tl.arange(0, SEGMENTS)
     counts = tl.load(counts_ptr + segment, mask=segment < num_segments, other=0)
@@ -58,15 +58,15 @@ def _fc1_kernel(
             offsets = tokens.to(tl.int64)[None, :] * ffn + neurons[:, None]
             keep &= tl.load(row_mask_ptr + offsets, mask=mask[:, None] & token_mask[None, :], other=0) > 0
         h = tl.where(keep, h, 0.0)
-        offsets = position.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-        tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask[:, None] & token_mask[None, :])
+        offsets = position.to(tl.int64)[:, None] * stride_h + tokens[None, :]
+        tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask[:, None] & (tokens < stride_h)[None, :])
         if token_block == 0:
             tl.store(list_ptr + position, neurons, mask=mask)
 
 
 @triton.jit
 def _fc2_kernel(
-    h_ptr, list_ptr, total_ptr, w_ptr, out_ptr, partial_ptr, semaphore_ptr, counters_ptr, num_tokens, hidden,
+    h_ptr, stride_h, list_ptr, total_ptr, w_ptr, out_ptr, partial_ptr, semaphore_ptr, counters_ptr, num_tokens, hidden,
     SPLITS: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -87,8 +87,8 @@ def _fc2_kernel(
         position = first + tl.arange(0, BLOCK_N)
         mask = position < end
         neurons = tl.load(list_ptr + position, mask=mask, other=0)
-        offsets = position.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-        h = tl.load(h_ptr + offsets, mask=mask[:, None] & token_mask[None, :], other=0.0)  # [BLOCK_N, BLOCK_T]
+        offsets = position.to(tl.int64)[:, None] * stride_h + tokens[None, :]
+        h = tl.load(h_ptr + offsets, mask=mask[:, None] & (tokens < stride_h)[None, :], other=0.0)  # [BLOCK_N, BLOCK_T]
         alive = tl.max((h > 0).to(tl.int32), 1) > 0
         w = tl.load(
             w_ptr + neurons.to(tl.int64)[:, None] * hidden + columns[None, :], mask=alive[:, None] & column_mask[None, :], other=0.0
@@ -110,8 +110,8 @@ def _fc2_kernel(
                 alive = tl.zeros([BLOCK_N], tl.int32)
                 for t in range(0, num_tokens, BLOCK_T):
                     others = t + tl.arange(0, BLOCK_T)
-                    offsets = position.to(tl.int64)[:, None] * num_tokens + others[None, :]
-                    h = tl.load(h_ptr + offsets, mask=(position < end)[:, None] & (others < num_tokens)[None, :], other=0.0)
+                    offsets = position.to(tl.int64)[:, None] * stride_h + others[None, :]
+                    h = tl.load(h_ptr + offsets, mask=(position < end)[:, None] & (others < stride_h)[None, :], other=0.0)
                     alive |= tl.max((h > 0).to(tl.int32), 1)
                 survived += alive
             tiles.count(counters_ptr, 4, tl.sum(survived, 0))
@@ -155,6 +155,8 @@ def sparse_mlp(
     for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight_t", fc2_weight_t)):
         check_matrix(name, weight, (ffn, hidden), x.dtype)
         check(weight.is_contiguous(), f"{name} contiguous", weight.stride())
+    launch.check_bias("fc1_bias", fc1_bias, ffn)
+    launch.check_counters(counters)
     check_matrix("neuron_ids", neuron_ids, (ffn,), torch.int32)
     check_matrix("counts", counts, (segments,), torch.int32)
     check_matrix("row_lens", row_lens, (num_tokens,), torch.int32)
@@ -163,13 +165,14 @@ def sparse_mlp(
         check(row_mask.is_contiguous(), "row_mask contiguous", row_mask.stride())
     workspace = launch.workspace_for(workspace, x.device)
     t = launch.tile("fc1", num_tokens, x.dtype)
-    h = workspace.take("activations", ffn, num_tokens, dtype=x.dtype)
+    stride_h = launch.padded_tokens(num_tokens)
+    h = workspace.take("activations", ffn, stride_h, dtype=x.dtype)
     end = -(-ffn // 16) * 16  # aligned for wide loads; the entry after the list is its length
     neuron_list = torch.empty(end + 1, dtype=torch.int32, device=x.device)
     total = neuron_list[end:]
     _fc1_kernel[(t.per_sm * launch.num_sms(x.device), -(-num_tokens // t.tokens))](
         x, x.stride(0), fc1_weight, fc1_weight if fc1_bias is None else fc1_bias, neuron_ids, counts, row_lens,
-        row_lens if row_mask is None else row_mask.view(torch.int8), neuron_list, total, h, num_tokens, hidden, ffn, segments,
+        row_lens if row_mask is None else row_mask.view(torch.int8), neuron_list, total, h, stride_h, num_tokens, hidden, ffn, segments,
         SEGMENT=SEGMENT, SEGMENTS=triton.next_power_of_2(segments), BIAS=fc1_bias is not None, ROW_MASK=row_mask is not None,
         BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot, PRECISION=launch.precision(x.dtype), STAGES=t.stages, num_warps=t.warps,
     )  # fmt: skip
@@ -179,7 +182,7 @@ def sparse_mlp(
     partials = workspace.take("fc2_partials", splits, num_tokens, hidden) if splits > 1 else out
     column_tiles = -(-hidden // t.k)
     _fc2_kernel[(column_tiles, splits, token_blocks)](
-        h, neuron_list, total, fc2_weight_t, out, partials, workspace.semaphores("fc2", column_tiles * token_blocks),
+        h, stride_h, neuron_list, total, fc2_weight_t, out, partials, workspace.semaphores("fc2", column_tiles * token_blocks),
         neuron_list if counters is None else counters, num_tokens, hidden,
         SPLITS=splits, COUNT=counters is not None, BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_H=t.k, DOT=t.dot,
         PRECISION=launch.precision(x.dtype), STAGES=t.stages, num_warps=t.warps,

@@ -15,7 +15,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b on tensor cores, fp32 accumulation. a: [M, K], b: [K, N], of one type."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:  # not just a further line: Triton compiles what follows a return in a static `if`
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -33,7 +34,8 @@ def multiply_add(acc, w, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
         x = x.to(tl.float32)
     if DOT:
         return dot(w, tl.trans(x), acc, PRECISION)
-    return acc + w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :]
+    else:
+        return acc + w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :]
 
 
 @triton.jit
@@ -41,7 +43,8 @@ def finish(acc, DOT: tl.constexpr):
     """The [N, T] result of `multiply_add` steps."""
     if DOT:
         return acc
-    return tl.sum(acc, 2)
+    else:
+        return tl.sum(acc, 2)
 
 
 @triton.jit

@@ -183,9 +183,9 @@ def sampled_documents(config: TrainConfig, opt: OptModel, seq_len: int, run_dir:
 
 
 def default_rank(hidden: int, ffn: int) -> int:
-    """Rank whose predictor takes BYTE_BUDGET of the MLP's bytes; at least 16 (small models name their own), a multiple of 8."""
+    """Rank whose predictor takes BYTE_BUDGET of the MLP's bytes; at least 16 (small models name their own), a multiple of 16 (wide loads)."""
     rank = BYTE_BUDGET * 2 * hidden * ffn / (hidden + ffn)
-    return max(16, int(rank) // 8 * 8)
+    return max(16, int(rank) // 16 * 16)
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,8 @@ class Predictor(torch.nn.Module):
     """Scorer of one gate; a unit (neuron or head) is selected when its score is positive.
 
     MLP: `score = up(down(x)) + bias`; attention: `score = weight(x) + bias`. The calibrated threshold is in the bias.
-    Tensors are non-persistent buffers: no loader of model weights can overwrite them, whatever the load format.
+    The rank is padded with zeros to a multiple of 16, so that kernels can read rows of `up` in 16-byte pieces. Tensors are
+    non-persistent buffers: no loader of model weights can overwrite them, whatever the load format.
 
     Args:
         tensors: as in the artifact: `bias`, `activation_rate` [units] fp32, and `down` [rank, hidden] and `up`
@@ -57,6 +58,9 @@ class Predictor(torch.nn.Module):
         for name, tensor in tensors.items():
             if name != "down" and size is not None:
                 tensor = tensor.narrow(0, start, size)
+            if name in ("down", "up"):
+                missing = -tensor.shape[0 if name == "down" else 1] % 16
+                tensor = torch.nn.functional.pad(tensor, (0, 0, 0, missing) if name == "down" else (0, missing))
             self.register_buffer(name, tensor.to(device=device, copy=True).contiguous(), persistent=False)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,618 @@
+"""The Triton kernels against the references; on a GPU if there is one, else under Triton's interpreter.
+
+Everything a kernel must not read holds NaN: unselected weights, other heads' KV, KV behind a sequence's end, blocks of
+nobody, inputs of rows that only pad the batch. Selections and counts are compared exactly; biases keep scores off 0.
+"""
+import contextlib
+import inspect
+import math
+from unittest.mock import MagicMock, patch
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_kernel_reference import DENSITIES, DENSITY_IDS, NAN, paged_cache, poison, row_lens_of, scores_of
+from test_kernel_reference import rand as cpu_rand
+from test_kernel_reference import rand_mask as cpu_rand_mask
+from tolerances import DTYPE_IDS, DTYPES, assert_close
+
+from vllm_dejavu.kernels import gpu, launch, predict, reference, sparse_attention, sparse_mlp
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# No shrinking: it takes minutes under the interpreter, and the sizes are small already.
+FUZZ = settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+# One token has kernels of its own; then each tile from both sides, and more tokens than the largest tile takes.
+TOKENS = [1, 2, 5, 16, 17, 33, 64, 70]
+some_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}-tokens")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+every_density = pytest.mark.parametrize("density", DENSITIES, ids=DENSITY_IDS)
+every_padding = pytest.mark.parametrize("padding", ["none", "some", "all"], ids=lambda name: f"padding-{name}")
+
+
+def rand(*shape, **options):
+    return cpu_rand(*shape, **options).to(DEVICE)
+
+
+def rand_mask(*shape, **options):
+    return cpu_rand_mask(*shape, **options).to(DEVICE)
+
+
+def rows(tokens, padding):
+    """Which rows hold a token."""
+    number = torch.arange(tokens, device=DEVICE)
+    return {"none": number >= 0, "some": number % 3 != 1, "all": number < 0}[padding]
+
+
+def new_counters(wanted=True):
+    return torch.arange(100, 106, device=DEVICE) if wanted else None  # one more than COUNTERS: callers may append
+
+
+def clear_bias(scores, density):
+    """A bias [units] that selects about a share `density` and leaves no score within 1e-4 of 0."""
+    if density in (0, 1):
+        return torch.full((scores.shape[1],), 50.0 if density else -50.0, device=DEVICE)
+    candidates = torch.linspace(-0.9, 0.1, 41, device=DEVICE) + math.log(density)
+    distance = (scores[:, :, None] + candidates).abs().amin(0)  # [units, candidates]
+    assert distance.amax(1).min() > 1e-4
+    return candidates[distance.argmax(1)]
+
+
+def multiprocessors(number):
+    """Grids as on a chip of this size; None: as they are."""
+    return contextlib.nullcontext() if number is None else patch.object(launch, "num_sms", lambda device: number)
+
+
+# Selection
+
+
+def check_select(
+    tokens, hidden=72, rank=17, ffn=300, dtype=torch.float32, predictor=None, density=0.3, padding="some", with_row_mask=True, heads=5,
+    counted=True, workspace=None, seed=0,
+):  # fmt: skip
+    """select_neurons against the reference; `predictor`: dtype of its weights, that of x unless given."""
+    kind = {"dtype": predictor or dtype}
+    valid = rows(tokens, padding)
+    x = rand(tokens, hidden, dtype=dtype, seed=seed)
+    down, up = rand(rank, hidden, seed=1, fan_in=hidden, **kind), rand(ffn, rank, seed=2, fan_in=rank, **kind)
+    bias = clear_bias(reference.low_rank_scores(x, down, up, torch.zeros(ffn, device=DEVICE)), density)
+    riding = None
+    if heads:
+        riding = poison(rand(tokens, hidden, seed=3, dtype=dtype), valid), rand(heads, hidden, seed=4, fan_in=hidden, **kind), rand(heads, seed=5)
+    found, expected = new_counters(counted), new_counters(counted)
+    args = poison(x, valid), down, up, bias, row_lens_of(valid), with_row_mask, riding
+    ids, counts, mask, scores = gpu.select_neurons(*args, found, workspace)
+    want_ids, want_counts, want_mask, want_scores = reference.select_neurons(*args, expected)
+    assert (ids.dtype, counts.dtype, mask.dtype) == (torch.int32, torch.int32, torch.bool)
+    assert torch.equal(counts, want_counts) and torch.equal(ids, want_ids) and torch.equal(mask, want_mask)
+    if density in (0, 1):
+        assert counts.sum() == (ffn if density and valid.any() else 0)
+    if counted:
+        assert torch.equal(found, expected)
+    if heads:
+        assert scores.dtype == torch.float32 and scores[~valid].eq(-1).all()
+        assert_close(scores, want_scores)
+    else:
+        assert scores is None
+
+
+@every_dtype
+@some_tokens
+def test_select_neurons_for_every_batch_size(tokens, dtype):
+    """The list, row mask, counters and head scores, with a row of padding in three; ffn ends inside a segment."""
+    check_select(tokens, dtype=dtype)
+
+
+@every_padding
+@every_density
+@pytest.mark.parametrize("tokens", [1, 4], ids=["one-token", "few-tokens"])
+def test_select_neurons_for_every_density_and_padding(tokens, density, padding):
+    check_select(tokens, density=density, padding=padding)
+
+
+@pytest.mark.parametrize("with_row_mask", [True, False], ids=["row-mask", "union"])
+@pytest.mark.parametrize("heads", [0, 3], ids=["alone", "with-heads"])
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
+@pytest.mark.parametrize("tokens", [1, 6], ids=["one-token", "few-tokens"])
+def test_select_neurons_does_what_is_asked_and_no_more(tokens, with_row_mask, heads, counted):
+    check_select(tokens, with_row_mask=with_row_mask, heads=heads, counted=counted)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("hidden", "rank", "ffn", "heads"), [(1, 1, 1, 1), (37, 3, 129, 33), (64, 32, 128, 1), (190, 65, 127, 4)], ids=["all-one", "odd", "tiled", "large"]
+)
+def test_select_neurons_for_every_size(hidden, rank, ffn, heads, dtype):
+    for tokens in (1, 5):
+        check_select(tokens, hidden=hidden, rank=rank, ffn=ffn, heads=heads, dtype=dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("tokens", [1, 5], ids=["one-token", "few-tokens"])
+def test_an_fp16_predictor_serves_every_model(tokens, dtype):
+    """Operands of two types meet in fp32."""
+    check_select(tokens, dtype=dtype, predictor=torch.float16)
+
+
+@every_dtype
+@pytest.mark.parametrize(("tokens", "heads"), [(2, 0), (5, 18), (70, 3)], ids=["alone", "with-heads", "two-token-blocks"])
+def test_down_projection_cut_in_pieces(tokens, heads, dtype):
+    """On a large chip the hidden size is divided too; the last piece is shorter."""
+    hidden = 7 * launch.tile("down", tokens).k + 3
+    for sms in (12, 132):
+        with multiprocessors(sms):
+            assert launch.down_grid(tokens, 20, heads, hidden, DEVICE) == (2 if sms == 12 and tokens == 70 else 3)
+            check_select(tokens, hidden=hidden, rank=20, ffn=40, heads=heads, dtype=dtype)
+
+
+@every_padding
+@every_dtype
+@pytest.mark.parametrize("tokens", [1, 5, 17, 70], ids=lambda n: f"{n}-tokens")
+def test_score_heads(tokens, dtype, padding):
+    """Alone, without a riding neuron predictor; -1 in padded rows."""
+    valid = rows(tokens, padding)
+    x, bias = poison(rand(tokens, 72, dtype=dtype), valid), rand(19, seed=2)
+    for kind in {dtype, torch.float16}:
+        args = x, rand(19, 72, seed=1, dtype=kind, fan_in=72), bias, row_lens_of(valid)
+        scores = gpu.score_heads(*args)
+        assert scores.dtype == torch.float32 and scores[~valid].eq(-1).all()
+        assert_close(scores, reference.score_heads(*args))
+
+
+# MLP
+
+
+def check_mlp(
+    tokens, hidden=72, ffn=300, dtype=torch.float32, density=0.3, padding="some", with_bias=True, row_exact=True, counted=True, workspace=None, seed=0
+):
+    """sparse_mlp against the reference, with NaN in fc2 rows of neurons that came out <= 0 in every row, too."""
+    valid = rows(tokens, padding)
+    x, fc1 = rand(tokens, hidden, dtype=dtype, seed=seed), rand(ffn, hidden, seed=seed + 1, dtype=dtype, fan_in=hidden)
+    bias = rand(ffn, seed=seed + 2, dtype=dtype) if with_bias else None
+    fc2_t = rand(ffn, hidden, seed=seed + 3, dtype=dtype, fan_in=ffn)
+    mask = rand_mask(tokens, ffn, density=density, seed=seed) & valid[:, None]
+    union = mask.any(0)
+    h = x.double() @ fc1.double().t() + (bias.double() if with_bias else 0)
+    alive = ((h > 0) & (mask if row_exact else union & valid[:, None])).any(0)
+    found, expected = new_counters(counted), new_counters(counted)
+    args = (
+        # every other padded row holds numbers: NaN alone would hide behind `h > 0`
+        poison(x, valid | (torch.arange(tokens, device=DEVICE) % 2 == 1)), poison(fc1, union), poison(bias, union) if with_bias else None, poison(fc2_t, alive),
+        *reference.compact_union(mask), row_lens_of(valid), mask if row_exact else None, "relu",
+    )  # fmt: skip
+    out = gpu.sparse_mlp(*args, found, workspace)
+    assert out.dtype == dtype and out[~valid].eq(0).all()
+    assert_close(out, reference.sparse_mlp(*args, expected))
+    if counted:
+        assert torch.equal(found, expected) and found[4] == 104 + alive.sum()
+
+
+@every_dtype
+@some_tokens
+def test_sparse_mlp_for_every_batch_size(tokens, dtype):
+    """Each row its own neurons, a row of padding in three, fc2 rows counted over all token blocks."""
+    check_mlp(tokens, dtype=dtype)
+
+
+@every_padding
+@every_density
+@pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
+def test_sparse_mlp_for_every_density_and_padding(tokens, density, padding):
+    check_mlp(tokens, density=density, padding=padding)
+
+
+@pytest.mark.parametrize("row_exact", [True, False], ids=["row-exact", "union"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
+@pytest.mark.parametrize("tokens", [1, 6], ids=["one-token", "few-tokens"])
+def test_sparse_mlp_with_every_option(tokens, row_exact, with_bias, counted):
+    check_mlp(tokens, row_exact=row_exact, with_bias=with_bias, counted=counted)
+
+
+@every_dtype
+@pytest.mark.parametrize(("hidden", "ffn"), [(1, 1), (37, 129), (64, 128), (190, 400)], ids=["all-one", "odd", "tiled", "large"])
+def test_sparse_mlp_for_every_size(hidden, ffn, dtype):
+    for tokens in (1, 5):
+        check_mlp(tokens, hidden=hidden, ffn=ffn, dtype=dtype, density=0.6)
+
+
+@pytest.mark.parametrize("sms", [1, 40], ids=["small-chip", "large-chip"])
+@pytest.mark.parametrize("tokens", [1, 5, 70], ids=lambda n: f"{n}-tokens")
+def test_sparse_mlp_divides_its_neurons_over_any_grid(tokens, sms):
+    """One program takes several blocks of neurons; or there are more programs than neurons."""
+    with multiprocessors(sms):
+        check_mlp(tokens, hidden=20, density=0.05 if sms == 40 else 0.9)
+
+
+def test_sparse_mlp_of_one_neuron_in_every_segment():
+    """Segments that are empty, at either end too, shift no other: each single neuron, and one in each."""
+    for chosen in (*([n] for n in (0, 127, 128, 255, 256, 299)), [0, 299], [5, 200], [127, 128, 256]):
+        mask = torch.zeros(3, 300, dtype=torch.bool, device=DEVICE)
+        mask[0, chosen] = True
+        x, fc1, bias, fc2_t = rand(3, 16), rand(300, 16, seed=1, fan_in=16), rand(300, seed=2) + 9, rand(300, 16, seed=3)
+        args = x, poison(fc1, mask[0]), bias, poison(fc2_t, mask[0]), *reference.compact_union(mask), row_lens_of(rows(3, "none"))
+        assert_close(gpu.sparse_mlp(*args), reference.sparse_mlp(*args))
+
+
+@FUZZ
+@given(
+    tokens=st.sampled_from([1, 2, 3, 7, 16, 20, 40, 66]), hidden=st.integers(8, 130), ffn=st.integers(8, 400), rank=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES), density=st.floats(0.01, 0.99), padding=st.sampled_from(["none", "some", "all"]), with_bias=st.booleans(),
+    row_exact=st.booleans(), sms=st.integers(1, 20), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_mlp_for_any_shape_selection_and_padding(tokens, hidden, ffn, rank, dtype, density, padding, with_bias, row_exact, sms, seed):
+    """Selection and MLP, on chips of any size."""
+    with multiprocessors(sms):
+        check_select(tokens, hidden, rank, ffn, dtype, density=density, padding=padding, with_row_mask=row_exact, seed=seed)
+        check_mlp(tokens, hidden, ffn, dtype, density, padding, with_bias, row_exact, seed=seed)
+
+
+# Projections
+
+
+def check_qkv(tokens, heads=4, kv_heads=4, head_size=16, hidden=72, dtype=torch.float32, density=0.3, padding="some", with_bias=True, counted=True):
+    """sparse_qkv against the reference; rows of padding may hold anything, but hold NaN in x and must not spread it."""
+    valid, size = rows(tokens, padding), (heads + 2 * kv_heads) * head_size
+    mask = rand_mask(tokens, heads, density=density) & valid[:, None]
+    wanted = torch.ones(size, dtype=torch.bool, device=DEVICE)
+    wanted[: heads * head_size] = mask.any(0).repeat_interleave(head_size)
+    x, weight = poison(rand(tokens, hidden, dtype=dtype), valid), poison(rand(size, hidden, seed=1, dtype=dtype, fan_in=hidden), wanted)
+    bias = poison(rand(size, seed=2, dtype=dtype), wanted) if with_bias else None
+    found, expected = new_counters(counted), new_counters(counted)
+    args = x, weight, bias, scores_of(mask), row_lens_of(valid), head_size
+    out = gpu.sparse_qkv(*args, found)
+    assert out.dtype == dtype and out[valid][:, ~wanted].eq(0).all()
+    assert_close(out[valid], reference.sparse_qkv(*args, expected)[valid])
+    if counted:
+        assert torch.equal(found, expected)
+
+
+@every_dtype
+@some_tokens
+def test_sparse_qkv_for_every_batch_size(tokens, dtype):
+    check_qkv(tokens, dtype=dtype, kv_heads=2)
+
+
+@every_padding
+@every_density
+@pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
+def test_sparse_qkv_for_every_density_and_padding(tokens, density, padding):
+    check_qkv(tokens, density=density, padding=padding)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("head_size", [8, 32, 80], ids=lambda n: f"head-size-{n}")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "grouped", "one-kv-head"])
+def test_sparse_qkv_for_every_head_shape_and_option(heads, kv_heads, head_size, with_bias, counted):
+    for tokens in (1, 5):
+        check_qkv(tokens, heads, kv_heads, head_size, with_bias=with_bias, counted=counted)
+
+
+def check_out_proj(tokens, heads=4, head_size=16, hidden=72, dtype=torch.float32, density=0.3, padding="some", given_output=True):
+    """sparse_out_proj against the reference; it writes rows of padding too, with 0."""
+    valid = rows(tokens, padding)
+    mask = rand_mask(tokens, heads, density=density) & valid[:, None]
+    attn = reference.mask_heads(rand(tokens, heads, head_size, dtype=dtype), scores_of(mask))
+    weight = rand(hidden, heads * head_size, seed=1, dtype=dtype, fan_in=heads * head_size)
+    weight = poison(weight, mask.any(0).repeat_interleave(head_size), dim=1)
+    output = torch.full((tokens, hidden), NAN, dtype=dtype, device=DEVICE) if given_output else None
+    out = gpu.sparse_out_proj(attn, weight, scores_of(mask), output)
+    assert out.dtype == dtype and (output is None or out is output)
+    assert_close(out, reference.sparse_out_proj(attn, weight, scores_of(mask)))
+    # a row of its own heads only
+    assert out[~mask.any(1)].eq(0).all()
+
+
+@every_dtype
+@some_tokens
+def test_sparse_out_proj_for_every_batch_size(tokens, dtype):
+    check_out_proj(tokens, dtype=dtype)
+
+
+@every_padding
+@every_density
+@pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
+def test_sparse_out_proj_for_every_density_and_padding(tokens, density, padding):
+    check_out_proj(tokens, density=density, padding=padding, given_output=False)
+
+
+@pytest.mark.parametrize(("heads", "head_size", "hidden"), [(1, 8, 1), (5, 20, 37), (2, 80, 64), (8, 16, 190)], ids=["one-head", "odd", "wide-heads", "large"])
+def test_sparse_out_proj_for_every_size(heads, head_size, hidden):
+    for tokens in (1, 5):
+        check_out_proj(tokens, heads, head_size, hidden)
+
+
+# Attention
+
+
+def check_attention(
+    lengths, dtype=torch.float32, heads=4, kv_heads=2, head_size=32, block_size=16, layout="NHD", density=0.6, max_model_len=None,
+    sms=None, splits=None, workspace=None, seed=0,
+):  # fmt: skip
+    """paged_attention against the reference; query is a strided part of q, k and v.
+
+    Args:
+        splits: how many pieces a sequence must have been cut in, or None.
+    """
+    tokens, scale = len(lengths), head_size**-0.5
+    keys = [cpu_rand(n, kv_heads, head_size, seed=seed + 10 + i, dtype=dtype) for i, n in enumerate(lengths)]
+    values = [cpu_rand(n, kv_heads, head_size, seed=seed + 50 + i, dtype=dtype) for i, n in enumerate(lengths)]
+    mask = cpu_rand_mask(tokens, heads, density=density, seed=seed)
+    cache, table = (t.to(DEVICE) for t in paged_cache(keys, values, mask.unflatten(1, (kv_heads, -1)).any(2), block_size, layout))
+    assert cache.is_contiguous() == (layout == "HND") or 1 in (kv_heads, block_size)
+    mask, seq_lens = mask.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    read = mask & (seq_lens > 0)[:, None]
+    qkv = torch.full((tokens, heads + 2 * kv_heads, head_size), NAN, dtype=dtype, device=DEVICE)
+    qkv[:, :heads] = torch.where(read[:, :, None], 3 * rand(tokens, heads, head_size, seed=seed, dtype=dtype), NAN)
+    query = qkv.flatten(1)[:, : heads * head_size].view(tokens, heads, head_size)
+    args = query, cache, table, seq_lens, scale, scores_of(mask), max_model_len
+    with multiprocessors(sms):
+        if splits is not None:
+            longest = table.shape[1] * block_size
+            assert launch.attention_splits(tokens, heads, min(max_model_len or longest, longest), DEVICE) == splits
+        out = gpu.paged_attention(*args, workspace)
+    assert out.dtype == dtype and out[~read].eq(0).all()
+    assert_close(out, reference.paged_attention(*args))
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128], ids=lambda n: f"head-size-{n}")
+@every_dtype
+def test_paged_attention_for_every_head_size_and_dtype(dtype, head_size):
+    """Lengths around a block and around a step, and a row of padding."""
+    check_attention([1, 15, 16, 0, 17, 33], dtype, head_size=head_size, heads=2, kv_heads=1)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48], ids=lambda n: f"block-{n}")
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("tokens", ["one", "several"])
+def test_paged_attention_for_every_layout_and_length(tokens, layout, block_size):
+    lengths = [0, 1, block_size - 1, block_size, block_size + 1, 3 * block_size - 5]
+    for some in [[n] for n in lengths] if tokens == "one" else [lengths]:
+        check_attention(some, block_size=block_size, layout=layout)
+
+
+@every_density
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "pairs", "fours"])
+@pytest.mark.parametrize("lengths", [[21], [40, 0, 7, 0], [0, 0]], ids=["one-token", "some-padded", "all-padded"])
+def test_paged_attention_for_every_density_and_grouping(lengths, heads, kv_heads, density):
+    """Query heads that share a KV head are selected apart from each other."""
+    check_attention(lengths, heads=heads, kv_heads=kv_heads, density=density)
+
+
+@pytest.mark.parametrize("max_model_len", [None, 330, 10_000], ids=["unknown-length", "longest-known", "more-than-the-table"])
+@pytest.mark.parametrize(("sms", "splits"), [(1, 1), (2, 2), (6, 5), (999, 5)], ids=["one-split", "two", "as-many-as-fit", "huge-chip"])
+def test_paged_attention_of_cut_sequences(sms, splits, max_model_len):
+    """Whatever the number of pieces; short sequences use fewer of them than there are."""
+    lengths = [330, 32, 0, 33]
+    check_attention(lengths, heads=1, kv_heads=1, density=1.0, max_model_len=max_model_len, sms=sms, splits=splits)
+
+
+@every_dtype
+def test_paged_attention_of_cut_sequences_for_every_dtype(dtype):
+    """The interpreter's own number of multiprocessors already cuts one long sequence."""
+    splits = launch.attention_splits(1, 2, 23 * 16, DEVICE)
+    assert splits > 1
+    check_attention([350], dtype, heads=2, kv_heads=1, density=1.0, head_size=80, splits=splits)
+
+
+def test_paged_attention_divides_the_live_length():
+    """Each sequence is cut in whole steps as evenly as goes; only the pieces it needs are written."""
+    lengths = [300, 64, 65, 32, 0]
+    with multiprocessors(100):
+        workspace = launch.Workspace.for_model(DEVICE, torch.float32, len(lengths), ffn=1, head_size=32)
+        splits = launch.attention_splits(len(lengths), 1, 20 * 16, DEVICE)
+        partials = workspace.take("attention", len(lengths), splits, 32 + 2).fill_(NAN)
+        check_attention(lengths, heads=1, kv_heads=1, density=1.0, workspace=workspace, splits=5)
+    # of 64 tokens; 32 each; 32 each; one piece alone is not merged, so not written
+    assert (~partials.isnan().any(2)).sum(1).tolist() == [5, 2, 3, 0, 0]
+
+
+def test_paged_attention_of_one_score_far_above_all_others():
+    """The largest score decides, in whatever lane, step or piece it is: others underflow to 0, none to NaN."""
+    for position in (0, 31, 32, 100, 299):
+        keys = torch.full((300, 1, 32), -5.0)
+        keys[position] = 5.0
+        values = cpu_rand(300, 1, 32, seed=1)
+        cache, table = (t.to(DEVICE) for t in paged_cache([keys], [values], torch.ones(1, 1, dtype=torch.bool), 16, "NHD"))
+        one = torch.ones(1, 1, device=DEVICE)
+        with multiprocessors(3):
+            out = gpu.paged_attention(torch.full((1, 1, 32), 100.0, device=DEVICE), cache, table, torch.tensor([300], dtype=torch.int32, device=DEVICE), 1.0, one)
+        assert_close(out[0].cpu(), values[position])
+
+
+@FUZZ
+@given(
+    lengths=st.lists(st.integers(0, 200), min_size=1, max_size=4), dtype=st.sampled_from(DTYPES), kv_heads=st.integers(1, 2), group=st.integers(1, 3),
+    head_size=st.sampled_from([8, 24, 32, 64, 80]), block_size=st.sampled_from([16, 32, 48]), layout=st.sampled_from(["NHD", "HND"]),
+    density=st.floats(0, 1), sms=st.integers(1, 30), longest=st.sampled_from([None, 200, 256]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_paged_attention_for_any_shape_length_and_selection(lengths, dtype, kv_heads, group, head_size, block_size, layout, density, sms, longest, seed):
+    """Blocks are shuffled, entries behind a sequence's last block name a block outside the cache."""
+    check_attention(lengths, dtype, kv_heads * group, kv_heads, head_size, block_size, layout, density, longest, sms, seed=seed)
+
+
+# Scratch memory
+
+
+def valid_arguments(name, tokens=20, dtype=torch.float32):
+    """Arguments of a wrapper by name: everything selected, no padding, long enough to be cut in pieces."""
+    ffn, rank, heads, head_size = 300, 20, 4, 16
+    hidden = 600 if name in ("score_heads", "select_neurons") else 100  # enough for two pieces of the predictor
+    x, lens = rand(tokens, hidden, dtype=dtype), row_lens_of(rows(tokens, "none"))
+    scores = torch.ones(tokens, heads, device=DEVICE)
+    mask = torch.ones(tokens, ffn, dtype=torch.bool, device=DEVICE)
+    ids, counts = reference.compact_union(mask)
+    table = torch.arange(tokens * 10, dtype=torch.int32, device=DEVICE).view(tokens, 10)
+    head_predictor = rand(heads, hidden, seed=4, dtype=dtype, fan_in=hidden), rand(heads, seed=5)
+    return {
+        "score_heads": {"x": x, "weight": head_predictor[0], "bias": head_predictor[1], "row_lens": lens},
+        "select_neurons": {
+            "x": x, "down": rand(rank, hidden, seed=1, dtype=dtype, fan_in=hidden), "up": rand(ffn, rank, seed=2, dtype=dtype, fan_in=rank),
+            "bias": rand(ffn, seed=3), "row_lens": lens, "with_row_mask": True, "heads": (x, *head_predictor),
+        },
+        "sparse_mlp": {
+            "x": x, "fc1_weight": rand(ffn, hidden, seed=1, dtype=dtype, fan_in=hidden), "fc1_bias": rand(ffn, seed=2, dtype=dtype),
+            "fc2_weight_t": rand(ffn, hidden, seed=3, dtype=dtype, fan_in=ffn), "neuron_ids": ids, "counts": counts, "row_lens": lens, "row_mask": mask,
+        },
+        "sparse_qkv": {
+            "x": x, "weight": rand(8 * head_size, hidden, seed=1, dtype=dtype, fan_in=hidden), "bias": rand(8 * head_size, seed=2, dtype=dtype),
+            "head_scores": scores, "row_lens": lens, "head_size": head_size,
+        },
+        "sparse_out_proj": {"attn": rand(tokens, heads, head_size, dtype=dtype), "weight": rand(hidden, heads * head_size, seed=1, dtype=dtype), "head_scores": scores},
+        "paged_attention": {
+            "query": rand(tokens, heads, head_size, dtype=dtype), "kv_cache": rand(tokens * 10, 2, 16, 2 * head_size, seed=1, dtype=dtype), "block_table": table,
+            "seq_lens": (140 + lens).clamp(max=160), "scale": 0.3, "head_scores": scores,
+        },
+    }[name]  # fmt: skip
+
+
+KERNELS = ["score_heads", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_out_proj", "paged_attention"]
+
+
+def run(name, tokens, workspace):
+    out = getattr(gpu, name)(**valid_arguments(name, tokens), workspace=workspace)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def same_bits(some, other):
+    return all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(some, other, strict=True))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_workspace_changes_no_bit(name):
+    """None, the model's (full of NaN, used twice) and one that is too small give the same; semaphores are 0 again."""
+    model = launch.Workspace.for_model(DEVICE, torch.float32, 6, ffn=300, head_size=16)
+    small = launch.Workspace(DEVICE, dict.fromkeys(model._buffers, 5), torch.float32)
+    with multiprocessors(12):  # enough that all are cut in pieces
+        for tokens in (2, 6):
+            expected = run(name, tokens, None)
+            for workspace in (model, small):
+                for buffer in workspace._buffers.values():
+                    buffer.fill_(NAN)
+                for _ in range(2):
+                    assert same_bits(run(name, tokens, workspace), expected)
+                    assert not any(s.any() for s in workspace._semaphores.values())
+
+
+@every_dtype
+@pytest.mark.parametrize("sms", [1, 3, 24, 132], ids=lambda n: f"{n}-sms")
+def test_the_models_workspace_holds_every_request(sms, dtype):
+    """No decode step asks for more than `Workspace.for_model` reserved, so memory is what vLLM's profile saw. Nothing is run."""
+    workspace, taken = None, []
+
+    def take(name, *shape, **options):
+        taken.append((name, shape, launch.Workspace.take(workspace, name, *shape, **options)))
+        return taken[-1][2]
+
+    kernels = [(predict, "_down_kernel"), (predict, "_up_select_kernel"), (sparse_mlp, "_fc1_kernel"), (sparse_mlp, "_fc2_kernel"), (sparse_attention, "_attention_kernel")]
+    with multiprocessors(sms), contextlib.ExitStack() as stack:
+        for module, kernel in kernels:
+            stack.enter_context(patch.object(module, kernel, MagicMock()))
+        workspace = launch.Workspace.for_model(DEVICE, dtype, 70, ffn=300, head_size=16)
+        own = {buffer.data_ptr() for buffer in workspace._buffers.values()}
+        for tokens in TOKENS:
+            for name in ("score_heads", "select_neurons", "sparse_mlp", "paged_attention"):
+                getattr(gpu, name)(**valid_arguments(name, tokens, dtype), workspace=MagicMock(take=take))
+    assert not [(name, shape) for name, shape, tensor in taken if tensor.data_ptr() not in own]
+    if sms == 24:
+        assert {name for name, *_ in taken} == {"down", "down_partials", "heads_partials", "activations", "fc2_partials", "attention"}
+
+
+def test_a_larger_workspace_request_gets_memory_of_its_own():
+    workspace = launch.Workspace(DEVICE, {"down": 6})
+    assert workspace.take("down", 2, 3).data_ptr() == workspace.take("down", 5).data_ptr()
+    assert workspace.take("down", 7).data_ptr() != workspace.take("down", 6).data_ptr()
+    assert not workspace.semaphores("fc2", workspace.SEMAPHORES + 1).any()
+    assert workspace.take("down", 2, dtype=torch.float16).dtype == torch.float16
+
+
+# The interface
+
+
+def test_both_implementations_have_the_same_signatures():
+    """Whatever gpu offers, reference has, with the same parameters in the same order."""
+    for name in gpu.__all__:
+        ours, truth = getattr(gpu, name), getattr(reference, name)
+        if callable(ours):
+            assert inspect.signature(ours) == inspect.signature(truth), name
+        else:
+            assert ours is truth
+
+
+def as_int64(tensor):
+    return tensor.long()
+
+
+def as_half(tensor):
+    return tensor.half()
+
+
+def one_less(tensor):
+    return tensor[:-1]
+
+
+def narrower(tensor):
+    return tensor[..., :-1].contiguous()
+
+
+def column_major(tensor):
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def wider_strides(tensor):
+    return torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
+
+
+REFUSED = [
+    ("score_heads", "x", column_major, "x contiguous"),
+    ("score_heads", "x", narrower, "weight of shape"),
+    ("score_heads", "weight", wider_strides, "weight contiguous"),
+    ("score_heads", "bias", one_less, "bias of shape"),
+    ("score_heads", "bias", as_half, "bias of dtype torch.float32, got torch.float16"),
+    ("score_heads", "row_lens", one_less, "row_lens of shape"),
+    ("score_heads", "row_lens", as_int64, "row_lens of dtype torch.int32, got torch.int64"),
+    ("select_neurons", "down", narrower, r"down of shape \[None, 600\], got \[20, 599\]"),
+    ("select_neurons", "up", narrower, r"up of shape \[None, 20\], got \[300, 19\]"),
+    ("select_neurons", "up", wider_strides, "up contiguous"),
+    ("select_neurons", "bias", as_half, "bias of dtype"),
+    ("select_neurons", "heads", lambda h: (one_less(h[0]), *h[1:]), "row_lens of shape"),
+    ("select_neurons", "heads", lambda h: (as_half(h[0]), *h[1:]), "head input like x"),
+    ("select_neurons", "heads", lambda h: (*h[:2], one_less(h[2])), "head bias of shape"),
+    ("sparse_mlp", "fc1_weight", as_half, "fc1_weight of dtype torch.float32, got torch.float16"),
+    ("sparse_mlp", "fc1_weight", wider_strides, "fc1_weight contiguous"),
+    ("sparse_mlp", "fc2_weight_t", one_less, r"fc2_weight_t of shape \[300, 100\], got \[299, 100\]"),
+    ("sparse_mlp", "fc2_weight_t", column_major, "fc2_weight_t contiguous"),
+    ("sparse_mlp", "neuron_ids", as_int64, "neuron_ids of dtype"),
+    ("sparse_mlp", "counts", one_less, r"counts of shape \[3\], got \[2\]"),
+    ("sparse_mlp", "row_lens", one_less, "row_lens of shape"),
+    ("sparse_mlp", "row_mask", one_less, "row_mask of shape"),
+    ("sparse_mlp", "row_mask", wider_strides, "row_mask contiguous"),
+    ("sparse_mlp", "activation", lambda _: "gelu", "activation 'relu', got gelu"),
+    ("sparse_qkv", "weight", as_half, "weight of dtype"),
+    ("sparse_qkv", "weight", one_less, "rows a multiple of 16"),
+    ("sparse_qkv", "head_scores", one_less, "head_scores of shape"),
+    ("sparse_qkv", "head_scores", wider_strides, "head_scores contiguous"),
+    ("sparse_qkv", "row_lens", as_int64, "row_lens of dtype"),
+    ("sparse_out_proj", "attn", lambda a: wider_strides(a), "attn with heads side by side"),
+    ("sparse_out_proj", "weight", narrower, r"weight of shape \[None, 64\], got \[100, 63\]"),
+    ("sparse_out_proj", "head_scores", as_half, "head_scores of dtype"),
+    ("sparse_out_proj", "output", lambda _: rand(20, 99), r"output of shape \[20, 100\], got \[20, 99\]"),
+    ("paged_attention", "query", column_major, "query contiguous"),
+    ("paged_attention", "kv_cache", as_half, "kv_cache of dtype"),
+    ("paged_attention", "kv_cache", narrower, r"kv_cache \[..., 32\]"),
+    ("paged_attention", "kv_cache", lambda c: torch.cat([c, c[:, :1]], 1), "query heads a multiple of 3"),
+    ("paged_attention", "block_table", as_int64, "block_table int32, 20 rows"),
+    ("paged_attention", "block_table", one_less, "block_table int32, 20 rows"),
+    ("paged_attention", "seq_lens", one_less, "seq_lens int32, 20 rows"),
+    ("paged_attention", "head_scores", column_major, "head_scores contiguous"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "change", "message"), REFUSED, ids=[f"{n}-{a}-{m}" for n, a, _, m in REFUSED])
+def test_wrong_arguments_are_refused_by_name(name, argument, change, message):
+    """A wrong shape, dtype or stride is a ValueError that says what was expected and what came."""
+    arguments = valid_arguments(name)
+    with pytest.raises(ValueError, match=f"expected .*{message}") as error:
+        getattr(gpu, name)(**{**arguments, argument: change(arguments.get(argument))})
+    assert ", got " in str(error.value)
