@@ -132,7 +132,7 @@ def _launch_down(x: torch.Tensor, down: torch.Tensor | None, heads: tuple | None
     units = 0 if heads is None else head_weight.shape[0]
     t = launch.tile("down", num_tokens, x.dtype)
     splits = launch.down_grid(num_tokens, rank, units, hidden, x.device)
-    span = -(-(-(-hidden // splits)) // t.k) * t.k
+    span = triton.cdiv(triton.cdiv(hidden, splits), t.k) * t.k
     splits = -(-hidden // span)
     rank_blocks, token_blocks = -(-rank // t.n), -(-num_tokens // t.tokens)
     projected = workspace.take("down", num_tokens, rank) if rank else x

@@ -40,7 +40,8 @@ def paged(monkeypatch):
                 calls[name] = calls.get(name, 0) + 1
                 return getattr(module, name)
 
-        monkeypatch.setattr(ops, "implementation", lambda device_type, counted=Counted(): counted)
+        counted = Counted()
+        monkeypatch.setattr(ops, "implementation", lambda device_type: counted)
         return calls
 
     yield use
