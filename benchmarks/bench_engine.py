@@ -321,11 +321,9 @@ def prepare(args: argparse.Namespace, name: str) -> dict[str, Any]:
     recipe = f"{zlib.crc32(Path(synthetic.__file__).read_bytes()):08x}"
     directory = args.work / f"{name}-rank{rank}-{args.mlp_lookahead}-spread{args.spread:g}-seed{args.seed}-{recipe}"
     if not (directory / "dejavu" / "dejavu.json").exists():
-        profile, heads, _ = synthetic.profile_of(name)
-        synthetic.write_model(directory, geometry(name))
-        synthetic.write_artifact(
-            directory / "dejavu", geometry(name), profile, heads, rank=rank, mlp_lookahead=args.mlp_lookahead, spread=args.spread, seed=args.seed
-        )
+        # in a process of its own, whose memory on the device is free again before an engine measures what is left
+        options = {"geometry": name, "output": directory, "rank": rank, "mlp-lookahead": args.mlp_lookahead, "spread": args.spread, "seed": args.seed}
+        subprocess.run([sys.executable, synthetic.__file__, *(f"--{k}={v}" for k, v in options.items())], check=True)
     return {
         "geometry": name, "model": str(directory), "predictor": str(directory / "dejavu"), "rank": rank, "batch": args.batch,
         "context": args.context, "blocks": args.blocks, "overlap": args.overlap, "mlp_lookahead": args.mlp_lookahead, "survive": args.survive,
@@ -390,7 +388,7 @@ def ratios(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[st
                 "kv_ratio": pairs[0][1].get("kv_tokens", 0) / (pairs[0][0].get("kv_tokens") or 1),
             }  # fmt: skip
             last = mine[-1]
-            if side == "dejavu" and name in GEOMETRIES:
+            if side == "dejavu":
                 row |= {k: last[k] for k in ("mlp_density", "mlp_union_density", "head_density", "head_union_density", "survivors", "sparse_step_share")}
                 line, row["model_speedup"] = model_line(
                     name, batch, context, provenance()["device"], mlp_density=last["mlp_union_density"] or 1.0,

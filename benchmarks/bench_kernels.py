@@ -42,16 +42,16 @@ L2_TIMES = 4
 BLOCK_SIZE = 16  # tokens of a cache block
 # Relative RMS error against the fp32 reference: tests/tolerances.py, and room for activations rounded in between.
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
-# (programs a multiprocessor, 32-bit words at a time) of the contiguous read; the fastest counts.
-READS = ((1, 4096), (2, 4096), (4, 2048), (8, 2048), (8, 4096))
+# (programs a multiprocessor, 32-bit words at a time, stages) of the contiguous read; the fastest counts.
+READS = ((1, 4096, 4), (2, 4096, 4), (4, 2048, 4), (8, 2048, 1), (16, 1024, 1))
 
 
 @triton.jit
-def _read_kernel(x_ptr, out_ptr, words, span, BLOCK: tl.constexpr):
+def _read_kernel(x_ptr, out_ptr, words, span, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Sum of a contiguous span of 32-bit words a program: a read that nothing can skip."""
     start = tl.program_id(0).to(tl.int64) * span
     acc = tl.zeros([BLOCK], tl.int32)
-    for offset in tl.range(0, span, BLOCK, num_stages=4):
+    for offset in tl.range(0, span, BLOCK, num_stages=STAGES):
         place = start + offset + tl.arange(0, BLOCK)
         acc += tl.load(x_ptr + place, mask=(offset + tl.arange(0, BLOCK) < span) & (place < words), other=0)
     tl.store(out_ptr + tl.program_id(0), tl.sum(acc, 0))
@@ -139,18 +139,18 @@ class Reader:
         assert words <= self.slab.numel(), f"{num_bytes / 1e9:.2f} GB to read, the slab has {self.slab.numel() * 4 / 1e9:.2f}"
         places = max(1, self.slab.numel() // words)
 
-        def make(per_sm: int, block: int) -> Callable[[int], None]:
+        def make(per_sm: int, block: int, stages: int) -> Callable[[int], None]:
             programs = per_sm * num_sms(self.device)
             span = -(-words // programs)
             span = -(-span // 16) * 16
 
             def run(i: int) -> None:
                 start = (i % places) * words
-                _read_kernel[(-(-words // span),)](self.slab[start:], self.out, words, span, BLOCK=block)
+                _read_kernel[(-(-words // span),)](self.slab[start:], self.out, words, span, BLOCK=block, STAGES=stages)
 
             return run
 
-        return {f"read {per_sm}x{block}": make(per_sm, block) for per_sm, block in READS}
+        return {"read " + "x".join(map(str, shape)): make(*shape) for shape in READS}
 
 
 # --- operations ---------------------------------------------------------------------------------------------------------
@@ -511,8 +511,7 @@ def main() -> None:
         for row in bench_point(bench, timer, reader, options):
             table.add(**{**point, "status": "ok", **row})
         slowest_s = max(slowest_s, time.monotonic() - began)
-        if name in GEOMETRIES:
-            print(model_line(name, batch, args.context[0], provenance()["device"], mlp_density=mlp_density, head_density=heads)[0])
+        print(model_line(name, batch, args.context[0], provenance()["device"], mlp_density=mlp_density, head_density=heads)[0])
         del bench
         if device.type == "cuda":
             torch.cuda.empty_cache()
