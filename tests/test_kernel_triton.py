@@ -604,7 +604,7 @@ REFUSED = [
     ("paged_attention", "kv_cache", lambda c: torch.cat([c, c[:, :1]], 1), "query heads a multiple of 3"),
     ("paged_attention", "block_table", as_int64, "block_table int32, 20 rows"),
     ("paged_attention", "block_table", one_less, "block_table int32, 20 rows"),
-    ("paged_attention", "seq_lens", one_less, "seq_lens int32, 20 rows"),
+    ("paged_attention", "seq_lens", one_less, "seq_lens int32, contiguous, 20 rows"),
     ("paged_attention", "head_scores", column_major, "head_scores contiguous"),
 ]
 
