@@ -142,10 +142,11 @@ class Workspace:
             name: torch.empty(size, dtype=dtype if name == "activations" else torch.float32, device=device)
             for name, size in (sizes or {}).items()
         }
-        # Zero, and zero again after every launch (tiles.arrive); each kernel has its own, in case two streams run.
-        self._semaphores: dict[str, torch.Tensor] = {}
-        for name in ("down", "heads", "fc2", "attention"):
-            self._semaphores[name] = torch.zeros(self.SEMAPHORES, dtype=torch.int32, device=device)
+        # Zero, and zero again after every launch (tiles.arrive); each kernel has its own, in case two streams run. The model
+        # registers them as a buffer: vLLM's sleep mode keeps the content of buffers only.
+        names = ("down", "heads", "fc2", "attention")
+        self.semaphore_memory = torch.zeros(len(names) * self.SEMAPHORES, dtype=torch.int32, device=device)
+        self._semaphores = dict(zip(names, self.semaphore_memory.split(self.SEMAPHORES), strict=True))
 
     @classmethod
     def for_model(cls, device: torch.device, dtype: torch.dtype, num_tokens: int, ffn: int, head_size: int) -> Workspace:
@@ -189,7 +190,7 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self._buffers.values(), *self._semaphores.values()))
+        return sum(t.numel() * t.element_size() for t in (*self._buffers.values(), self.semaphore_memory))
 
 
 def down_grid(num_tokens: int, rank: int, heads: int, hidden: int, device: torch.device) -> int:
@@ -215,6 +216,13 @@ def workspace_for(workspace: Workspace | None, device: torch.device) -> Workspac
 def precision(*dtypes: torch.dtype) -> str:
     """How fp32 tiles are multiplied: exactly if an operand is fp32; else only fp16 and bf16 values meet in fp32, exact in tf32."""
     return "ieee" if torch.float32 in dtypes else "tf32"
+
+
+def precision_of_projected(*dtypes: torch.dtype) -> str:
+    """As `precision`, for the predictor's fp32 down-projection: three tf32 products keep what one would drop."""
+    if torch.float32 in dtypes or torch.version.hip:  # AMD has no tf32x3
+        return "ieee"
+    return "tf32x3"
 
 
 def check(condition: bool, what: str, got: object) -> None:

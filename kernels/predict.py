@@ -143,7 +143,7 @@ def _launch_down(x: torch.Tensor, down: torch.Tensor | None, heads: tuple | None
     _down_kernel[(rank_blocks + -(-units // t.n), splits, token_blocks)](
         x, x.stride(0), x if down is None else down, projected, rank,
         head_x, head_x.stride(0), head_weight, head_bias, scores, units,
-        row_lens, partials, workspace.semaphores(name, (rank_blocks + -(-units // t.n)) * token_blocks),
+        row_lens, partials, workspace.semaphores(name, (rank_blocks + -(-units // t.n)) * token_blocks) if splits > 1 else row_lens,
         num_tokens, hidden, span, rank_blocks,
         RANK=rank > 0, HEADS=units > 0, SPLITS=splits, BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot,
         PRECISION=launch.precision(x.dtype, x.dtype if down is None else down.dtype),
@@ -209,7 +209,6 @@ def select_neurons(
         projected, up, bias, row_lens, ids, counts, mask.view(torch.int8) if with_row_mask else ids, ids if counters is None else counters,
         ffn, rank, num_tokens,
         SEGMENT=SEGMENT, ROW_MASK=with_row_mask, COUNT=counters is not None, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot,
-        # the down-projection is fp32: three tf32 products keep what one would drop
-        PRECISION="ieee" if launch.precision(x.dtype, up.dtype) == "ieee" else "tf32x3", STAGES=t.stages, num_warps=t.warps,
+        PRECISION=launch.precision_of_projected(x.dtype, up.dtype), STAGES=t.stages, num_warps=t.warps,
     )  # fmt: skip
     return ids, counts, mask, head_scores

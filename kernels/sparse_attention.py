@@ -128,7 +128,7 @@ def paged_attention(
     t = launch.tile("attention", num_tokens)
     _attention_kernel[(splits, heads, num_tokens)](
         query, query.stride(0), query.stride(1), kv_cache, *kv_cache.stride()[:3], block_table, block_table.stride(0), seq_lens, head_scores,
-        out, partials, workspace.semaphores("attention", num_tokens * heads), scale, heads,
+        out, partials, workspace.semaphores("attention", num_tokens * heads) if splits > 1 else seq_lens, scale, heads,
         GROUP=heads // kv_heads, BLOCK_SIZE=block_size, HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size),
         SPLITS=splits, SPLITS_POW2=triton.next_power_of_2(splits), BLOCK_S=t.n, STAGES=t.stages, num_warps=t.warps,
     )  # fmt: skip

@@ -182,7 +182,8 @@ def sparse_mlp(
     partials = workspace.take("fc2_partials", splits, num_tokens, hidden) if splits > 1 else out
     column_tiles = -(-hidden // t.k)
     _fc2_kernel[(column_tiles, splits, token_blocks)](
-        h, stride_h, neuron_list, total, fc2_weight_t, out, partials, workspace.semaphores("fc2", column_tiles * token_blocks),
+        h, stride_h, neuron_list, total, fc2_weight_t, out, partials,
+        workspace.semaphores("fc2", column_tiles * token_blocks) if splits > 1 else total,
         neuron_list if counters is None else counters, num_tokens, hidden,
         SPLITS=splits, COUNT=counters is not None, BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_H=t.k, DOT=t.dot,
         PRECISION=launch.precision(x.dtype), STAGES=t.stages, num_warps=t.warps,

@@ -168,7 +168,8 @@ class DejaVuMLP(_GatedBlock):
         self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias)
         self.gate = Gate(*gate, "mlp", layer, self.units, settings)
         self.needs_row_mask = settings.masks_rows or settings.measure
-        self.pending: torch.cuda.Event | None = None  # a prediction under way on the side stream
+        # A prediction under way on the side stream, and what it reads that nobody else holds.
+        self.pending: tuple[torch.cuda.Event, torch.Tensor] | None = None
         self._rider: tuple[DejaVuSelfAttention, ...] = ()
         self.register(vllm_config, f"{prefix}.dejavu_mlp")
 

@@ -400,6 +400,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
             ffn=max((m.units for m in mlps), default=0),
             head_size=max((a.head_dim for a in attentions), default=0),
         )
+        self.register_buffer("kernel_semaphores", workspace.semaphore_memory, persistent=False)
         for block in (*mlps, *attentions):
             block.workspace = workspace
 

@@ -134,7 +134,7 @@ def _select_neurons(
         side.wait_stream(main)
         with torch.cuda.stream(side):
             ids, counts, mask, _ = block.select(impl, gate_input, positions, row_lens, with_row_mask, None, None)
-        block.pending = side.record_event()
+        block.pending = (side.record_event(), row_lens)  # held until then: it may be a temporary
         return ids, counts, mask, empty[3]
     ids, counts, mask, scores = block.select(impl, gate_input, positions, row_lens, with_row_mask, rider, previous)
     return ids, counts, mask, empty[3] if scores is None else scores
@@ -175,7 +175,7 @@ def _mlp(
     if step is None:
         return block.dense(x)
     if block.pending is not None:
-        torch.cuda.current_stream().wait_event(block.pending)
+        torch.cuda.current_stream().wait_event(block.pending[0])
         block.pending = None
     row_lens = step.row_lens(x.shape[0], x.device)
     return block.sparse(implementation(x.device.type), x, neuron_ids, counts, row_mask, row_lens)
