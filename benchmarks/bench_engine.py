@@ -16,6 +16,7 @@ scheduling unless asked for: what the host adds is in it, on both sides.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -75,6 +76,11 @@ def build_llm(spec: dict[str, Any]) -> Any:
         if spec["side"] == "dejavu":
             settings = {"mode": "sparse", "predictor": spec["predictor"], "blocks": spec["blocks"], "overlap": spec["overlap"]}
         options |= {"model_impl": "dejavu", "additional_config": {"dejavu": settings}}
+    if spec["dense_projections"]:
+        from vllm_dejavu import ops
+
+        kernels = ops.implementation
+        ops.implementation = functools.cache(lambda device_type: synthetic.DenseProjections(kernels(device_type)))
     llm = LLM(**options)
     llm.apply_model(lambda model: synthetic.init_weights(model, survive=spec["survive"], seed=spec["seed"]))
     if spec["side"] == "dejavu":
@@ -328,14 +334,14 @@ def prepare(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "geometry": name, "model": str(directory), "predictor": str(directory / "dejavu"), "rank": rank, "batch": args.batch,
         "context": args.context, "blocks": args.blocks, "overlap": args.overlap, "mlp_lookahead": args.mlp_lookahead, "survive": args.survive,
         "spread": args.spread, "seed": args.seed, "steps": args.steps, "warmup": args.warmup, "memory": args.memory,
-        "async_scheduling": args.async_scheduling, "dry_run": args.dry_run,
+        "async_scheduling": args.async_scheduling, "dense_projections": args.dense_projections, "dry_run": args.dry_run,
     }  # fmt: skip
 
 
 def run_geometry(args: argparse.Namespace, name: str, budget: Budget) -> list[dict[str, Any]]:
     label = f"{name}{'-' + args.label if args.label else ''}"
     spec, table = prepare(args, name), Table(args.output / f"engine-{label}.csv")
-    shared = {k: spec[k] for k in ("geometry", "rank", "overlap", "mlp_lookahead", "survive", "spread", "seed", "steps", "async_scheduling")}
+    shared = {k: spec[k] for k in ("geometry", "rank", "overlap", "mlp_lookahead", "survive", "spread", "seed", "steps", "async_scheduling", "dense_projections")}
     shared |= {"label": args.label, "blocks": "+".join(spec["blocks"]), "synthetic": True, "dry_run": args.dry_run}
     shared |= {"dtype": "float32" if args.dry_run else "float16", "weights": "random"}
     took = dict.fromkeys(args.sides, 0.0 if args.dry_run else ESTIMATED_START_S)
@@ -444,6 +450,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--survive", type=float, default=1.0, help="share of neurons that fc1 brings out positive for a token")
     parser.add_argument("--rank", type=int, help="of the MLP predictor; a small one shows what its bytes cost (not given: 3%% of the MLP)")
     parser.add_argument("--spread", type=float, default=0.0, help="densities of layers vary by this share")
+    parser.add_argument("--dense-projections", action="store_true", help="ablation: Q and out_proj read every head; head densities are not counted then")
     parser.add_argument("--async-scheduling", action="store_true", help="on both sides")
     parser.add_argument("--memory", type=float, default=0.9, help="gpu_memory_utilization (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)

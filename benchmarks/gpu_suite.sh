@@ -102,12 +102,13 @@ stage() {
     engine-13b) bench bench_engine.py --geometry 13b --repeats 2 --budget-s 510 ;;
     engine-dense) bench bench_engine.py --geometry 6.7b --batch 1 64 --context 256 --sides dense dejavu-dense hf --label dense-state --budget-s 510 ;;
     engine-ablations)
-        # Of these, "projections not skipped" is missing: the engine has no such setting. "Predictor free" is a rank of
-        # 16: next to no bytes, all its launches; mode "static" runs without graphs and would say nothing about time.
+        # "Predictor free" is a rank of 16: next to no bytes, all its launches; mode "static" runs without graphs and would
+        # say nothing about time.
         incomplete=0
         ablation async "dense dejavu" --async-scheduling
         ablation mlp-only dejavu --blocks mlp
         ablation heads-only dejavu --blocks attention
+        ablation dense-projections dejavu --dense-projections
         ablation attn-input dejavu --mlp-lookahead attn_input
         ablation overlap dejavu --mlp-lookahead attn_input --overlap
         ablation rank16 dejavu --rank 16

@@ -275,6 +275,32 @@ def calibrate(model: torch.nn.Module, layers: list[dict[str, Any]], tolerance: f
     return worst
 
 
+class DenseProjections:
+    """An ablation: the engine's kernels, but Q and out_proj read every head's weights; attention stays selective.
+
+    Head selections are not counted then: the projection that counts them is told that all heads are selected.
+    """
+
+    def __init__(self, kernels: Any):
+        self.kernels, self.ones = kernels, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernels, name)
+
+    def _all(self, head_scores: Any) -> Any:
+        # made in the warm-up, in front of graph capture, and kept: no launch in a step
+        key = (tuple(head_scores.shape), head_scores.device)
+        if key not in self.ones:
+            self.ones[key] = head_scores.new_ones(head_scores.shape)
+        return self.ones[key]
+
+    def sparse_qkv(self, x: Any, weight: Any, bias: Any, head_scores: Any, row_lens: Any, head_size: int, counters: Any = None, workspace: Any = None) -> Any:
+        return self.kernels.sparse_qkv(x, weight, bias, self._all(head_scores), row_lens, head_size, None, workspace)
+
+    def sparse_out_proj(self, attn: Any, weight: Any, head_scores: Any, output: Any = None, workspace: Any = None) -> Any:
+        return self.kernels.sparse_out_proj(attn, weight, self._all(head_scores), output, workspace)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a synthetic model (config only) and its predictor artifact.")
     parser.add_argument("--geometry", choices=[*GEOMETRIES, TINY.name], required=True)
