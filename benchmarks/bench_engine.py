@@ -32,7 +32,8 @@ from typing import Any
 
 import synthetic
 from common import Budget, Table, geometry, median, model_line, percentile, print_rows, provenance
-from roofline import GEOMETRIES
+
+from vllm_dejavu.roofline import GEOMETRIES
 
 VLLM_SIDES = ("dense", "dejavu", "dejavu-dense")
 SIDES = (*VLLM_SIDES, "hf")

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from common import Budget, Table, geometry, median, model_line, percentile, print_rows, provenance
-from roofline import GEOMETRIES, Geometry, preset_densities
 from synthetic import ALWAYS_POSITIVE, rank_of
 
 from vllm_dejavu.kernels import gpu, reference
 from vllm_dejavu.kernels.launch import Workspace, num_sms
+from vllm_dejavu.roofline import GEOMETRIES, Geometry, preset_densities
 
 MIN_COPIES, MAX_COPIES = 4, 128
 L2_TIMES = 4

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from roofline import DEVICES, GEOMETRIES, Geometry, Workload, account
+from vllm_dejavu.roofline import DEVICES, GEOMETRIES, Geometry, Workload, account
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Geometry("tiny", hidden=128, num_heads=2, num_layers=3, vocab=512, positions=258)

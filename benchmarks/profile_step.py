@@ -21,7 +21,8 @@ from typing import Any
 
 from bench_engine import build_llm, drive, environment, prepare
 from common import Table, geometry, median, print_rows
-from roofline import GEOMETRIES
+
+from vllm_dejavu.roofline import GEOMETRIES
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace that run on the GPU
 

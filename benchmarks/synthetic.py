@@ -26,10 +26,10 @@ from typing import Any
 import numpy
 import torch
 from common import TINY, geometry
-from roofline import GEOMETRIES, Geometry, Workload, preset_densities
 
 from vllm_dejavu import artifact
 from vllm_dejavu.artifact import GateSpec, Manifest, ModelSpec
+from vllm_dejavu.roofline import GEOMETRIES, Geometry, Workload, preset_densities
 
 NORMAL = NormalDist()
 # Standard deviation of the residual stream: embeddings have it, and blocks add little to it (WRITE of it each), so that

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "roofline.py"
-sys.path.append(str(SCRIPT.parent))
-
-from roofline import (  # noqa: E402
+from vllm_dejavu.roofline import (
     DENSE_LAUNCHES,
     DEVICES,
     GEOMETRIES,
@@ -19,9 +16,13 @@ from roofline import (  # noqa: E402
     Geometry,
     Workload,
     account,
-    main,
     preset_densities,
 )
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "roofline.py"
+sys.path.append(str(SCRIPT.parent))
+
+from roofline import main  # noqa: E402
 
 H200 = DEVICES["h200"]
 TINY = Geometry("tiny", hidden=8, num_heads=2, num_layers=3, vocab=10, positions=6)

@@ -14,7 +14,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import synthetic  # noqa: E402
 from common import percentile  # noqa: E402
 from profile_step import kernels_of, launches_per_layer, summarize  # noqa: E402
-from roofline import Geometry  # noqa: E402
+
+from vllm_dejavu.roofline import Geometry  # noqa: E402
 
 SMALL = Geometry("small", hidden=256, num_heads=8, num_layers=2, vocab=64, positions=66)
 PROFILES = {"6.7b": {1: 0.10, 8: 0.29, 64: 0.62}, "30b": {1: 0.08, 8: 0.21, 64: 0.53}}

@@ -1,4 +1,4 @@
-"""`vllm-dejavu`: train, evaluate, inspect, doctor. Thin: arguments in, one function called, result printed."""
+"""`vllm-dejavu`: train, evaluate, inspect, plan, doctor. Thin: arguments in, one function called, result printed."""
 from __future__ import annotations
 
 import argparse
@@ -72,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("artifact")
     p.set_defaults(run=_inspect)
 
+    p = commands.add_parser("plan", help="will sparsity pay? modelled gain, memory cost and training time")
+    p.add_argument("model", help="directory or hub id of an OPT, or a size such as 6.7b")
+    p.add_argument("--gpu", required=True, help="a100, h100, h200, b200 or mi300x")
+    p.add_argument("--batch", type=int, default=1, help="requests decoding together (%(default)s)")
+    p.add_argument("--context", type=int, default=256, help="tokens each attends to (%(default)s)")
+    p.add_argument("--predictor", help="directory or hub id of the artifact (default: MODEL/dejavu, else assumed densities)")
+    p.add_argument("--tp", type=int, default=1, help="tensor-parallel size (%(default)s)")
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+    p.set_defaults(run=_plan)
+
     p = commands.add_parser("doctor", help="would --model-impl dejavu take effect here?")
     p.set_defaults(run=_doctor)
     return parser
@@ -110,6 +120,14 @@ def _inspect(args: argparse.Namespace) -> int:
     from vllm_dejavu.inspection import artifact_table
 
     print(artifact_table(artifact.load(args.artifact)))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from vllm_dejavu import plan
+
+    result = plan.plan(args.model, args.gpu, batch=args.batch, context=args.context, predictor=args.predictor, tp=args.tp)
+    print(json.dumps(result, indent=1) if args.json else plan.report(result))
     return 0
 
 

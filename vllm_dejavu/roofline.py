@@ -1,0 +1,382 @@
+"""Launch-and-bytes MODEL of one OPT decode step, dense and sparse. It computes; it measures nothing.
+
+Needs the standard library only. On the command line: `vllm-dejavu plan` for one model, `benchmarks/roofline.py` for tables.
+
+A layer takes `bytes read and written / bandwidth + launches * cost of a launch + all-reduces`, every term added: in a
+decode step each kernel waits for the one before it, so its start-up hides nothing. Use it to see what a selection can
+give at best and which term is in the way, and beside a measurement (`account(...).summary()`) to see what is left.
+
+Left out, and why:
+- activations: a few MiB a launch at most, at batch 64; they stay in the L2 cache, and both sides have them;
+- biases and LayerNorm weights: 13 * hidden of 12 * hidden^2 elements;
+- arithmetic: at batch 64 a 16-bit weight meets 64 rows; these devices stop being bound by memory at 150 to 300
+  (datasheet FLOP/s over bytes/s). Far larger batches are outside this model;
+- slower reads of scattered rows: `efficiency` is the same for both sides. Kernels that gather worse lose that much.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+BANNER = "MODEL, not a measurement: time = bytes / bandwidth + launches x launch cost (+ all-reduces)"
+
+# What vLLM's OPT launches per layer and decode step: ten; merging the splits is a kernel of its own, ReLU too.
+DENSE_LAUNCHES = (
+    "add+LayerNorm", "qkv", "cache write", "attention", "attention merge", "out_proj", "add+LayerNorm", "fc1", "ReLU", "fc2",
+)  # fmt: skip
+# Our budget: the merge rides in out_proj, ReLU in fc1, the next layer's head scores in the predictor's down-projection.
+SPARSE_LAUNCHES = (
+    "add+LayerNorm", "qkv", "cache write", "attention", "out_proj", "add+LayerNorm", "predictor down",
+    "predictor up+select", "fc1", "fc2",
+)  # fmt: skip
+# Outside the layers, once a step, alike on both sides (assumed).
+STEP_LAUNCHES = ("embedding", "position embedding+add", "LayerNorm", "lm_head", "sample")
+
+ALL_REDUCES_PER_LAYER = 2  # after out_proj and after fc2
+MLP_BYTE_BUDGET = 0.03  # share of a block's bytes that its predictor may have, for hidden size >= 2048
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{type(owner).__name__}.{name} is {value}; it must be a positive number.")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of an OPT model; ffn is 4 * hidden and every head has its own K and V."""
+
+    name: str
+    hidden: int
+    num_heads: int
+    num_layers: int
+    vocab: int = 50272
+    positions: int = 2050  # OPT's table is offset by 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "hidden", "num_heads", "num_layers", "vocab", "positions")
+        if self.hidden % self.num_heads:
+            raise ValueError(f"{self.name}: hidden {self.hidden} is not a multiple of num_heads {self.num_heads}.")
+
+    @property
+    def ffn(self) -> int:
+        return 4 * self.hidden
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.num_heads
+
+    @property
+    def num_weights(self) -> int:
+        """Of layers and tied embeddings, without biases and norms."""
+        return self.num_layers * 12 * self.hidden**2 + (self.vocab + self.positions) * self.hidden
+
+
+GEOMETRIES = {
+    "1.3b": Geometry("OPT-1.3B", 2048, 32, 24),
+    "2.7b": Geometry("OPT-2.7B", 2560, 32, 32),
+    "6.7b": Geometry("OPT-6.7B", 4096, 32, 32),
+    "13b": Geometry("OPT-13B", 5120, 40, 40),
+    "30b": Geometry("OPT-30B", 7168, 56, 48),
+    "66b": Geometry("OPT-66B", 9216, 72, 64),
+    "175b": Geometry("OPT-175B", 12288, 96, 96),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator.
+
+    Attributes:
+        bandwidth_gbs: memory, datasheet, 1e9 bytes/s.
+        link_gbs: what one device sends to all its peers together, one direction.
+        peer_gbs: what it sends to one peer; below link_gbs where devices are wired in a mesh, without a switch.
+        launch_us: one more dependent kernel in a captured graph.
+        all_reduce_us: an all-reduce of nothing.
+        efficiency: share of bandwidth_gbs that reads reach, dense and sparse alike. Ratios of bytes do not depend on
+            it; below 1 launches weigh less beside the bytes, so speed-ups come out higher, not lower.
+    """
+
+    name: str
+    bandwidth_gbs: float
+    memory_gb: float
+    link_gbs: float
+    peer_gbs: float = math.inf
+    launch_us: float = 3.0
+    all_reduce_us: float = 8.0
+    efficiency: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "bandwidth_gbs", "memory_gb", "link_gbs", "efficiency")
+        if self.peer_gbs <= 0:
+            raise ValueError(f"Device.peer_gbs is {self.peer_gbs}; it must be positive.")
+        for name in ("launch_us", "all_reduce_us"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Device.{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.efficiency > 1:
+            raise ValueError(f"Device.efficiency is {self.efficiency}; it is a share of the datasheet bandwidth, at most 1.")
+
+    def read_us(self, num_bytes: float) -> float:
+        return num_bytes / (self.bandwidth_gbs * self.efficiency * 1e3)  # 1 GB/s is 1e3 bytes/us
+
+    def group_gbs(self, tp: int) -> float:
+        return min(self.link_gbs, self.peer_gbs * max(tp - 1, 1))
+
+
+# Bandwidth and capacity: vendors' datasheets of the modules named, SXM and OAM, not PCIe. Links: half of the figure the
+# datasheet gives for both directions together. launch_us: assumed 3 everywhere (2-4 is usual for a dependent kernel of
+# a CUDA graph; for MI300X, HIP graphs, not even that much is known here). all_reduce_us: assumed 8 everywhere. Reported
+# for H100, small messages, 2-8 GPUs, no graph: 8.5-12 for vLLM's kernel, 4-8 for a faster one (sglang pull request
+# 2904). The same table has 13-24 us at 256 KiB, where latency + bytes / link gives under 10: large batches under
+# tensor parallelism come out too fast on both sides, and so too high in speed-up.
+DEVICES = {
+    # 2039 GB/s HBM2e; NVLink 3, 600 GB/s both directions.
+    "a100": Device("A100-80GB SXM", 2039, 80, 300),
+    # 3.35 TB/s HBM3; NVLink 4, 900 GB/s both directions.
+    "h100": Device("H100 SXM", 3350, 80, 450),
+    # 4.8 TB/s HBM3e, 141 GB; NVLink 4 as H100.
+    "h200": Device("H200", 4800, 141, 450),
+    # DGX B200: 64 TB/s and 1440 GB for 8 GPUs (other datasheets: 7.7 TB/s, 192 GB); NVLink 5, 1.8 TB/s both directions.
+    "b200": Device("B200", 8000, 180, 900),
+    # 5.3 TB/s HBM3, 192 GB; xGMI mesh of 8: 7 links, each 128 GB/s both directions, so a pair of GPUs has one link only.
+    "mi300x": Device("MI300X", 5300, 192, 448, peer_gbs=64),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One decode step: every sequence adds one token.
+
+    Attributes:
+        context: tokens each sequence attends to.
+        mlp_density: neurons selected by any row of the batch (the union), all layers alike.
+        head_density: heads selected per sequence. 1 means that attention is not gated: it then has no predictor.
+        head_union_density: heads selected by any sequence. None takes sequences to choose independently,
+            1 - (1 - head_density)^batch; sequences that agree have less.
+        survivors: selected neurons that come out of fc1 positive; fc2 reads only those.
+        tp: tensor-parallel size; weights, heads and neurons are split, the predictor's down-projection is not.
+        dtype_bytes: of weights and KV cache.
+        predictor_rank: of the MLP's predictor, down [rank, hidden] and up [ffn, rank]; 0 for none, None for the
+            largest that has at most 3% of the MLP's bytes. The head predictor is linear: [num_heads, hidden].
+        sparse_launches: per layer; beside SPARSE_LAUNCHES it may count fewer or more.
+        skip_projections: read Q rows and out_proj columns of union heads only; False reads them all.
+    """
+
+    batch: int = 1
+    context: int = 256
+    mlp_density: float = 0.1
+    head_density: float = 0.5
+    head_union_density: float | None = None
+    survivors: float = 1.0
+    tp: int = 1
+    dtype_bytes: float = 2
+    predictor_rank: int | None = None
+    predictor_dtype_bytes: float = 2
+    dense_launches: int = len(DENSE_LAUNCHES)
+    sparse_launches: int = len(SPARSE_LAUNCHES)
+    skip_projections: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch", "context", "tp", "dtype_bytes", "predictor_dtype_bytes")
+        for name in ("mlp_density", "head_density", "head_union_density"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"Workload.{name} is {value}; a density is a share kept, in (0, 1].")
+        if not 0 <= self.survivors <= 1:
+            raise ValueError(f"Workload.survivors is {self.survivors}; it is a share of the selected neurons, in [0, 1].")
+        for name in ("predictor_rank", "dense_launches", "sparse_launches"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"Workload.{name} is {value}; it must be 0 or more.")
+        union = self.head_union_density
+        if union is not None and not self.head_density <= union <= min(1.0, self.batch * self.head_density) + 1e-9:
+            raise ValueError(
+                f"Workload.head_union_density is {union}; a union of {self.batch} sequences with {self.head_density} "
+                f"each lies between that and their sum, at most 1. Leave it out to take them as independent."
+            )
+
+    @property
+    def union_heads(self) -> float:
+        """Share of heads that some sequence selects."""
+        if self.head_union_density is not None:
+            return self.head_union_density
+        return 1 - (1 - self.head_density) ** self.batch
+
+    def rank(self, geometry: Geometry) -> int:
+        if self.predictor_rank is not None:
+            return self.predictor_rank
+        mlp_bytes = 2 * geometry.hidden * geometry.ffn * self.dtype_bytes
+        return int(MLP_BYTE_BUDGET * mlp_bytes / ((geometry.hidden + geometry.ffn) * self.predictor_dtype_bytes))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Memory traffic of one part of a layer, on one rank."""
+
+    dense_bytes: float
+    sparse_bytes: float
+
+
+@dataclass(frozen=True)
+class Account:
+    """Where the modelled time of one decode step goes. Bytes and times are those of one rank; `account` makes it.
+
+    Attributes:
+        parts: of one layer.
+        outer_bytes: embeddings and lm_head, once a step and alike on both sides.
+        all_reduce_us: of one layer, both all-reduces; 0 without tensor parallelism.
+        outer_us: of everything outside the layers.
+        need_gb: whole weights and KV cache on one rank, without predictors and workspaces.
+    """
+
+    geometry: Geometry
+    device: Device
+    workload: Workload
+    parts: dict[str, Part]
+    outer_bytes: float
+    all_reduce_us: float
+    outer_us: float
+    need_gb: float
+
+    @property
+    def dense_bytes(self) -> float:
+        return sum(part.dense_bytes for part in self.parts.values())
+
+    @property
+    def sparse_bytes(self) -> float:
+        return sum(part.sparse_bytes for part in self.parts.values())
+
+    @property
+    def dense_us(self) -> float:
+        """One layer, as the next three."""
+        return self.device.read_us(self.dense_bytes) + self.workload.dense_launches * self.device.launch_us + self.all_reduce_us
+
+    @property
+    def sparse_us(self) -> float:
+        return sum(self.sparse_terms_us.values())
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_us / self.sparse_us
+
+    @property
+    def sparse_terms_us(self) -> dict[str, float]:
+        """The sparse layer's time: one term a part, one for launches, one for all-reduces."""
+        terms = {name: self.device.read_us(part.sparse_bytes) for name, part in self.parts.items()}
+        terms["launches"] = self.workload.sparse_launches * self.device.launch_us
+        terms["all-reduce"] = self.all_reduce_us
+        return terms
+
+    @property
+    def dominant(self) -> str:
+        """Largest term of the sparse layer."""
+        return max(self.sparse_terms_us.items(), key=lambda term: term[1])[0]
+
+    @property
+    def dominant_share(self) -> float:
+        return self.sparse_terms_us[self.dominant] / self.sparse_us
+
+    @property
+    def dense_step_us(self) -> float:
+        return self.geometry.num_layers * self.dense_us + self.outer_us
+
+    @property
+    def sparse_step_us(self) -> float:
+        return self.geometry.num_layers * self.sparse_us + self.outer_us
+
+    @property
+    def step_speedup(self) -> float:
+        return self.dense_step_us / self.sparse_step_us
+
+    @property
+    def fits(self) -> bool:
+        """False where the device cannot hold the model and its cache; True promises nothing about the rest."""
+        return self.need_gb <= self.device.memory_gb
+
+    def summary(self) -> str:
+        w = self.workload
+        return (
+            f"model: {self.geometry.name} on {self.device.name}, batch {w.batch} x {w.context}, tp {w.tp}, "
+            f"MLP {w.mlp_density:.2f}, heads {w.head_density:.2f} (union {w.union_heads:.2f}): "
+            f"layer {self.dense_us:.1f} -> {self.sparse_us:.1f} us, {self.speedup:.2f}x; "
+            f"step {self.dense_step_us / 1e3:.2f} -> {self.sparse_step_us / 1e3:.2f} ms, {self.step_speedup:.2f}x; "
+            f"most of sparse: {self.dominant} ({self.dominant_share:.0%})"
+        )
+
+
+def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
+    """Bytes, launches and time of one decode step, dense and sparse.
+
+    Raises:
+        ValueError: where tensor parallelism does not divide the heads.
+    """
+    g, w = geometry, workload
+    if g.num_heads % w.tp:
+        raise ValueError(f"{g.name} has {g.num_heads} heads, which tp={w.tp} does not divide; take a divisor.")
+    square_bytes = g.hidden**2 * w.dtype_bytes / w.tp  # one hidden x hidden projection, this rank's share
+    matrix_bytes = g.hidden * g.ffn * w.dtype_bytes / w.tp  # fc1, and fc2
+    token_kv_bytes = 2 * g.hidden * w.dtype_bytes / w.tp
+    union = w.union_heads if w.skip_projections else 1.0
+    gates_heads = w.head_density < 1
+    predictor_elements = w.rank(g) * (g.hidden + g.ffn / w.tp) + gates_heads * g.num_heads / w.tp * g.hidden
+    parts = {
+        "qkv": Part(3 * square_bytes, (2 + union) * square_bytes),  # K and V always: the cache stays complete
+        "KV write": Part(w.batch * token_kv_bytes, w.batch * token_kv_bytes),
+        "KV read": Part(w.batch * w.context * token_kv_bytes, w.batch * w.context * token_kv_bytes * w.head_density),
+        "out_proj": Part(square_bytes, union * square_bytes),
+        "fc1": Part(matrix_bytes, w.mlp_density * matrix_bytes),
+        "fc2": Part(matrix_bytes, w.mlp_density * w.survivors * matrix_bytes),
+        "predictor": Part(0, predictor_elements * w.predictor_dtype_bytes),
+    }
+
+    hidden_bytes = w.batch * g.hidden * w.dtype_bytes
+    logits_bytes = w.batch * g.vocab * w.dtype_bytes
+    all_reduce_us = outer_link_us = 0.0
+    if w.tp > 1:
+        link_bytes_per_us = device.group_gbs(w.tp) * 1e3
+        sent = (w.tp - 1) / w.tp
+        one_us = device.all_reduce_us + 2 * hidden_bytes * sent / link_bytes_per_us
+        all_reduce_us = ALL_REDUCES_PER_LAYER * one_us
+        # The vocabulary is split as well: one all-reduce of the embedding, one gather of the logits.
+        outer_link_us = one_us + device.all_reduce_us + logits_bytes * sent / link_bytes_per_us
+    outer_bytes = g.vocab * g.hidden * w.dtype_bytes / w.tp + 2 * hidden_bytes  # lm_head; a token's and a position's row
+    outer_us = device.read_us(outer_bytes) + len(STEP_LAUNCHES) * device.launch_us + outer_link_us
+    need_bytes = g.num_weights * w.dtype_bytes / w.tp + g.num_layers * parts["KV read"].dense_bytes
+    return Account(g, device, w, parts, outer_bytes, all_reduce_us, outer_us, need_bytes / 1e9)
+
+
+# Neurons that any row of a batch selects, mean over layers: the tables of Polar Sparsity (NeurIPS 2025), made for 99%
+# recall. Single layers lie far off (6.7B at batch 64: up to 0.97). Time is linear in this density, so its mean gives the
+# step's time; that layers above their crossover run dense is not modelled. Heads per sequence: 0.3 for 66B is theirs
+# too; 0.5 and 0.4 are what this project sets itself for 6.7B and 30B. None of it was measured here.
+_UNION_DENSITIES = {
+    "6.7b": {1: 0.10, 8: 0.29, 16: 0.40, 32: 0.52, 64: 0.62, 256: 0.77},
+    "30b": {1: 0.08, 8: 0.21, 16: 0.30, 32: 0.42, 64: 0.53, 256: 0.68},
+    "66b": {1: 0.08, 8: 0.18, 16: 0.26, 32: 0.37, 64: 0.49, 256: 0.64},
+}
+_HEAD_DENSITIES = {"6.7b": 0.5, "30b": 0.4, "66b": 0.3}
+# No table for these sizes: the nearest by hidden size stands in.
+_STANDS_IN = {"1.3b": "6.7b", "2.7b": "6.7b", "13b": "6.7b", "175b": "66b"}
+
+
+def preset_densities(name: str, batch: int) -> tuple[float, float, str]:
+    """Assumed MLP union density, heads per sequence, and in words where they come from.
+
+    Between two batch sizes of the table: linear in log2(batch). Above the last: the last.
+    """
+    known = _STANDS_IN.get(name, name)
+    table = _UNION_DENSITIES[known]
+    if known != name:
+        source = f"assumed: {known} stands in"
+    else:
+        source = "Polar's tables" if name == "66b" else "MLP Polar's table, heads assumed"
+    if batch in table:
+        return table[batch], _HEAD_DENSITIES[known], source
+    above = [size for size in table if size > batch]
+    below = max(size for size in table if size < batch)
+    if not above:
+        return table[below], _HEAD_DENSITIES[known], f"{source}, batch {below}"
+    share = math.log2(batch / below) / math.log2(min(above) / below)
+    density = table[below] + share * (table[min(above)] - table[below])
+    return density, _HEAD_DENSITIES[known], f"{source}, interpolated"
