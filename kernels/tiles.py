@@ -29,6 +29,8 @@ def multiply_add(acc, w, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
         PRECISION: of an fp32 dot. Operands of different types (predictors are fp16, activations may be bf16) meet in
             fp32, where tf32 still holds either exactly.
     """
+    if w.dtype == tl.int8:
+        w = w.to(x.dtype)  # exact: 16-bit floats hold every int8
     if w.dtype != x.dtype:
         w = w.to(tl.float32)
         x = x.to(tl.float32)

@@ -1,22 +1,26 @@
-"""One dense pass over the text -> the moments that the closed form needs. No activation is ever stored.
+"""One dense pass over the text -> the moments that the closed forms need. No activation is stored unless a form asks.
 
 Pre-activations are linear in the MLP's input, z = W m + b, so their covariance with any predictor input x follows from
-cov(x, m): three [hidden, hidden] matrices a layer hold everything, whatever the number of neurons.
+cov(x, m): a few [hidden, hidden] matrices a layer hold everything, whatever the number of neurons and tokens.
 """
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from vllm_dejavu.predictor import state_name
 from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel
-from vllm_dejavu.predictor_training.labels import active_neurons, head_grams, log_contributions
+from vllm_dejavu.predictor_training.labels import Labels, head_grams, neuron_energy
+from vllm_dejavu.predictor_training.samples import Rows, SampleStore
 
 # Layer 0 has no layer in front of it.
 FIRST_LAYER_LOOKAHEAD = "self"
@@ -28,13 +32,34 @@ def layer_lookahead(lookahead: str, layer: int) -> str:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Raw moments of one layer as `layers.N.NAME` tensors, fp64, and how many tokens they hold.
+class Request:
+    """What a pass collects.
 
-    mlp_x: [h, h] sum of x x^T of the MLP gate's input; mlp_xm: [h, h] sum of x m^T; mlp_m: [h, h] sum of m m^T, m the MLP's own
-    input; mlp_x_sum, mlp_m_sum: [h]; active: [ffn] tokens in which a neuron fired; attn_x: [h, h]; attn_xy: [h, heads], y the
-    logarithm of the heads' contribution norms; attn_x_sum: [h]; attn_y_sum, attn_yy: [heads].
-    With lookahead `self` x is m, and mlp_x, mlp_xm, mlp_x_sum are not kept.
+    Attributes:
+        lookaheads: block -> the lookaheads to keep moments for, at least one each.
+        layers: of the model, a contiguous range; layers behind it are not run.
+        labels: what counts as active.
+        sample_stride: keep every so many-th token's activations in the sample store, if there is one.
+    """
+
+    lookaheads: dict[str, tuple[str, ...]]
+    layers: range
+    labels: Labels = Labels()
+    sample_stride: int = 1
+
+    def states(self, block: str, layer: int) -> tuple[str, ...]:
+        """Names of the hidden states that gates of a block of this layer may read, each once."""
+        return tuple(dict.fromkeys(state_name(block, layer_lookahead(x, layer)) for x in self.lookaheads[block]))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Raw moments as `layers.N.NAME` tensors, fp64, and how many tokens they hold.
+
+    For every hidden state S that a gate reads, and for `mlp_input`: S.second [hidden, hidden] sum of x x^T; S.sum [hidden].
+    For every S of an MLP gate but `mlp_input`: S.mlp_input [hidden, hidden] sum of x m^T, m the MLP's own input.
+    For every S of a head gate: S.heads [hidden, heads] sum of x y^T, y the heads' targets; `heads.sum`, `heads.square` [heads].
+    active: [ffn] tokens in which a neuron is labelled active; energy: [ffn] sum of its squared energies.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -44,67 +69,127 @@ class Moments:
         prefix = f"layers.{index}."
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
+    def __add__(self, other: Moments) -> Moments:
+        """Of both texts together."""
+        tensors = {k: v + other.tensors[k] for k, v in self.tensors.items()} if self.tensors else other.tensors
+        return Moments(tensors, self.num_tokens + other.num_tokens)
+
+
+def layer_bytes(hidden: int, ffn: int, heads: int, lookaheads: dict[str, tuple[str, ...]]) -> int:
+    """Bytes of the moments of one layer (not the first, which may need less)."""
+    request = Request(lookaheads, range(1, 2))
+    mlp, attention = request.states("mlp", 1), request.states("attention", 1)
+    squares = len({"mlp_input", *mlp, *attention}) + sum(s != "mlp_input" for s in mlp)
+    return 8 * (squares * (hidden * hidden + hidden) + len(attention) * hidden * heads + 2 * heads + 2 * ffn)
+
+
+def passes(num_layers: int, bytes_a_layer: int, limit: int | None) -> list[range]:
+    """Ranges of layers whose moments fit into `limit` bytes together: one pass over the text each.
+
+    Raises:
+        ValueError: not even one layer fits.
+    """
+    at_once = num_layers if limit is None else min(num_layers, limit // bytes_a_layer)
+    if at_once < 1:
+        raise ValueError(f"--max-memory {limit} bytes cannot hold the moments of one layer, {bytes_a_layer} bytes. Allow more.")
+    count = -(-num_layers // at_once)
+    size = -(-num_layers // count)  # even passes
+    return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
+
 
 class Collector:
     """Accumulates `Moments` batch by batch and checkpoints them, so that an interrupted run resumes.
 
     Args:
-        checkpoint: file to keep the state in. key: everything that decides the result; another key starts afresh.
+        checkpoint: file to keep the state in, or None. key: everything that decides the result; another key starts afresh.
+        samples: where forms that train by gradient want activations stored.
     """
 
-    def __init__(self, opt: OptModel, lookahead: dict[str, str], checkpoint: Path, key: dict[str, Any]):
-        self.opt, self.lookahead, self.checkpoint = opt, lookahead, checkpoint
-        self.key = json.dumps(key, sort_keys=True)
+    def __init__(self, opt: OptModel, request: Request, checkpoint: Path | None = None, key: dict[str, Any] | None = None, samples: SampleStore | None = None):
+        self.opt, self.request, self.checkpoint, self.samples = opt, request, checkpoint, samples
+        self.key = json.dumps({**(key or {}), "layers": [request.layers.start, request.layers.stop]}, sort_keys=True)
         self.sums: dict[str, torch.Tensor] = {}
         self.windows = self.num_tokens = 0
-        self.grams = [head_grams(layer.self_attn.out_proj.weight, opt.config.num_attention_heads) for layer in opt.layers]
+        self._rows: dict[int, dict[str, torch.Tensor]] = {}
+        self.grams = {i: head_grams(opt.weight(i, "self_attn.out_proj"), opt.config.num_attention_heads) for i in request.layers}
+        self.fc2_norms = {i: opt.weight(i, "fc2").float().norm(dim=0) for i in request.layers}
 
     def add(self, name: str, value: torch.Tensor) -> None:
         value = value.double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value
 
-    def on_mlp(self, layer: int, states: LayerStates, z: torch.Tensor) -> None:
-        p, m = f"layers.{layer}.", states.mlp_input.float()
-        self.add(p + "mlp_m", m.T @ m)
-        self.add(p + "mlp_m_sum", m.sum(0))
-        self.add(p + "active", active_neurons(z).sum(0))
-        lookahead = layer_lookahead(self.lookahead["mlp"], layer)
-        if lookahead != "self":
-            x = states.gate_input("mlp", lookahead).float()
-            self.add(p + "mlp_x", x.T @ x)
-            self.add(p + "mlp_xm", x.T @ m)
-            self.add(p + "mlp_x_sum", x.sum(0))
+    def _add_state(self, layer: int, name: str, x: torch.Tensor) -> None:
+        self.add(f"layers.{layer}.{name}.second", x.T @ x)
+        self.add(f"layers.{layer}.{name}.sum", x.sum(0))
 
     def on_attention(self, layer: int, states: LayerStates, attn: torch.Tensor) -> None:
-        p, y = f"layers.{layer}.", log_contributions(attn, self.grams[layer])
-        x = states.gate_input("attention", layer_lookahead(self.lookahead["attention"], layer)).float()
-        self.add(p + "attn_x", x.T @ x)
-        self.add(p + "attn_xy", x.T @ y)
-        self.add(p + "attn_x_sum", x.sum(0))
-        self.add(p + "attn_y_sum", y.sum(0))
-        self.add(p + "attn_yy", (y * y).sum(0))
+        if layer not in self.request.layers:
+            return
+        p, y = f"layers.{layer}.", self.request.labels.head_targets(attn, self.grams[layer])
+        for name in self.request.states("attention", layer):
+            self.add(f"{p}{name}.heads", states.named(name).float().T @ y)
+        self.add(p + "heads.sum", y.sum(0))
+        self.add(p + "heads.square", (y * y).sum(0))
+        if self.samples is not None:
+            rows = self._sampled(len(attn))
+            self._rows[layer] = {"head_norms": self.request.labels.head_norms(attn[rows], self.grams[layer])}
 
-    def run(self, tokens: torch.Tensor, batch: int, save_every: int = 64) -> Moments:
-        """tokens: [num_windows, seq_len]. Resumes behind the last checkpoint of the same key."""
+    def on_mlp(self, layer: int, states: LayerStates, z: torch.Tensor) -> None:
+        if layer not in self.request.layers:
+            return
+        p, m, norms = f"layers.{layer}.", states.mlp_input.float(), self.fc2_norms[layer]
+        mlp, attention = self.request.states("mlp", layer), self.request.states("attention", layer)
+        for name in dict.fromkeys(("mlp_input", *mlp, *attention)):
+            self._add_state(layer, name, states.named(name).float())
+        for name in mlp:
+            if name != "mlp_input":
+                self.add(f"{p}{name}.mlp_input", states.named(name).float().T @ m)
+        active, energy = self.request.labels.active(z, norms), neuron_energy(z, norms)
+        self.add(p + "active", active.sum(0))
+        self.add(p + "energy", (energy * energy).sum(0))
+        if self.samples is not None:
+            rows = self._sampled(len(z))
+            kept = self._rows[layer]
+            self.samples.write(layer, self.windows, Rows(
+                mlp_x=states.named(mlp[0])[rows], active=active[rows], energy=energy[rows],
+                attn_x=states.named(attention[0])[rows], head_norms=kept["head_norms"],
+            ))  # fmt: skip
+
+    def _sampled(self, count: int) -> torch.Tensor:
+        # Counted over the whole text, so that the choice does not depend on the batch size.
+        stride = self.request.sample_stride
+        return torch.arange(-self.num_tokens % stride, count, stride, device=self.opt.device)
+
+    def run(self, tokens: torch.Tensor, batch: int, save_every: int = 64, progress: Callable[[int], None] | None = None) -> Moments:
+        """tokens: [num_windows, seq_len]. Resumes behind the last checkpoint of the same key.
+
+        Args:
+            progress: called with the number of tokens done instead of showing a bar.
+        """
         self._resume()
-        bar = tqdm(total=tokens.numel(), initial=self.windows * tokens.shape[1], unit="tok", unit_scale=True, desc="collect")
+        layers = self.request.layers
+        what = "collect" if len(layers) == len(self.opt.layers) else f"collect layers {layers.start}-{layers.stop - 1}"
+        bar = tqdm(total=tokens.numel(), initial=self.windows * tokens.shape[1], unit="tok", unit_scale=True, desc=what, disable=progress is not None)
         with self.opt.observed(self.on_attention, self.on_mlp), bar:
             for count, start in enumerate(range(self.windows, len(tokens), batch), 1):
                 part = tokens[start : start + batch]
-                self.opt.decoder(part)
+                self.opt.decoder(part, last_layer=layers.stop - 1)
                 self.windows += len(part)
                 self.num_tokens += part.numel()
                 bar.update(part.numel())
+                if progress is not None:
+                    progress(part.numel())
                 if count % save_every == 0:
                     self._save()
         self._save()
         return Moments({k: v.cpu() for k, v in self.sums.items()}, self.num_tokens)
 
     def _resume(self) -> None:
-        if not self.checkpoint.is_file():
+        if self.checkpoint is None or not self.checkpoint.is_file():
             return
-        from safetensors import safe_open
-
         with safe_open(self.checkpoint, "pt") as f:
             metadata = f.metadata() or {}
         if metadata.get("key") != self.key:
@@ -113,6 +198,8 @@ class Collector:
         self.windows, self.num_tokens = int(metadata["windows"]), int(metadata["num_tokens"])
 
     def _save(self) -> None:
+        if self.checkpoint is None:
+            return
         metadata = {"key": self.key, "windows": str(self.windows), "num_tokens": str(self.num_tokens)}
         partial = self.checkpoint.with_suffix(".partial")
         save_file({k: v.contiguous() for k, v in self.sums.items()}, partial, metadata=metadata)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from vllm_dejavu import support
@@ -27,6 +27,10 @@ class LayerStates:
     mlp_input: torch.Tensor | None = None
     previous: torch.Tensor | None = None
 
+    def named(self, name: str) -> torch.Tensor:
+        """By the name that `predictor.state_name` gives."""
+        return getattr(self, name)
+
     def gate_input(self, block: str, lookahead: str) -> torch.Tensor:
         """Input of a gate of this layer, by the same function as in serving."""
         block_input = self.mlp_input if block == "mlp" else self.attn_input
@@ -39,17 +43,33 @@ OnAttention = Callable[[int, LayerStates, torch.Tensor], torch.Tensor | None]
 OnMlp = Callable[[int, LayerStates, torch.Tensor], torch.Tensor | None]
 
 
+class _Enough(Exception):
+    """Ends a forward pass whose remaining layers nobody needs."""
+
+
+@dataclass
+class Resumable:
+    """A batch on its way through the layers: what layer `layer` gets, and the residual that it may call `previous`."""
+
+    tokens: torch.Tensor
+    layer: int
+    hidden: torch.Tensor
+    kwargs: dict[str, Any]
+    previous: torch.Tensor | None
+
+
 class OptModel:
     """A dense OPT in transformers with its tokenizer and fingerprint.
 
     Args:
-        name: directory or hub id. device, dtype: where and in what it computes; statistics want float32.
+        name: directory or hub id. device: one, or "auto": accelerate spreads the layers over GPUs, memory and then
+            `offload` on disk, for models larger than any of them. dtype: that it computes in; statistics want float32.
 
     Raises:
         ValueError: not an OPT, or not ReLU.
     """
 
-    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, offload: Path | None = None):
         from transformers import AutoConfig
 
         if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -58,20 +78,30 @@ class OptModel:
         self.config = AutoConfig.from_pretrained(name)
         support.map_architecture(self.config.architectures or [])
         support.check_hf_config(self.config)
-        # In fp32, which holds any checkpoint exactly, so that the fingerprint is that of the values as stored: "auto" would
-        # follow the config, and some fp32 checkpoints come with a 16-bit config.
+        spread = {"device_map": "auto", "offload_folder": offload} if device == "auto" else {"device_map": device} if device != "cpu" else {}
         try:
-            model = OPTForCausalLM.from_pretrained(name, dtype=torch.float32)
+            self.model = OPTForCausalLM.from_pretrained(name, dtype=dtype, **spread).eval()
         except SafetensorError as e:
             raise ValueError(f"Weights of {name} cannot be read ({e}); the file is damaged or cut short.") from e
-        fingerprint = WeightsFingerprint()
-        for key, tensor in model.state_dict().items():
-            fingerprint.add(key, tensor)
-        self.model = model.to(device=device, dtype=dtype).eval()
-        self.device = torch.device(device)
-        self.spec = ModelSpec.from_hf_config(self.config, name, fingerprint.hexdigest())
         self.layers = self.model.model.decoder.layers
+        self.device = self.model.model.decoder.embed_tokens.weight.device if device == "auto" else torch.device(device)
+        if self.device.type == "meta":  # offloaded; accelerate computes on the first device it has
+            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.spec = ModelSpec.from_hf_config(self.config, name, fingerprint(name))
         self.bos = self.config.bos_token_id
+        self.states = [LayerStates() for _ in self.layers]
+
+    def weight(self, layer: int, module: str, kind: str = "weight") -> torch.Tensor | None:
+        """A parameter of a layer on `device`, wherever accelerate keeps it: `weight(3, "fc1", "bias")`."""
+        found = self.layers[layer].get_submodule(module)
+        if not hasattr(found, "_hf_hook"):
+            value = getattr(found, kind)
+            return None if value is None else value.detach().to(self.device)
+        from accelerate.utils import align_module_device
+
+        with align_module_device(found, self.device):
+            value = getattr(found, kind)
+            return None if value is None else value.detach().clone()
 
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.name)
@@ -79,7 +109,7 @@ class OptModel:
     @contextmanager
     def observed(self, on_attention: OnAttention | None = None, on_mlp: OnMlp | None = None) -> Iterator[None]:
         """Call back in every layer of every forward pass inside; a returned mask is applied."""
-        states = [LayerStates() for _ in self.layers]
+        states = self.states
         hooks = []
         pre_ln = self.config.do_layer_norm_before
         heads = self.config.num_attention_heads
@@ -132,13 +162,94 @@ class OptModel:
                 hook.remove()
 
     @torch.inference_mode()
-    def decoder(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Run the layers alone (no logits): tokens [B, L] -> hidden states."""
-        return self.model.model(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
+    def decoder(self, tokens: torch.Tensor, last_layer: int | None = None) -> None:
+        """Run the layers alone (no logits), up to `last_layer`. tokens: [B, L]."""
+
+        def enough(module: Any, args: tuple, output: Any) -> None:
+            raise _Enough
+
+        hook = self.layers[len(self.layers) - 1 if last_layer is None else last_layer].register_forward_hook(enough)
+        try:
+            self.model.model(input_ids=tokens.to(self.device), use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            hook.remove()
 
     @torch.inference_mode()
     def nll(self, tokens: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of tokens[:, 1:], in nats: [B, L] -> [B, L - 1], fp32 on the CPU."""
-        tokens = tokens.to(self.device)
-        logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").cpu()
+        return self.nll_from(self.start(tokens))
+
+    @torch.inference_mode()
+    def start(self, tokens: torch.Tensor) -> Resumable:
+        """A batch in front of layer 0. tokens: [B, L]."""
+        caught: dict[str, Any] = {}
+
+        def catch(module: Any, args: tuple, kwargs: dict) -> None:
+            caught.update(kwargs, hidden=args[0])
+            raise _Enough
+
+        hook = self.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self.model.model(input_ids=tokens.to(self.device), use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            hook.remove()
+        return Resumable(tokens, 0, caught.pop("hidden"), caught, None)
+
+    @torch.inference_mode()
+    def advance(self, run: Resumable, on_attention: OnAttention | None = None, on_mlp: OnMlp | None = None) -> Resumable:
+        """The batch behind the layer it stands in front of; callbacks as in `observed`."""
+        self.states[run.layer].previous = run.previous
+        with self.observed(on_attention, on_mlp):
+            hidden = _hidden(self.layers[run.layer](run.hidden, **run.kwargs))
+        following = run.layer + 1
+        previous = self.states[following].previous if following < len(self.layers) else None
+        return Resumable(run.tokens, following, hidden, run.kwargs, previous)
+
+    @torch.inference_mode()
+    def nll_from(self, run: Resumable) -> torch.Tensor:
+        """As `nll`, running only the layers still to come."""
+        decoder, hidden = self.model.model.decoder, run.hidden
+        if run.layer < len(self.layers):
+            self.states[run.layer].previous = run.previous
+        for layer in self.layers[run.layer :]:
+            hidden = _hidden(layer(hidden, **run.kwargs))
+        for module in (decoder.final_layer_norm, decoder.project_out):
+            hidden = hidden if module is None else module(hidden)
+        logits = self.model.lm_head(hidden[:, :-1].flatten(0, 1)).float()
+        targets = run.tokens[:, 1:]
+        nll = torch.nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="none")
+        return nll.view(targets.shape).cpu()
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
+
+
+def fingerprint(name: str) -> str:
+    """Fingerprint of a checkpoint's tensors as stored, whatever it is loaded in."""
+    digest = WeightsFingerprint()
+    for key, tensor in checkpoint_tensors(name):
+        digest.add(key, tensor)
+    return digest.hexdigest()
+
+
+def checkpoint_tensors(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint that has been loaded before, from its files, one at a time."""
+    directory = Path(name)
+    if not directory.is_dir():
+        from transformers.utils import cached_file
+
+        directory = Path(cached_file(name, "config.json")).parent
+    files = sorted(directory.glob("model*.safetensors"))
+    if files:
+        for path in files:
+            with safe_open(path, "pt") as f:
+                for key in f.keys():
+                    yield key, f.get_tensor(key)
+        return
+    for path in sorted(directory.glob("pytorch_model*.bin")):
+        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()

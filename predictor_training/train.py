@@ -1,103 +1,154 @@
-"""Moments -> one predictor per gated block, in closed form: no gradient, no stored activations."""
+"""Moments -> one predictor per gated block."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from vllm_dejavu.predictor_training.collect import Moments
-
-# Ridge, relative to the mean variance of the input: keeps directions the text hardly visits from blowing up.
-RIDGE = 1e-4
-
-
-@dataclass(frozen=True)
-class FittedMlp:
-    """Low-rank regression of the pre-activations: z ~ up(down(x)) + bias.
-
-    Attributes:
-        down: [rank, hidden]; up: [ffn, rank]; bias: [ffn]; all fp64.
-        residual_std: [ffn], what the regression leaves unexplained; margins are multiples of it.
-        activation_rate: [ffn], share of tokens in which the neuron fires.
-        explained: share of the pre-activations' variance explained.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    bias: torch.Tensor
-    residual_std: torch.Tensor
-    activation_rate: torch.Tensor
-    explained: float
+from vllm_dejavu.predictor import state_name
+from vllm_dejavu.predictor_training.collect import Moments, layer_lookahead
+from vllm_dejavu.predictor_training.forms import RIDGE, FittedMlp, Form, MlpTask, get
+from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.labels import top_heads
+from vllm_dejavu.predictor_training.samples import Rows, SampleStore
 
 
 @dataclass(frozen=True)
 class FittedHeads:
-    """Linear regression of the heads' log contribution norms: y ~ weight x + bias. weight: [heads, hidden]; bias: [heads]."""
+    """Linear regression of the heads' log norms: y ~ weight x + bias. weight: [heads, hidden]; bias, r2: [heads]."""
 
     weight: torch.Tensor
     bias: torch.Tensor
     r2: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LayerWeights:
+    """What of a layer the fit reads: fc1 [ffn, hidden], its bias, norms of fc2's rows [ffn], the LayerNorm in front (None: post-LN)."""
+
+    fc1: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2_norms: torch.Tensor
+    norm_weight: torch.Tensor | None
+    norm_bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, opt: OptModel, layer: int) -> LayerWeights:
+        fc1, bias = opt.weight(layer, "fc1").double().cpu(), opt.weight(layer, "fc1", "bias")
+        norm = (None, None)
+        if opt.config.do_layer_norm_before and opt.config.layer_norm_elementwise_affine:
+            norm = tuple(opt.weight(layer, "final_layer_norm", kind).double().cpu() for kind in ("weight", "bias"))
+        return cls(
+            fc1, torch.zeros(len(fc1), dtype=torch.float64) if bias is None else bias.double().cpu(),
+            opt.weight(layer, "fc2").float().norm(dim=0).double().cpu(), *norm,
+        )  # fmt: skip
+
+
 def _covariance(second: torch.Tensor, a_sum: torch.Tensor, b_sum: torch.Tensor, n: int) -> torch.Tensor:
     return second / n - torch.outer(a_sum / n, b_sum / n)
 
 
-def _inverse_sqrt(covariance: torch.Tensor) -> torch.Tensor:
-    """Symmetric inverse square root with the ridge added."""
-    ridge = RIDGE * covariance.diagonal().mean()
-    values, vectors = torch.linalg.eigh(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype))
-    return vectors @ torch.diag(values.clamp_min(1e-30).rsqrt()) @ vectors.T
-
-
-def fit_mlp(moments: Moments, layer: int, fc1_weight: torch.Tensor, fc1_bias: torch.Tensor | None, rank: int) -> FittedMlp:
-    """Reduced-rank regression (whitened SVD) of z = fc1(m) on the gate's input x.
-
-    The subspace is chosen with each neuron's error weighted by 1 / its own standard deviation and by how undecided it is,
-    sqrt(p (1 - p)) with p its activation rate: a neuron that never (or always) fires needs no precision.
+def fit_mlp(
+    moments: Moments, layer: int, weights: LayerWeights, lookahead: str, rank: int, form: Form, *,
+    samples: Callable[[], Iterator[Rows]] | None = None, seed: int = 0, device: str = "cpu", energy_loss: bool = False,
+) -> FittedMlp:  # fmt: skip
+    """The MLP predictor of one layer.
 
     Args:
-        fc1_weight: [ffn, hidden]; fc1_bias: [ffn] or None. rank: of the predictor, at most hidden.
+        lookahead: as asked for; layer 0 has no `previous`. rank: at most hidden. Others as in `forms.MlpTask`.
     """
     s, n = moments.layer(layer), moments.num_tokens
-    weight = fc1_weight.double().cpu()
-    m_mean = s["mlp_m_sum"] / n
-    cov_m = _covariance(s["mlp_m"], s["mlp_m_sum"], s["mlp_m_sum"], n)
-    if "mlp_x" in s:
-        x_mean = s["mlp_x_sum"] / n
-        cov_x = _covariance(s["mlp_x"], s["mlp_x_sum"], s["mlp_x_sum"], n)
-        cov_xm = _covariance(s["mlp_xm"], s["mlp_x_sum"], s["mlp_m_sum"], n)
-    else:
-        x_mean, cov_x, cov_xm = m_mean, cov_m, cov_m
-    z_mean = weight @ m_mean + (0 if fc1_bias is None else fc1_bias.double().cpu())
-    z_var = ((weight @ cov_m) * weight).sum(1).clamp_min(1e-12)
-
-    whitener = _inverse_sqrt(cov_x)
-    whitened = weight @ cov_xm.T @ whitener  # [ffn, hidden]: regression of z on whitened x
-    rate = s["active"] / n
-    importance = (rate * (1 - rate)).clamp_min(1e-4).sqrt() / z_var.sqrt()
-    weighted = importance[:, None] * whitened
-    _, vectors = torch.linalg.eigh(weighted.T @ weighted)
-    basis = vectors[:, -rank:]  # [hidden, rank]
-    up, down = whitened @ basis, basis.T @ whitener
-    # Both factors are stored in 16 bits: give every row of `down` unit norm.
-    scale = down.norm(dim=1).clamp_min(1e-12)
-    residual = (z_var - (up * up).sum(1)).clamp_min(0)
-    up, down = up * scale, down / scale[:, None]
-    return FittedMlp(
-        down=down, up=up, bias=z_mean - up @ (down @ x_mean), residual_std=residual.sqrt(),
-        activation_rate=rate, explained=float(1 - residual.sum() / z_var.sum()),
+    name = state_name("mlp", layer_lookahead(lookahead, layer))
+    m_sum, x_sum = s["mlp_input.sum"], s[f"{name}.sum"]
+    cov_m = _covariance(s["mlp_input.second"], m_sum, m_sum, n)
+    cov_x, cov_xm = cov_m, cov_m
+    if name != "mlp_input":
+        cov_x = _covariance(s[f"{name}.second"], x_sum, x_sum, n)
+        cov_xm = _covariance(s[f"{name}.mlp_input"], x_sum, m_sum, n)
+        if form.own_input:
+            raise ValueError(f"form {form.name!r} is for lookahead 'self' only, found {lookahead!r}.")
+    task = MlpTask(
+        rank=rank, x_mean=x_sum / n, x_cov=cov_x, m_mean=m_sum / n, m_cov=cov_m, xm_cov=cov_xm, weight=weights.fc1,
+        bias=weights.fc1_bias, fc2_norms=weights.fc2_norms, norm_weight=weights.norm_weight, norm_bias=weights.norm_bias,
+        activation_rate=s["active"] / n, energy=s["energy"] / n, samples=samples if form.needs_samples else None, seed=seed + layer,
+        device=device, energy_loss=energy_loss,
     )  # fmt: skip
+    return _unit_rows(form.fit(task))
 
 
-def fit_heads(moments: Moments, layer: int) -> FittedHeads:
-    """Ridge regression of each head's log contribution norm on the gate's input."""
+def _unit_rows(fitted: FittedMlp) -> FittedMlp:
+    """Rows of `down` of unit norm: both factors are stored in 16 bits or fewer."""
+    scale = fitted.down.norm(dim=1).clamp_min(1e-12)
+    return FittedMlp(fitted.down / scale[:, None], fitted.up * scale, fitted.bias, fitted.activation_rate, fitted.explained)
+
+
+def fit_heads(moments: Moments, layer: int, lookahead: str) -> FittedHeads:
+    """Ridge regression of each head's log norm on the gate's input."""
     s, n = moments.layer(layer), moments.num_tokens
-    cov_x = _covariance(s["attn_x"], s["attn_x_sum"], s["attn_x_sum"], n)
-    cov_xy = _covariance(s["attn_xy"], s["attn_x_sum"], s["attn_y_sum"], n)
+    name = state_name("attention", layer_lookahead(lookahead, layer))
+    x_sum, y_sum = s[f"{name}.sum"], s["heads.sum"]
+    cov_x = _covariance(s[f"{name}.second"], x_sum, x_sum, n)
+    cov_xy = _covariance(s[f"{name}.heads"], x_sum, y_sum, n)
     ridge = RIDGE * cov_x.diagonal().mean()
     weight = torch.linalg.solve(cov_x + ridge * torch.eye(len(cov_x), dtype=cov_x.dtype), cov_xy).T
-    x_mean, y_mean = s["attn_x_sum"] / n, s["attn_y_sum"] / n
-    y_var = (s["attn_yy"] / n - y_mean**2).clamp_min(1e-12)
-    r2 = (weight * cov_xy.T).sum(1) / y_var
-    return FittedHeads(weight=weight, bias=y_mean - weight @ x_mean, r2=r2)
+    y_mean = y_sum / n
+    y_var = (s["heads.square"] / n - y_mean**2).clamp_min(1e-12)
+    return FittedHeads(weight=weight, bias=y_mean - weight @ (x_sum / n), r2=(weight * cov_xy.T).sum(1) / y_var)
+
+
+def fit_heads_by_gradient(rows: list[Rows], start: FittedHeads, labels: torch.Tensor, seed: int, epochs: int = 3, learning_rate: float = 1e-3) -> FittedHeads:
+    """Logistic regression of head labels by AdamW, the paper's way: one linear layer, since two without an activation between are one.
+
+    Args:
+        rows: stored tokens. start: gives shapes only; the fit starts from zeros. labels: [all rows, heads], bool.
+    """
+    x = torch.cat([r.attn_x for r in rows]).float()
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.zeros(start.weight.shape, requires_grad=True)
+    bias = torch.zeros(len(start.bias), requires_grad=True)
+    steps = epochs * -(-len(x) // 1024)
+    optimizer = torch.optim.AdamW([weight, bias], lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad():
+        for _ in range(epochs):
+            for index in torch.randperm(len(x), generator=generator).split(1024):
+                scores = torch.nn.functional.linear(x[index], weight, bias)
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels[index].float(), reduction="sum") / len(index)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return FittedHeads(weight.detach().double(), bias.detach().double(), torch.full_like(start.r2, float("nan")))
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How layers are fitted; plain values, so that another process can do it.
+
+    Attributes:
+        form: of MLP predictors, by name (`forms.get`). head_form: "closed_form" or "paper". head_share: of heads that the paper's rule labels.
+    """
+
+    rank: int
+    lookahead: dict[str, str]
+    form: str = "closed_form"
+    head_form: str = "closed_form"
+    head_share: float = 0.3
+    seed: int = 0
+    device: str = "cpu"
+    energy_loss: bool = False
+
+
+def fit_layer(settings: FitSettings, moments: Moments, layer: int, weights: LayerWeights, store: SampleStore | None = None) -> tuple[FittedMlp, FittedHeads]:
+    """Both predictors of a layer."""
+    mlp = fit_mlp(
+        moments, layer, weights, settings.lookahead["mlp"], settings.rank, get(settings.form),
+        samples=None if store is None else lambda: store.read(layer), seed=settings.seed, device=settings.device, energy_loss=settings.energy_loss,
+    )  # fmt: skip
+    heads = fit_heads(moments, layer, settings.lookahead["attention"])
+    if settings.head_form == "paper":
+        rows = list(store.read(layer))
+        chosen = top_heads(torch.cat([r.head_norms for r in rows]).float(), settings.head_share)
+        heads = fit_heads_by_gradient(rows, heads, chosen, settings.seed + layer)
+    return mlp, heads

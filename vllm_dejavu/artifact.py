@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from vllm_dejavu.config import LOOKAHEADS
 
 FORMAT = "vllm-dejavu-predictor"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 2 added int8 predictors
 MANIFEST_FILE = "dejavu.json"
 TENSORS_FILE = "predictors.safetensors"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 FORMS = {"mlp": "low_rank", "attention": "linear"}
 # Objects of the manifest that say how an artifact came about; nothing is computed from them.
 RECORDS = ("training", "calibration", "versions")
@@ -266,9 +267,9 @@ def load_manifest(directory: str | os.PathLike) -> tuple[Manifest, str]:
     if top.get("format") != FORMAT:
         raise reader.error("format", top.get("format"), repr(FORMAT))
     version = top.get("format_version")
-    if isinstance(version, bool) or version != FORMAT_VERSION:
+    if isinstance(version, bool) or version not in READABLE_VERSIONS:
         raise ArtifactError(
-            f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}. "
+            f"{path}: expected format_version {' or '.join(map(str, READABLE_VERSIONS))}, found {version!r}. "
             "Install the vllm-dejavu version that wrote it, or train again."
         )
     reader.keys(top, "the manifest", required=("format", "format_version", "model", "tensors", "layers"), optional=RECORDS)

@@ -38,18 +38,32 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--field", default="text", help="key of the text in JSON lines and dataset rows")
     p.add_argument("--valid-share", type=float, default=0.1, help="share of the documents held out")
     p.add_argument("--max-documents", type=int, help="read at most so many documents of each source")
-    p.add_argument("--max-tokens", type=int, default=524_288, help="training tokens")
+    p.add_argument("--max-tokens", type=int, help="training tokens (default: the paper's 500 sequences of the model's context, at most 2048 each)")
     p.add_argument("--valid-tokens", type=int, default=32_768, help="calibration tokens")
     p.add_argument("--seq-len", type=int, help="tokens a window (default: the model's positions, at most 2048)")
-    p.add_argument("--rank", type=int, help="of the MLP predictors (default: 3%% of the MLP's bytes, at least 16)")
+    p.add_argument("--rank", type=int, help="of the MLP predictors (default: 3%% of the MLP's bytes; hidden sizes below 2048: a quarter of them)")
+    p.add_argument("--form", default="closed_form", help="of the MLP predictors: closed_form, finetuned, paper, svd, or module:attribute of your own")
+    p.add_argument("--head-form", choices=("closed_form", "paper"), default="closed_form")
+    p.add_argument("--head-share", type=float, default=0.3, help="share of heads that the paper's rule labels important")
+    p.add_argument("--loss", choices=("bce", "energy"), default="bce", help="energy: a missed neuron weighs what it would have added")
+    p.add_argument("--neuron-label", choices=("positive", "energy"), default="positive", help="active neurons: all positive ones, or the fewest that hold --energy-share")
+    p.add_argument("--energy-share", type=float, default=0.99)
+    p.add_argument("--head-label", choices=("contribution", "output_norm"), default="contribution", help="norm after out_proj, or before it (the paper's)")
     p.add_argument("--mlp-lookahead", choices=LOOKAHEADS["mlp"], default="self")
-    p.add_argument("--head-lookahead", choices=LOOKAHEADS["attention"], default="self")
-    p.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the predictors")
+    p.add_argument("--head-lookahead", choices=LOOKAHEADS["attention"], default="previous")
+    p.add_argument("--dtype", choices=("int8", "float16", "bfloat16", "float32"), default="int8", help="of the predictors")
     p.add_argument("--max-ppl-increase", type=float, default=0.01, help="perplexity budget of the calibration, 0.01 for 1%%")
-    p.add_argument("--batch", type=int, default=8, help="windows a forward pass")
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--max-memory", type=_size, help="of the moments, as 64G: with less, more passes over the text")
+    p.add_argument("--max-disk", type=_size, help="of stored activations (gradient forms), as 200G: with less, fewer of the tokens")
+    p.add_argument("--batch", type=int, default=4, help="windows a forward pass")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, ..., or auto: spread a large model over devices, memory and disk")
+    p.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="that the model computes in")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--ray", metavar="ADDRESS|auto", help="share collection and fitting among the workers of a Ray cluster")
+    p.add_argument("--ray-workers", type=int, help="model replicas on the cluster (default: one a node)")
+    p.add_argument("--run-dir", help="state, metrics.jsonl and plots (default: OUTPUT.run)")
     p.add_argument("--overwrite", action="store_true", help="replace an artifact at --output")
+    p.add_argument("--resume", action="store_true", help="continue an interrupted run, or refuse (without it: continue one of the same settings, else begin)")
     p.add_argument("--restart", action="store_true", help="forget an interrupted run")
     p.set_defaults(run=_train)
 
@@ -87,6 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _size(text: str) -> int:
+    """Bytes: 500M, 64G, 2T or a plain number."""
+    unit = text[-1:].upper()
+    power = "KMGT".find(unit) + 1 if unit else 0
+    try:
+        return int(float(text[:-1] if power else text) * 1000**power)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"expected a size as 64G, found {text!r}") from e
+
+
 def _fields(cls: type, args: argparse.Namespace) -> dict:
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -100,9 +124,11 @@ def _train(args: argparse.Namespace) -> int:
     from vllm_dejavu.predictor_training import pipeline
 
     config = pipeline.TrainConfig(**_fields(pipeline.TrainConfig, args))
-    artifact = pipeline.run(config, overwrite=args.overwrite, restart=args.restart)
+    artifact = pipeline.run(
+        config, overwrite=args.overwrite, restart=args.restart, resume=args.resume, run_dir=args.run_dir, ray=args.ray, ray_workers=args.ray_workers
+    )
     print(artifact_table(artifact))
-    print(f"wrote {args.output}")
+    print(f"wrote {args.output}; metrics and plots: {args.run_dir or args.output.rstrip('/') + '.run'}")
     return 0
 
 

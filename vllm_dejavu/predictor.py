@@ -6,6 +6,12 @@ import torch
 from vllm_dejavu.kernels import reference
 
 
+def state_name(block: str, lookahead: str) -> str:
+    """Name of the hidden state that feeds a gate: `mlp_input`, `attn_input` or `previous`; as `gate_input`, without tensors."""
+    block_input = "mlp_input" if block == "mlp" else "attn_input"
+    return gate_input(lookahead, block_input=block_input, attn_input="attn_input", previous="previous")
+
+
 def gate_input(
     lookahead: str,
     *,
@@ -39,11 +45,42 @@ def gate_input(
     raise ValueError(f"lookahead {lookahead!r} is unknown; expected 'self', 'attn_input' or 'previous'")
 
 
+def quantize(tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    """Weights of a predictor as integers of `bits` bits, in int8: `down` and `up`, or `weight`; the others as they are.
+
+    A unit is selected when its score is positive, so a score may be scaled: the step of each unit's row of `up` (or `weight`)
+    divides its bias instead of being stored; the step of each row of `down` multiplies a column of `up` beforehand. So integers
+    need no further tensor, and no kernel multiplies by a scale.
+
+    Args:
+        tensors: in floating point; `bias` [units] fp32.
+    """
+    largest = 2 ** (bits - 1) - 1
+    out = dict(tensors)
+
+    def integers(rows: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return (rows / step[:, None]).round().clamp(-largest, largest).to(torch.int8)
+
+    name = "weight"
+    if "down" in tensors:
+        name, down = "up", tensors["down"].double()
+        step = down.abs().amax(1).clamp_min(1e-12) / largest
+        out["down"] = integers(down, step)
+        rows = tensors["up"].double() * step
+    else:
+        rows = tensors["weight"].double()
+    step = rows.abs().amax(1).clamp_min(1e-12) / largest
+    out[name] = integers(rows, step)
+    out["bias"] = (tensors["bias"].double() / step).float()
+    return out
+
+
 class Predictor(torch.nn.Module):
     """Scorer of one gate; a unit (neuron or head) is selected when its score is positive.
 
     MLP: `score = up(down(x)) + bias`; attention: `score = weight(x) + bias`. The calibrated threshold is in the bias.
-    The rank is padded with zeros to a multiple of 16, so that kernels can read rows of `up` in 16-byte pieces. Tensors are
+    In int8 the tensors are the stored integers, multiplied as they are: scales change no score's sign (`quantize`). The rank
+    is padded with zeros to a multiple of 16, so that kernels can read rows of `up` in 16-byte pieces. Tensors are
     non-persistent buffers: no loader of model weights can overwrite them, whatever the load format.
 
     Args:
