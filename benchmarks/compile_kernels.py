@@ -23,7 +23,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,7 +46,7 @@ ARCHS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 148),  # B200
     "gfx942": (GPUTarget("hip", "gfx942", 64), 304),  # MI300X
 }
-FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+FP16, BF16, FP32, INT8 = torch.float16, torch.bfloat16, torch.float32, torch.int8
 NAMES = {FP16: "fp16", BF16: "bf16", FP32: "fp32"}
 MODULES = {
     "_down_kernel": predict,
@@ -101,13 +101,17 @@ def _counters() -> torch.Tensor:
     return empty(len(COUNTERS), dtype=torch.int64)
 
 
-def _select(model: Model, tokens: int, dtype: torch.dtype, heads: bool = True) -> None:
+def _select(model: Model, tokens: int, dtype: torch.dtype, heads: bool = True, predictor: torch.dtype = FP16) -> None:
     x, row_lens = empty(tokens, model.hidden, dtype=dtype), empty(tokens, dtype=torch.int32)
-    scored = (x, empty(model.heads, model.hidden, dtype=FP16), empty(model.heads, dtype=FP32)) if heads else None
+    scored = (x, empty(model.heads, model.hidden, dtype=predictor), empty(model.heads, dtype=FP32)) if heads else None
     predict.select_neurons(
-        x, empty(model.rank, model.hidden, dtype=FP16), empty(model.ffn, model.rank, dtype=FP16), empty(model.ffn, dtype=FP32),
+        x, empty(model.rank, model.hidden, dtype=predictor), empty(model.ffn, model.rank, dtype=predictor), empty(model.ffn, dtype=FP32),
         row_lens, with_row_mask=True, heads=scored, counters=_counters(),
     )  # fmt: skip
+
+
+def _select_int8(model: Model, tokens: int, dtype: torch.dtype) -> None:
+    _select(replace(model, rank=2 * model.rank), tokens, dtype, predictor=INT8)  # the rank that the same bytes allow
 
 
 def _score_heads(model: Model, tokens: int, dtype: torch.dtype) -> None:
@@ -155,6 +159,7 @@ def configs(dtypes: tuple[torch.dtype, ...] = (FP16, BF16, FP32)) -> Iterator[Co
         ("", _project, ("_qkv_kernel", "_out_proj_kernel")),
         ("heads only ", _score_heads, ("_down_kernel",)),
         ("no heads ", functools.partial(_select, heads=False), ("_down_kernel",)),
+        ("int8 predictor ", _select_int8, ("_down_kernel", "_up_select_kernel")),
     )
     points = [(OPT_6_7B, n, dtype) for dtype in (FP16, BF16) for n in sizes + odd]
     points += [(OPT_30B, n, FP16) for n in sizes] + [(OPT_6_7B, n, FP32) for n in sizes[:2]]

@@ -6,7 +6,8 @@ import os
 import triton
 import triton.language as tl
 
-# The interpreter multiplies the bit patterns of bf16 tiles, so there they are widened first.
+# The interpreter multiplies the bit patterns of bf16 tiles, and makes bf16 of integers by their bit patterns; there fp32 stands
+# in between.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -30,6 +31,8 @@ def multiply_add(acc, w, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
             fp32, where tf32 still holds either exactly.
     """
     if w.dtype == tl.int8:
+        if _INTERPRETED:
+            w = w.to(tl.float32)
         w = w.to(x.dtype)  # exact: 16-bit floats hold every int8
     if w.dtype != x.dtype:
         w = w.to(tl.float32)

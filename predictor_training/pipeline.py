@@ -25,7 +25,7 @@ from vllm_dejavu.predictor_training.calibrate import Calibrator, describe
 from vllm_dejavu.predictor_training.collect import Collector, Moments, Request
 from vllm_dejavu.predictor_training.forms import FittedMlp
 from vllm_dejavu.predictor_training.hf_opt import OptModel
-from vllm_dejavu.predictor_training.train import FittedHeads, FitSettings, LayerWeights, fit_layer
+from vllm_dejavu.predictor_training.train import FitSettings, FittedHeads, LayerWeights, fit_layer
 
 # Share of the MLP's bytes that its predictor may take where no rank is named and the hidden size is at least LARGE_HIDDEN.
 BYTE_BUDGET = 0.03

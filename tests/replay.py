@@ -21,7 +21,8 @@ from engine import Step
 from safetensors.torch import load_file
 from transformers import OPTForCausalLM
 
-# Scores nearer to 0 than this may come out with the other sign in the engine's float32.
+# Scores nearer to 0 than this may come out with the other sign in the engine's float32. In units of their spread where that
+# is above 1: integers' scores have any scale.
 NEAR_ZERO = 1e-4
 
 
@@ -143,9 +144,10 @@ class Replay:
     def _check(self, layer: int, block: str, mask: torch.Tensor, scores: torch.Tensor, active: torch.Tensor) -> None:
         self.out.counts[layer, block].update(active=int(active.sum()), hit=int((active & mask).sum()))
         self.out.checked += mask.numel()
+        near = NEAR_ZERO * max(1.0, float(scores.std(correction=0)))
         for row, unit in ((scores > 0) != mask).nonzero().tolist():
             score = float(scores[row, unit])
-            if abs(score) < NEAR_ZERO:
+            if abs(score) < near:
                 self.out.flips += 1
             else:
                 self.out.wrong.append((self.number, layer, block, row, unit, score))

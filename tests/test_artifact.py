@@ -55,6 +55,33 @@ def test_round_trip(original, tmp_path):
     assert again.gate(1, "attention") == (loaded.manifest.layers[1]["attention"], {})
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_both_versions_are_read_and_the_second_is_written(copy, version):
+    assert json.loads((copy / MANIFEST_FILE).read_text())["format_version"] == 2
+    before = artifact.load(copy)
+    edit_manifest(copy, lambda m: m.update(format_version=version))
+    assert artifact.load(copy).manifest == before.manifest
+
+
+def test_an_int8_artifact_round_trips(model_dir, tmp_path):
+    """Integers stay integers, bit by bit; biases and rates are fp32; the weights take half the bytes of fp16."""
+    made = artifact.load(tiny.make_artifact(tmp_path / "int8", model_dir, dtype="int8"))
+    again = artifact.load(artifact_of(made, tmp_path / "again"))
+    assert all(torch.equal(again.tensors[k], v) and again.tensors[k].dtype == v.dtype for k, v in made.tensors.items())
+    for block, weights in (("mlp", ("down", "up")), ("attention", ("weight",))):
+        spec, tensors = again.gate(0, block)
+        assert spec.dtype == "int8" and {tensors[n].dtype for n in weights} == {torch.int8}
+        assert {tensors[n].dtype for n in ("bias", "activation_rate")} == {torch.float32}
+    half = artifact.load(tiny.make_artifact(tmp_path / "half", model_dir))
+    weights = [sum(t.nbytes for n, t in a.tensors.items() if n.endswith(("down", "up", "weight"))) for a in (made, half)]
+    assert 2 * weights[0] == weights[1]
+
+
+def artifact_of(loaded, directory):
+    artifact.save(directory, loaded.manifest, loaded.tensors)
+    return directory
+
+
 def damage_tensors(edit):
     return lambda directory: tiny.rewrite_tensors(directory, edit)
 
@@ -82,6 +109,8 @@ def swap_tensors(directory):
         pytest.param(damage_tensors(lambda t: t.update(extra=torch.ones(1))), "unexpected 1 tensor.*extra", id="extra-tensor"),
         pytest.param(damage_tensors(lambda t: t.update({"layers.0.mlp.down": torch.ones(8, 63).half()})), r"should be .*\[8, 64\], found .*\[8, 63\]", id="shape"),
         pytest.param(damage_tensors(lambda t: t.update({"layers.0.mlp.down": torch.ones(8, 64)})), "float16.*float32", id="dtype"),
+        # A bug would be to take any weights where the manifest says int8: scores would lose their scales.
+        pytest.param(lambda d: edit_manifest(d, lambda m: m["layers"][0]["mlp"].update(dtype="int8")), "should be torch.int8.*float16", id="not-the-integers-promised"),
         pytest.param(damage_tensors(lambda t: t["layers.0.mlp.up"].view(-1)[3:5].fill_(float("nan"))), "2 values of 'layers.0.mlp.up' are not finite", id="nan"),
         pytest.param(damage_tensors(lambda t: t["layers.0.attention.bias"].fill_(float("inf"))), "not finite", id="inf"),
         pytest.param(lambda d: (d / MANIFEST_FILE).write_bytes(b"\xff\xfe\x00"), "cannot be read as JSON", id="binary-manifest"),
@@ -99,8 +128,9 @@ def test_damage_is_refused(copy, damage, message):
     ("edit", "message"),
     [
         pytest.param(lambda m: m.update(format="other"), "format should be 'vllm-dejavu-predictor'", id="format"),
-        pytest.param(lambda m: m.update(format_version=2), "expected format_version 1, found 2", id="version"),
-        pytest.param(lambda m: m.update(format_version=True), "expected format_version 1", id="version-bool"),
+        pytest.param(lambda m: m.update(format_version=3), "expected format_version 1 or 2, found 3", id="version"),
+        pytest.param(lambda m: m.update(format_version=True), "expected format_version 1 or 2, found True", id="version-bool"),
+        pytest.param(lambda m: m.update(format_version=2.0), "expected format_version 1 or 2, found 2.0", id="version-float"),
         pytest.param(lambda m: m.pop("model"), "model should be", id="no-model"),
         pytest.param(lambda m: m["model"].pop("ffn_dim"), "model.ffn_dim should be present", id="no-ffn"),
         pytest.param(lambda m: m["model"].update(ffn_dim=-1), "model.ffn_dim", id="negative-ffn"),
@@ -117,7 +147,7 @@ def test_damage_is_refused(copy, damage, message):
         pytest.param(lambda m: m["tensors"].update(file="../../etc/passwd"), "tensors.file", id="other-file"),
         pytest.param(lambda m: m["tensors"].update(sha256=7), "tensors.sha256", id="sha256-number"),
         pytest.param(lambda m: m["layers"][0]["mlp"].update(surprise=1), r"layers\[0\].mlp.surprise", id="unknown-gate-key"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(dtype="int8"), "dtype.*'int8'", id="dtype"),
+        pytest.param(lambda m: m["layers"][0]["mlp"].update(dtype="int4"), "dtype.*'int4'", id="dtype"),
         pytest.param(lambda m: m["layers"][0]["attention"].update(lookahead="attn_input"), "lookahead", id="heads-behind-themselves"),
         pytest.param(lambda m: m["layers"][0]["mlp"].update(recall=float("nan")), "recall", id="nan"),
         pytest.param(lambda m: m.update(training=[]), "training should be an object", id="record"),

@@ -159,7 +159,7 @@ class TestRefusedSettingsAndArtifacts:
         [
             pytest.param(lambda d: (d / "dejavu.json").unlink(), "No predictor artifact at", id="no_manifest"),
             pytest.param(lambda d: (d / "predictors.safetensors").unlink(), "has no predictors.safetensors", id="no_tensors"),
-            pytest.param(lambda d: edit_json(d / "dejavu.json", lambda m: m.update(format_version=2)), "expected format_version 1, found 2", id="format_version"),
+            pytest.param(lambda d: edit_json(d / "dejavu.json", lambda m: m.update(format_version=3)), "expected format_version 1 or 2, found 3", id="format_version"),
             pytest.param(lambda d: edit_json(d / "dejavu.json", lambda m: m["model"].update(layer_norm="post")), "layer_norm='post'", id="other_variant"),
             pytest.param(lambda d: (d / "predictors.safetensors").write_bytes((d / "predictors.safetensors").read_bytes()[:-100]), "cut short", id="truncated"),
             pytest.param(lambda d: rewrite_tensors(d, lambda t: t["layers.1.mlp.up"].fill_(float("nan"))), "of 'layers.1.mlp.up' are not finite", id="nan"),

@@ -93,6 +93,7 @@ def assert_replayed(model, artifact, arrivals, steps, tokens, counted, **replay_
         pytest.param(POST_LN, {"mlp": "previous", "attention": "previous"}, {}, id="post_ln_previous"),
         pytest.param({}, {"density": 0.1}, {}, id="density_0.1"),
         pytest.param({}, {}, {"row_exact": True}, id="row_exact"),
+        pytest.param({}, {"dtype": "int8", "attention": "previous"}, {}, id="int8"),
     ],
 )
 def test_a_request_arriving_midway(variant, gates, settings, opt, predictors):

@@ -32,7 +32,7 @@ def _check(*args: str) -> None:
     ("archs", "dtype"), [(("sm_80", "sm_90", "sm_100"), "fp16"), (("sm_90",), "bf16")], ids=["fp16", "bf16"]
 )
 def test_kernels_compile_without_new_spills(archs, dtype):
-    _check("--arch", *archs, "--config", rf"^(opt-6\.7b|head=(64|80|128)) {dtype} tokens=(1|16|32|64)$")
+    _check("--arch", *archs, "--config", rf"^(opt-6\.7b|opt-6\.7b int8 predictor|head=(64|80|128)) {dtype} tokens=(1|16|32|64)$")
 
 
 def test_baseline_holds_every_configuration():

@@ -18,6 +18,7 @@ from test_kernel_reference import rand_mask as cpu_rand_mask
 from tolerances import DTYPE_IDS, DTYPES, assert_close
 
 from vllm_dejavu.kernels import gpu, launch, predict, reference, sparse_attention, sparse_mlp
+from vllm_dejavu.predictor import quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # No shrinking: it takes minutes under the interpreter, and the sizes are small already.
@@ -66,19 +67,29 @@ def multiprocessors(number):
 # Selection
 
 
+def of_dtype(tensors, dtype):
+    """A predictor's tensors as an artifact of this dtype would hold them."""
+    if dtype == torch.int8:
+        return tuple(quantize(tensors, 8).values())
+    return tuple(t if name == "bias" else t.to(dtype) for name, t in tensors.items())
+
+
 def check_select(
     tokens, hidden=72, rank=17, ffn=300, dtype=torch.float32, predictor=None, density=0.3, padding="some", with_row_mask=True, heads=5,
     counted=True, workspace=None, seed=0,
 ):  # fmt: skip
     """select_neurons against the reference; `predictor`: dtype of its weights, that of x unless given."""
-    kind = {"dtype": predictor or dtype}
     valid = rows(tokens, padding)
     x = rand(tokens, hidden, dtype=dtype, seed=seed)
-    down, up = rand(rank, hidden, seed=1, fan_in=hidden, **kind), rand(ffn, rank, seed=2, fan_in=rank, **kind)
-    bias = clear_bias(reference.low_rank_scores(x, down, up, torch.zeros(ffn, device=DEVICE)), density)
+    mlp = {"down": rand(rank, hidden, seed=1, fan_in=hidden), "up": rand(ffn, rank, seed=2, fan_in=rank)}
+    down, up, _ = of_dtype({**mlp, "bias": torch.zeros(ffn, device=DEVICE)}, predictor or dtype)
+    scores = reference.low_rank_scores(x, down, up, torch.zeros(ffn, device=DEVICE))
+    scale = 1.0 if predictor != torch.int8 else float(scores.std()) or 1.0  # integers' scores have any scale
+    bias = scale * clear_bias(scores / scale, density)
     riding = None
     if heads:
-        riding = poison(rand(tokens, hidden, seed=3, dtype=dtype), valid), rand(heads, hidden, seed=4, fan_in=hidden, **kind), rand(heads, seed=5)
+        weight, head_bias = of_dtype({"weight": rand(heads, hidden, seed=4, fan_in=hidden), "bias": rand(heads, seed=5)}, predictor or dtype)
+        riding = poison(rand(tokens, hidden, seed=3, dtype=dtype), valid), weight, head_bias
     found, expected = new_counters(counted), new_counters(counted)
     args = poison(x, valid), down, up, bias, row_lens_of(valid), with_row_mask, riding
     ids, counts, mask, scores = gpu.select_neurons(*args, found, workspace)
@@ -128,10 +139,11 @@ def test_select_neurons_for_every_size(hidden, rank, ffn, heads, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("tokens", [1, 5], ids=["one-token", "few-tokens"])
-def test_an_fp16_predictor_serves_every_model(tokens, dtype):
-    """Operands of two types meet in fp32."""
-    check_select(tokens, dtype=dtype, predictor=torch.float16)
+@pytest.mark.parametrize("predictor", [torch.float16, torch.int8], ids=["fp16-predictor", "int8-predictor"])
+@pytest.mark.parametrize("tokens", [1, 5, 33], ids=["one-token", "few-tokens", "many-tokens"])
+def test_fp16_and_int8_predictors_serve_every_model(tokens, predictor, dtype):
+    """Floats of two types meet in fp32; integers become the activations' type, which holds them exactly. Heads ride along."""
+    check_select(tokens, dtype=dtype, predictor=predictor)
 
 
 @every_dtype
@@ -152,8 +164,8 @@ def test_score_heads(tokens, dtype, padding):
     """Alone, without a riding neuron predictor; -1 in padded rows."""
     valid = rows(tokens, padding)
     x, bias = poison(rand(tokens, 72, dtype=dtype), valid), rand(19, seed=2)
-    for kind in {dtype, torch.float16}:
-        args = x, rand(19, 72, seed=1, dtype=kind, fan_in=72), bias, row_lens_of(valid)
+    for kind in {dtype, torch.float16, torch.int8}:
+        args = x, *of_dtype({"weight": rand(19, 72, seed=1, fan_in=72), "bias": bias}, kind), row_lens_of(valid)
         scores = gpu.score_heads(*args)
         assert scores.dtype == torch.float32 and scores[~valid].eq(-1).all()
         assert_close(scores, reference.score_heads(*args))

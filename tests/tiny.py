@@ -9,6 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from vllm_dejavu import artifact
 from vllm_dejavu.artifact import DTYPES, GateSpec, Manifest, ModelSpec, WeightsFingerprint
+from vllm_dejavu.predictor_training import calibrate
 
 VOCAB = 256
 
@@ -51,7 +52,7 @@ def fingerprint_of(model_dir: Path) -> str:
 
 def make_artifact(directory: Path, model_dir: Path, *, seed: int = 0, rank: int = 8, mlp: str | None = "self", attention: str | None = "self",
                   select_all: bool = False, density: float = 0.5, dense_layers: tuple[int, ...] = (), fingerprint: str | None = None,
-                  union_density: dict | None = None) -> Path:
+                  union_density: dict | None = None, dtype: str = "float16") -> Path:
     """Random predictors with biases that select about `density` of the units, or all of them."""
     config = OPTConfig.from_pretrained(model_dir)
     model = ModelSpec.from_hf_config(config, "tiny", fingerprint or fingerprint_of(model_dir))
@@ -68,17 +69,13 @@ def make_artifact(directory: Path, model_dir: Path, *, seed: int = 0, rank: int 
             units = model.ffn_dim if block == "mlp" else model.num_heads
             d = 1.0 if select_all else density
             entry[block] = GateSpec(
-                state="sparse", form="low_rank" if block == "mlp" else "linear", lookahead=lookahead, rank=rank if block == "mlp" else 0,
+                state="sparse", form="low_rank" if block == "mlp" else "linear", lookahead=lookahead, rank=rank if block == "mlp" else 0, dtype=dtype,
                 density={"mean": d, "upper": d}, union_density=union_density or {}, threshold=0.5 if block == "attention" else None,
             )
-            p = f"layers.{i}.{block}."
-            if block == "mlp":
-                tensors[p + "down"] = (torch.randn(rank, model.hidden_size, generator=g) * model.hidden_size**-0.5).half()
-                tensors[p + "up"] = (torch.randn(units, rank, generator=g) * rank**-0.5).half()
-            else:
-                tensors[p + "weight"] = (torch.randn(units, model.hidden_size, generator=g) * model.hidden_size**-0.5).half()
-            tensors[p + "bias"] = torch.full((units,), quantile)
-            tensors[p + "activation_rate"] = torch.rand(units, generator=g)
+            shapes = {"down": (rank, model.hidden_size), "up": (units, rank)} if block == "mlp" else {"weight": (units, model.hidden_size)}
+            made = {n: (torch.randn(*shape, generator=g) * shape[1] ** -0.5).half() for n, shape in shapes.items()}
+            made |= {"bias": torch.full((units,), quantile), "activation_rate": torch.rand(units, generator=g)}
+            tensors |= {f"layers.{i}.{block}.{n}": t for n, t in calibrate.stored(made, dtype).items()}
         layers.append(entry)
     artifact.save(directory, Manifest(model=model, layers=tuple(layers)), tensors)
     return Path(directory)

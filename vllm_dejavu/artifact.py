@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_dejavu import auto
 from vllm_dejavu.config import LOOKAHEADS
 
 FORMAT = "vllm-dejavu-predictor"
@@ -267,7 +268,7 @@ def load_manifest(directory: str | os.PathLike) -> tuple[Manifest, str]:
     if top.get("format") != FORMAT:
         raise reader.error("format", top.get("format"), repr(FORMAT))
     version = top.get("format_version")
-    if isinstance(version, bool) or version not in READABLE_VERSIONS:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise ArtifactError(
             f"{path}: expected format_version {' or '.join(map(str, READABLE_VERSIONS))}, found {version!r}. "
             "Install the vllm-dejavu version that wrote it, or train again."
@@ -358,11 +359,13 @@ class WeightsFingerprint:
 
 
 def resolve(predictor: str | None, model: str, revision: str | None = None) -> Path:
-    """Directory of the artifact named by the setting `predictor`: a directory, a hub id, or None for `MODEL/dejavu/`.
+    """Directory of the artifact named by the setting `predictor`: a directory, a hub id, `auto`, or None for `MODEL/dejavu/`.
 
     Raises:
         ArtifactError: nothing is there.
     """
+    if predictor == auto.AUTO:
+        return auto.resolve(model, revision)
     # os.path, because Path.is_dir raises on names no file system takes.
     if predictor is not None and os.path.isdir(predictor):
         return Path(predictor)
@@ -373,7 +376,7 @@ def resolve(predictor: str | None, model: str, revision: str | None = None) -> P
         raise ArtifactError(
             f"No predictor artifact: looked for {directory / MANIFEST_FILE}. Make one "
             f"(vllm-dejavu train --model {model} --data FILE --output {directory}), or name one with "
-            'additional_config={"dejavu": {"predictor": PATH_OR_HUB_ID}}.'
+            'additional_config={"dejavu": {"predictor": PATH_OR_HUB_ID}}; "auto" there makes one without data.'
         )
     repo, subdirectory = (predictor, ".") if predictor is not None else (model, "dejavu")
     if predictor is not None and (repo.startswith((".", "/", "~")) or repo.count("/") != 1):

@@ -25,7 +25,7 @@ class DejaVuConfig:
     """Settings of one engine.
 
     Attributes:
-        predictor: directory or hub id of the predictor artifact; None looks in `MODEL/dejavu/`.
+        predictor: directory or hub id of the predictor artifact; None looks in `MODEL/dejavu/`; `auto` makes one (`auto`).
         mode: `sparse` (predictors decide), `dense` (everything is read), or the controls `oracle` (the truly active
             neurons and heads), `random` and `static` (at the artifact's calibrated densities).
         apply_to: `decode` (steps in which every request adds one token) or `all` (evaluation: prompt tokens too, each
@@ -54,11 +54,6 @@ class DejaVuConfig:
         _check_type("predictor", self.predictor, (str, type(None)), "a path, a hub id or null")
         if self.predictor is not None and not self.predictor.strip():
             raise _error("predictor", self.predictor, "a path, a hub id or null")
-        if self.predictor == "auto":
-            raise ValueError(
-                'additional_config["dejavu"]["predictor"]="auto" is not available in this version. '
-                "Make an artifact without a corpus instead: vllm-dejavu train --model MODEL --data self --output DIR"
-            )
         _check_choice("mode", self.mode, MODES)
         _check_choice("apply_to", self.apply_to, APPLY_TO)
         _check_type("row_exact", self.row_exact, (bool,), "true or false")

@@ -412,8 +412,20 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
             logger.warning("dejavu: the artifact %s gates no block that is served here: every step runs dense", self.artifact_path)
         count = {b: sum(g.block == b for g in self.gates) for b in ("mlp", "attention")}
         size = sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers())
+        recalls = [g.spec.recall for g in self.gates if g.block == "mlp" and g.spec.recall is not None]
         logger.info(
-            "dejavu: mode=%s apply_to=%s, %d of %d MLP and %d attention blocks gated here, predictors %s (%.1f MB)",
+            "dejavu: mode=%s apply_to=%s, %d of %d MLP and %d attention blocks gated here, predictors %s (%.1f MB%s; %s)",
             self.settings.mode, self.settings.apply_to, count["mlp"], len(list(self.model.decoder.local_layers())),
             count["attention"], self.artifact_path, size / 1e6,
+            f", MLP recall {sum(recalls) / len(recalls):.2f} on their calibration text" if recalls else "", _origin(self.loaded.manifest),
         )  # fmt: skip
+
+
+def _origin(manifest: artifact.Manifest) -> str:
+    """What predictors were trained on, for the banner: predictors made without data should show it."""
+    sources = manifest.training.get("data")
+    if not isinstance(sources, list):
+        return "origin unknown"
+    rise = manifest.calibration.get("ppl_increase")
+    text = "text that the model wrote itself" if sources == ["self"] else ", ".join(map(str, sources))
+    return f"made from {text}" + (f", perplexity {100 * rise:+.2f}% on such text" if isinstance(rise, float) else "")

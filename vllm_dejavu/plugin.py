@@ -57,7 +57,9 @@ class EngineConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        from vllm_dejavu import artifact, support
+        import dataclasses
+
+        from vllm_dejavu import artifact, auto, support
         from vllm_dejavu.config import DejaVuConfig
 
         settings = DejaVuConfig.from_vllm_config(vllm_config)
@@ -69,5 +71,7 @@ class EngineConfig:
             loaded = artifact.load(directory)
             artifact.check_model(loaded.manifest, artifact.ModelSpec.from_hf_config(model.hf_config, model.model))
             digest = loaded.digest
+            if settings.predictor == auto.AUTO:  # made once, here; workers read it
+                settings = dataclasses.replace(settings, predictor=str(directory))
         support.update_engine(vllm_config, settings, digest)
         support.check_engine(vllm_config, settings)

@@ -114,6 +114,8 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
 
     own = dict((vllm_config.additional_config or {}).get(SETTINGS_KEY, {}))
     own[DIGEST_KEY] = digest
+    if settings.predictor is not None:
+        own["predictor"] = settings.predictor
     vllm_config.additional_config = {**(vllm_config.additional_config or {}), SETTINGS_KEY: own}
     parallel = vllm_config.parallel_config
     if not parallel.worker_extension_cls:

@@ -1,0 +1,354 @@
+"""Predictors compared on one model: forms at equal bytes, losses and labels, lookaheads, amount of data, heads against the oracle.
+
+    python benchmarks/predictor_study.py STUDY... --model DIR --data TRAIN --held-out TEXT --output DIR
+
+Studies: forms, lookahead, data, heads. A CSV each, and PNG. Held-out documents are scored, never trained on. Everything is
+computed with masks in transformers; what is served is scored by `vllm-dejavu evaluate`.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_dejavu.predictor import Predictor, quantize, state_name
+from vllm_dejavu.predictor_training import data, forms
+from vllm_dejavu.predictor_training.calibrate import (
+    Calibrator,
+    Gate,
+    Key,
+    Masked,
+    Seen,
+    _quantile,
+    make_mlp_gate,
+)
+from vllm_dejavu.predictor_training.collect import Collector, Moments, Request, layer_lookahead
+from vllm_dejavu.predictor_training.forms import FittedMlp
+from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.labels import Labels, head_contributions, head_grams, neuron_energy, top_heads
+from vllm_dejavu.predictor_training.samples import SampleStore
+from vllm_dejavu.predictor_training.train import FittedHeads, LayerWeights, fit_heads, fit_heads_by_gradient, fit_mlp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import Table  # noqa: E402
+
+BUDGETS = (0.015, 0.03, 0.06, 0.12)  # of the MLP's bytes in 16 bits
+WEIGHT_BITS = {"float16": 16, "int8": 8, "int4": 4}
+FORMS = (("closed_form", "bce"), ("closed_form", "energy"), ("finetuned", "bce"), ("finetuned", "energy"), ("paper", "bce"))
+# Neurons are compared at this multiple of their natural density.
+DENSITY = 1.25
+
+
+class Study:
+    """A model and its text.
+
+    Attributes:
+        held_out: [windows, seq_len] tokens; `seen`: what the first of them do in each layer, densely.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.opt = args, OptModel(args.model)
+        self.seq_len = min(2048, self.opt.config.max_position_embeddings)
+        self.documents = {name: self._documents(sources) for name, sources in (("train", args.data), ("held_out", args.held_out))}
+        self.held_out = data.pack(self.documents["held_out"], self.seq_len, self.opt.bos, max_tokens=args.held_out_tokens, seed=0).tokens
+        self.weights = [LayerWeights.of(self.opt, i) for i in range(len(self.opt.layers))]
+        self.seen = self._observe(self.held_out[: max(1, args.scored_tokens // self.seq_len)])
+
+    def _documents(self, sources: list[str]) -> list[list[int]]:
+        return data.tokenize([t for s in sources for t in data.read_documents(s)], self.opt.tokenizer())
+
+    def train(self, tokens: int, seed: int) -> torch.Tensor:
+        return data.pack(self.documents["train"], self.seq_len, self.opt.bos, max_tokens=tokens, seed=seed).tokens
+
+    def table(self, name: str) -> Table:
+        return Table(Path(self.args.output) / f"{name}.csv")
+
+    def _observe(self, tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        kept: list[dict[str, list[torch.Tensor]]] = [defaultdict(list) for _ in self.opt.layers]
+
+        def on_attention(layer: int, states: Any, attn: torch.Tensor) -> None:
+            kept[layer]["attn"].append(attn.clone())
+
+        def on_mlp(layer: int, states: Any, z: torch.Tensor) -> None:
+            kept[layer]["z"].append(z.clone())
+            for name in ("attn_input", "mlp_input", "previous"):
+                if states.named(name) is not None:
+                    kept[layer][name].append(states.named(name).clone())
+
+        with self.opt.observed(on_attention, on_mlp):
+            for part in tokens.split(4):
+                self.opt.decoder(part)
+        return [{k: torch.cat(v) for k, v in layer.items()} for layer in kept]
+
+    def score(self, layer: int, tensors: dict[str, torch.Tensor], lookahead: str) -> dict[str, float]:
+        """Held-out recall, precision and kept energy at DENSITY x the natural density, and AUC over all (token, neuron) pairs."""
+        s = self.seen[layer]
+        scores = Predictor(tensors).scores(s[state_name("mlp", layer_lookahead(lookahead, layer))])
+        active = s["z"] > 0
+        energy = neuron_energy(s["z"], self.weights[layer].fc2_norms.float()) ** 2
+        selected = scores > _quantile(scores, 1 - min(0.99, DENSITY * float(active.float().mean())))
+        order = scores.flatten().argsort()
+        hits = active.flatten()[order].double()
+        positives = float(hits.sum())
+        ranks = float((torch.arange(1, len(hits) + 1, dtype=torch.float64) * hits).sum())
+        return {
+            "recall": float((selected & active).sum() / active.sum()), "precision": float((selected & active).sum() / selected.sum()),
+            "kept_energy": float((energy * selected).sum() / energy.sum()),
+            "auc": (ranks - positives * (positives + 1) / 2) / (positives * (len(hits) - positives)),
+        }  # fmt: skip
+
+    def rise(self, gates: dict[Key, Gate]) -> float:
+        """Relative rise of the held-out perplexity."""
+        if not hasattr(self, "dense"):
+            self.dense = Masked(self.opt, {}).nll(self.held_out, 4)
+        return float(torch.tensor(Masked(self.opt, gates).nll(self.held_out, 4) - self.dense).expm1())
+
+    def mlp_gates(self, fits: list[FittedMlp], lookahead: str, dtype: str = "int8") -> dict[Key, Gate]:
+        """All layers at DENSITY x their natural density."""
+        gates = {}
+        for i, fit in enumerate(fits):
+            look = layer_lookahead(lookahead, i)
+            plain = make_mlp_gate(fit, 0.0, look, "float32").predictor
+            scores = plain.scores(self.seen[i][state_name("mlp", look)])
+            density = min(0.99, DENSITY * float((self.seen[i]["z"] > 0).float().mean()))
+            gates[i, "mlp"] = make_mlp_gate(fit, -_quantile(scores, 1 - density), look, dtype)
+        return gates
+
+
+def stored(fit: FittedMlp, bits: int) -> dict[str, torch.Tensor]:
+    tensors = {"down": fit.down, "up": fit.up, "bias": fit.bias.float(), "activation_rate": fit.activation_rate.float()}
+    if bits == 16:
+        return {k: v.half() if k in ("down", "up") else v for k, v in tensors.items()}
+    return quantize(tensors, bits)
+
+
+def study_forms(study: Study) -> None:
+    """Forms x byte budgets x weight types x seeds; the rank is what the bytes allow."""
+    table, args, opt = study.table("forms"), study.args, study.opt
+    hidden, ffn = opt.config.hidden_size, opt.config.ffn_dim
+    points = defaultdict(list)
+    for budget in BUDGETS:
+        for dtype, bits in WEIGHT_BITS.items():
+            rank = int(budget * 2 * hidden * ffn * 16 / ((hidden + ffn) * bits))
+            if rank <= hidden:
+                points[rank].append((budget, dtype, bits))
+    for seed in range(args.seeds):
+        tokens = study.train(args.tokens, seed)
+        with tempfile.TemporaryDirectory() as directory:
+            store = SampleStore(Path(directory), ffn, with_energy=True)
+            moments = Collector(opt, Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers))), samples=store).run(tokens, 4)
+            for i, weights in enumerate(study.weights):
+                for name, loss in FORMS:
+                    for rank, stores in sorted(points.items()):
+                        fit = fit_mlp(
+                            moments, i, weights, "self", rank, forms.get(name),
+                            samples=functools.partial(store.read, i), seed=seed, energy_loss=loss == "energy",
+                        )  # fmt: skip
+                        for budget, dtype, bits in stores:
+                            table.add(study="forms", form=name, loss=loss, byte_budget=budget, dtype=dtype, rank=rank, layer=i, seed=seed,
+                                      tokens=tokens.numel(), density_multiple=DENSITY, **study.score(i, stored(fit, bits), "self"))  # fmt: skip
+                print(f"forms: seed {seed}, layer {i} done", flush=True)
+
+
+def _fits(study: Study, moments: Moments, lookahead: str, rank: int, form: str = "closed_form") -> list[FittedMlp]:
+    return [fit_mlp(moments, i, w, lookahead, rank, forms.get(form)) for i, w in enumerate(study.weights)]
+
+
+def study_lookahead(study: Study) -> None:
+    """MLP: recall and perplexity by lookahead and rank; heads: what calibration saves by lookahead."""
+    table, args, opt = study.table("lookahead"), study.args, study.opt
+    every = {"mlp": ("self", "attn_input", "previous"), "attention": ("self", "previous")}
+    hidden = opt.config.hidden_size
+    for seed in range(args.seeds):
+        moments = Collector(opt, Request(every, range(len(opt.layers)))).run(study.train(args.tokens, seed), 4)
+        for lookahead in every["mlp"]:
+            for rank in (hidden // 8, hidden // 4, hidden // 2):
+                fits = _fits(study, moments, lookahead, rank)
+                scores = [study.score(i, stored(f, 8), lookahead) for i, f in enumerate(fits)]
+                mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
+                table.add(study="lookahead", block="mlp", lookahead=lookahead, rank=rank, dtype="int8", seed=seed, tokens=args.tokens,
+                          density_multiple=DENSITY, **mean, ppl_increase=study.rise(study.mlp_gates(fits, lookahead)))  # fmt: skip
+        fits = _fits(study, moments, "self", hidden // 4)
+        for lookahead in every["attention"]:
+            heads = [fit_heads(moments, i, lookahead) for i in range(len(opt.layers))]
+            density, rise = _heads_only(study, fits, heads, lookahead, Calibrator, 0.01)
+            table.add(study="lookahead", block="attention", lookahead=lookahead, dtype="int8", seed=seed, tokens=args.tokens, head_density=density,
+                      ppl_increase=rise, r2=float(torch.stack([f.r2 for f in heads]).mean()))  # fmt: skip
+
+
+def study_data(study: Study) -> None:
+    """How much text the closed form needs, and the forms that use none."""
+    table, opt = study.table("data"), study.opt
+    rank = opt.config.hidden_size // 4
+    request = Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers)))
+    total = sum(map(len, study.documents["train"]))
+    for seed in range(study.args.seeds):
+        for tokens in (1024, 4096, 16384, 65536, 256_000, 1_024_000):
+            if tokens > total or (tokens > 300_000 and seed):
+                continue
+            moments = Collector(opt, request).run(study.train(tokens, seed), 4)
+            for form in ("closed_form", "svd") if tokens == 1024 else ("closed_form",):
+                fits = _fits(study, moments, "self", rank, form)
+                scores = [study.score(i, stored(f, 8), "self") for i, f in enumerate(fits)]
+                mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
+                heads = [fit_heads(moments, i, "previous") for i in range(len(opt.layers))]
+                density, _ = _heads_only(study, fits, heads, "previous", Calibrator, 0.01)
+                table.add(study="data", form=form, tokens=0 if form == "svd" else tokens, rank=rank, dtype="int8", seed=seed, density_multiple=DENSITY,
+                          **mean, ppl_increase=study.rise(study.mlp_gates(fits, "self")), head_density=density)  # fmt: skip
+
+
+class OracleGate(Gate):
+    """Selects the heads whose true contribution is above the threshold."""
+
+    def __init__(self, plain: Gate, grams: torch.Tensor):
+        super().__init__(plain.block, plain.lookahead, plain.tensors, threshold=plain.threshold)
+        self.grams = grams
+
+    def scores(self, states: Any, value: torch.Tensor) -> torch.Tensor:
+        return head_contributions(value, self.grams) - self.threshold
+
+
+class OracleCalibrator(Calibrator):
+    """The same search with heads that are known instead of predicted."""
+
+    def candidates(self, key: Key, seen: Seen) -> Any:
+        grams = head_grams(self.opt.weight(key[0], "self_attn.out_proj"), self.opt.config.num_attention_heads)
+        for gate, density, label in super().candidates(key, seen):
+            yield OracleGate(gate, grams), density, label
+
+
+def _heads_only(study: Study, fits: list[FittedMlp], heads: list[FittedHeads], lookahead: str, kind: type, budget: float) -> tuple[float, float]:
+    """(mean head density, perplexity rise) of a calibration of the heads alone, MLPs dense."""
+    calibrator = kind(study.opt, fits, heads, {"mlp": "self", "attention": lookahead}, study.held_out, budget=budget, dtype="int8", batch=4, blocks=("attention",))
+    gates, record = calibrator.run()
+    run = Masked(study.opt, gates, measure=True)
+    run.nll(study.held_out, 4)
+    units = study.opt.config.num_attention_heads
+    densities = [float(torch.cat(run.counts[i, "attention"]).float().mean()) / units if (i, "attention") in gates else 1.0 for i in range(len(study.opt.layers))]
+    return sum(densities) / len(densities), record["ppl_increase"]
+
+
+def study_heads(study: Study) -> None:
+    """Head density that a perplexity budget buys: predicted, by the paper's trained form, and known (oracle)."""
+    table, args, opt = study.table("heads"), study.args, study.opt
+    for seed in range(args.seeds):
+        tokens = study.train(args.tokens, seed)
+        with tempfile.TemporaryDirectory() as directory:
+            store = SampleStore(Path(directory), opt.config.ffn_dim, with_energy=False)
+            request = Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers)), sample_stride=2)
+            moments = Collector(opt, request, samples=store).run(tokens, 4)
+            closed = [fit_heads(moments, i, "previous") for i in range(len(opt.layers))]
+            norms = Collector(opt, dataclasses.replace(request, labels=Labels(heads="output_norm"), sample_stride=1)).run(tokens, 4)
+            paper = []
+            for i, start in enumerate(closed):
+                rows = list(store.read(i))
+                for share in (args.head_share,):
+                    chosen = top_heads(torch.cat([r.head_norms for r in rows]).float(), share)
+                    paper.append(fit_heads_by_gradient(rows, start, chosen, seed))
+            by_norm = [fit_heads(norms, i, "previous") for i in range(len(opt.layers))]
+            fits = _fits(study, moments, "self", opt.config.hidden_size // 4)
+        for name, heads, kind in (
+            ("closed_form", closed, Calibrator), ("closed_form on output norms", by_norm, Calibrator),
+            ("paper (BCE, top share)", paper, Calibrator), ("oracle", closed, OracleCalibrator),
+        ):  # fmt: skip
+            for budget in (0.005, 0.01, 0.02, 0.05):
+                density, rise = _heads_only(study, fits, heads, "previous", kind, budget)
+                table.add(study="heads", selection=name, budget=budget, seed=seed, tokens=tokens.numel(), head_density=density, ppl_increase=rise)
+                print(f"heads: {name}, budget {budget}: density {density:.3f}, rise {rise:+.4f}", flush=True)
+
+
+STUDIES = {"forms": study_forms, "lookahead": study_lookahead, "data": study_data, "heads": study_heads}
+
+
+def plot(output: Path) -> None:
+    """PNG of whatever CSV files are there."""
+    import csv
+
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def rows(name: str) -> list[dict[str, str]]:
+        path = output / f"{name}.csv"
+        return list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.is_file() else []
+
+    def mean(group: list[dict[str, str]], key: str) -> float:
+        return sum(float(r[key]) for r in group) / len(group)
+
+    found = rows("forms")
+    if found:
+        figure, axes = plt.subplots(2, len(WEIGHT_BITS), figsize=(4 * len(WEIGHT_BITS), 6), sharex=True, squeeze=False)
+        for column, dtype in enumerate(WEIGHT_BITS):
+            for name, loss in FORMS:
+                for row, key in enumerate(("auc", "kept_energy")):
+                    groups = defaultdict(list)
+                    for r in found:
+                        if (r["form"], r["loss"], r["dtype"]) == (name, loss, dtype):
+                            groups[float(r["byte_budget"])].append(r)
+                    if groups:
+                        axes[row][column].plot(sorted(groups), [mean(groups[b], key) for b in sorted(groups)], "o-", label=f"{name}, {loss}", ms=3)
+            axes[0][column].set_title(dtype)
+            axes[1][column].set_xlabel("predictor bytes / MLP bytes")
+        axes[0][0].set_ylabel("AUC")
+        axes[1][0].set_ylabel(f"kept energy at {DENSITY} x natural")
+        axes[0][0].legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(output / "forms.png", dpi=120)
+    found = rows("data")
+    if found:
+        figure, ax = plt.subplots(figsize=(5.5, 4))
+        points = sorted((int(r["tokens"]), 100 * float(r["ppl_increase"])) for r in found if r["form"] == "closed_form")
+        ax.semilogx(*zip(*points, strict=True), "o", label="closed form, a point a seed")
+        for r in found:
+            if r["form"] == "svd":
+                ax.axhline(100 * float(r["ppl_increase"]), color="grey", ls="--", lw=0.8)
+        ax.set(xlabel="training tokens (dashed: svd, none)", ylabel=f"perplexity rise, %, MLPs at {DENSITY} x natural", ylim=(0, None))
+        ax.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(output / "data.png", dpi=120)
+    found = rows("heads")
+    if found:
+        figure, ax = plt.subplots(figsize=(5.5, 4))
+        for name in dict.fromkeys(r["selection"] for r in found):
+            points = sorted((float(r["head_density"]), 100 * float(r["ppl_increase"])) for r in found if r["selection"] == name)
+            ax.plot(*zip(*points, strict=True), "o", label=name)
+        ax.set(xlabel="mean head density", ylabel="perplexity rise, % (held-out text, MLPs dense)")
+        ax.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(output / "heads.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="+", choices=[*STUDIES, "plots"])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--held-out", nargs="+", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--tokens", type=int, default=65_536, help="training tokens")
+    parser.add_argument("--held-out-tokens", type=int, default=16_384, help="for perplexity")
+    parser.add_argument("--scored-tokens", type=int, default=4_096, help="of these, for recall and AUC")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--head-share", type=float, default=0.5, help="heads that the paper's rule labels important")
+    args = parser.parse_args()
+    wanted = [s for s in args.studies if s != "plots"]
+    if wanted:
+        study = Study(args)
+        for name in wanted:
+            STUDIES[name](study)
+    plot(Path(args.output))
+
+
+if __name__ == "__main__":
+    main()
