@@ -69,11 +69,6 @@ def test_not_an_object(value):
         DejaVuConfig.from_dict(value)
 
 
-def test_auto_says_what_to_do_instead():
-    with pytest.raises(ValueError, match="train --model MODEL --data self"):
-        DejaVuConfig.from_dict({"predictor": "auto"})
-
-
 def test_our_own_digest_key_is_accepted():
     """The front end writes it into additional_config; the workers read the settings again."""
     assert DejaVuConfig.from_dict({DIGEST_KEY: "ab"}) == DejaVuConfig()
