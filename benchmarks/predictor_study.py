@@ -178,7 +178,7 @@ def study_lookahead(study: Study) -> None:
         fits = _fits(study, moments, "self", hidden // 4)
         for lookahead in every["attention"]:
             heads = [fit_heads(moments, i, lookahead) for i in range(len(opt.layers))]
-            density, rise = _heads_only(study, fits, heads, lookahead, Calibrator, 0.01)
+            [(density, rise)] = _heads_only(study, fits, heads, lookahead, Calibrator, (0.01,))
             table.add(study="lookahead", block="attention", lookahead=lookahead, dtype="int8", seed=seed, tokens=args.tokens, head_density=density,
                       ppl_increase=rise, r2=float(torch.stack([f.r2 for f in heads]).mean()))  # fmt: skip
 
@@ -199,7 +199,7 @@ def study_data(study: Study) -> None:
                 scores = [study.score(i, stored(f, 8), "self") for i, f in enumerate(fits)]
                 mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
                 heads = [fit_heads(moments, i, "previous") for i in range(len(opt.layers))]
-                density, _ = _heads_only(study, fits, heads, "previous", Calibrator, 0.01)
+                [(density, _)] = _heads_only(study, fits, heads, "previous", Calibrator, (0.01,))
                 table.add(study="data", form=form, tokens=0 if form == "svd" else tokens, rank=rank, dtype="int8", seed=seed, density_multiple=DENSITY,
                           **mean, ppl_increase=study.rise(study.mlp_gates(fits, "self")), head_density=density)  # fmt: skip
 
@@ -224,15 +224,21 @@ class OracleCalibrator(Calibrator):
             yield OracleGate(gate, grams), density, label
 
 
-def _heads_only(study: Study, fits: list[FittedMlp], heads: list[FittedHeads], lookahead: str, kind: type, budget: float) -> tuple[float, float]:
-    """(mean head density, perplexity rise) of a calibration of the heads alone, MLPs dense."""
-    calibrator = kind(study.opt, fits, heads, {"mlp": "self", "attention": lookahead}, study.held_out, budget=budget, dtype="int8", batch=4, blocks=("attention",))
-    gates, record = calibrator.run()
-    run = Masked(study.opt, gates, measure=True)
-    run.nll(study.held_out, 4)
-    units = study.opt.config.num_attention_heads
-    densities = [float(torch.cat(run.counts[i, "attention"]).float().mean()) / units if (i, "attention") in gates else 1.0 for i in range(len(study.opt.layers))]
-    return sum(densities) / len(densities), record["ppl_increase"]
+def _heads_only(study: Study, fits: list[FittedMlp], heads: list[FittedHeads], lookahead: str, kind: type, budgets: tuple[float, ...]) -> list[tuple[float, float]]:
+    """(mean head density, perplexity rise) of calibrations of the heads alone, MLPs dense, a pair a budget."""
+    calibrator = kind(
+        study.opt, fits, heads, {"mlp": "self", "attention": lookahead}, study.held_out,
+        budget=budgets[0], dtype="int8", batch=4, blocks=("attention",),
+    )  # fmt: skip
+    out = []
+    for calibrator.budget in budgets:  # what was measured for one is not measured again for the next
+        gates, record = calibrator.run()
+        run = Masked(study.opt, gates, measure=True)
+        run.nll(study.held_out, 4)
+        units = study.opt.config.num_attention_heads
+        densities = [float(torch.cat(run.counts[i, "attention"]).float().mean()) / units if (i, "attention") in gates else 1.0 for i in range(len(study.opt.layers))]
+        out.append((sum(densities) / len(densities), record["ppl_increase"]))
+    return out
 
 
 def study_heads(study: Study) -> None:
@@ -249,17 +255,18 @@ def study_heads(study: Study) -> None:
             paper = []
             for i, start in enumerate(closed):
                 rows = list(store.read(i))
-                for share in (args.head_share,):
-                    chosen = top_heads(torch.cat([r.head_norms for r in rows]).float(), share)
-                    paper.append(fit_heads_by_gradient(rows, start, chosen, seed))
+                chosen = top_heads(torch.cat([r.head_norms for r in rows]).float(), args.head_share)
+                paper.append(fit_heads_by_gradient(rows, start, chosen, seed))
             by_norm = [fit_heads(norms, i, "previous") for i in range(len(opt.layers))]
             fits = _fits(study, moments, "self", opt.config.hidden_size // 4)
         for name, heads, kind in (
             ("closed_form", closed, Calibrator), ("closed_form on output norms", by_norm, Calibrator),
             ("paper (BCE, top share)", paper, Calibrator), ("oracle", closed, OracleCalibrator),
         ):  # fmt: skip
-            for budget in (0.005, 0.01, 0.02, 0.05):
-                density, rise = _heads_only(study, fits, heads, "previous", kind, budget)
+            if seed and name not in ("closed_form", "oracle"):
+                continue
+            budgets = (0.005, 0.01, 0.02, 0.05)
+            for budget, (density, rise) in zip(budgets, _heads_only(study, fits, heads, "previous", kind, budgets), strict=True):
                 table.add(study="heads", selection=name, budget=budget, seed=seed, tokens=tokens.numel(), head_density=density, ppl_increase=rise)
                 print(f"heads: {name}, budget {budget}: density {density:.3f}, rise {rise:+.4f}", flush=True)
 
