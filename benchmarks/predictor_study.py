@@ -145,7 +145,7 @@ def study_forms(study: Study) -> None:
             store = SampleStore(Path(directory), ffn, with_energy=True)
             moments = Collector(opt, Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers))), samples=store).run(tokens, 4)
             for i, weights in enumerate(study.weights):
-                for name, loss in FORMS:
+                for name, loss in FORMS if args.forms is None else [f for f in FORMS if f[0] in args.forms]:
                     for rank, stores in sorted(points.items()):
                         fit = fit_mlp(
                             moments, i, weights, "self", rank, forms.get(name),
@@ -198,10 +198,8 @@ def study_data(study: Study) -> None:
                 fits = _fits(study, moments, "self", rank, form)
                 scores = [study.score(i, stored(f, 8), "self") for i, f in enumerate(fits)]
                 mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
-                heads = [fit_heads(moments, i, "previous") for i in range(len(opt.layers))]
-                [(density, _)] = _heads_only(study, fits, heads, "previous", Calibrator, (0.01,))
                 table.add(study="data", form=form, tokens=0 if form == "svd" else tokens, rank=rank, dtype="int8", seed=seed, density_multiple=DENSITY,
-                          **mean, ppl_increase=study.rise(study.mlp_gates(fits, "self")), head_density=density)  # fmt: skip
+                          **mean, ppl_increase=study.rise(study.mlp_gates(fits, "self")))  # fmt: skip
 
 
 class OracleGate(Gate):
@@ -265,7 +263,7 @@ def study_heads(study: Study) -> None:
         ):  # fmt: skip
             if seed and name not in ("closed_form", "oracle"):
                 continue
-            budgets = (0.005, 0.01, 0.02, 0.05)
+            budgets = (0.005, 0.01, 0.03)
             for budget, (density, rise) in zip(budgets, _heads_only(study, fits, heads, "previous", kind, budgets), strict=True):
                 table.add(study="heads", selection=name, budget=budget, seed=seed, tokens=tokens.numel(), head_density=density, ppl_increase=rise)
                 print(f"heads: {name}, budget {budget}: density {density:.3f}, rise {rise:+.4f}", flush=True)
@@ -347,6 +345,7 @@ def main() -> None:
     parser.add_argument("--held-out-tokens", type=int, default=16_384, help="for perplexity")
     parser.add_argument("--scored-tokens", type=int, default=4_096, help="of these, for recall and AUC")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--forms", nargs="+", help="only these, of the study forms")
     parser.add_argument("--head-share", type=float, default=0.5, help="heads that the paper's rule labels important")
     args = parser.parse_args()
     wanted = [s for s in args.studies if s != "plots"]

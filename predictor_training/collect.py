@@ -79,8 +79,8 @@ def layer_bytes(hidden: int, ffn: int, heads: int, lookaheads: dict[str, tuple[s
     """Bytes of the moments of one layer (not the first, which may need less)."""
     request = Request(lookaheads, range(1, 2))
     mlp, attention = request.states("mlp", 1), request.states("attention", 1)
-    squares = len({"mlp_input", *mlp, *attention}) + sum(s != "mlp_input" for s in mlp)
-    return 8 * (squares * (hidden * hidden + hidden) + len(attention) * hidden * heads + 2 * heads + 2 * ffn)
+    inputs, crossed = len({"mlp_input", *mlp, *attention}), sum(s != "mlp_input" for s in mlp)
+    return 8 * (inputs * (hidden * hidden + hidden) + crossed * hidden * hidden + len(attention) * hidden * heads + 2 * heads + 2 * ffn)
 
 
 def passes(num_layers: int, bytes_a_layer: int, limit: int | None) -> list[range]:
@@ -97,17 +97,46 @@ def passes(num_layers: int, bytes_a_layer: int, limit: int | None) -> list[range
     return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
 
 
+def checkpoint_key(key: dict[str, Any] | None, layers: range) -> str:
+    """Of a pass over these layers; key: everything else that decides the moments."""
+    return json.dumps({**(key or {}), "layers": [layers.start, layers.stop]}, sort_keys=True)
+
+
+def save_checkpoint(path: Path, key: str, sums: Moments, windows: int) -> None:
+    """Keep the moments of the first `windows` windows."""
+    metadata = {"key": key, "windows": str(windows), "num_tokens": str(sums.num_tokens)}
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in sums.tensors.items()}, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path, key: str, device: str = "cpu") -> tuple[Moments, int] | None:
+    """What `save_checkpoint` kept under the same key, and of how many windows."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata() or {}
+    if metadata.get("key") != key:
+        return None
+    return Moments(load_file(path, device=device), int(metadata["num_tokens"])), int(metadata["windows"])
+
+
 class Collector:
     """Accumulates `Moments` batch by batch and checkpoints them, so that an interrupted run resumes.
 
     Args:
         checkpoint: file to keep the state in, or None. key: everything that decides the result; another key starts afresh.
         samples: where forms that train by gradient want activations stored.
+        first_window: of the whole text, where another process collects what is in front of it: names shards and places the stride.
     """
 
-    def __init__(self, opt: OptModel, request: Request, checkpoint: Path | None = None, key: dict[str, Any] | None = None, samples: SampleStore | None = None):
+    def __init__(
+        self, opt: OptModel, request: Request, checkpoint: Path | None = None, key: dict[str, Any] | None = None, samples: SampleStore | None = None,
+        first_window: int = 0,
+    ):  # fmt: skip
         self.opt, self.request, self.checkpoint, self.samples = opt, request, checkpoint, samples
-        self.key = json.dumps({**(key or {}), "layers": [request.layers.start, request.layers.stop]}, sort_keys=True)
+        self.key = checkpoint_key(key, request.layers)
+        self.first_window, self._first_token = first_window, 0
         self.sums: dict[str, torch.Tensor] = {}
         self.windows = self.num_tokens = 0
         self._rows: dict[int, dict[str, torch.Tensor]] = {}
@@ -153,7 +182,7 @@ class Collector:
         if self.samples is not None:
             rows = self._sampled(len(z))
             kept = self._rows[layer]
-            self.samples.write(layer, self.windows, Rows(
+            self.samples.write(layer, self.first_window + self.windows, Rows(
                 mlp_x=states.named(mlp[0])[rows], active=active[rows], energy=energy[rows],
                 attn_x=states.named(attention[0])[rows], head_norms=kept["head_norms"],
             ))  # fmt: skip
@@ -161,7 +190,8 @@ class Collector:
     def _sampled(self, count: int) -> torch.Tensor:
         # Counted over the whole text, so that the choice does not depend on the batch size.
         stride = self.request.sample_stride
-        return torch.arange(-self.num_tokens % stride, count, stride, device=self.opt.device)
+        first = -(self._first_token + self.num_tokens) % stride
+        return torch.arange(min(first, count), count, stride, device=self.opt.device)  # none, if the next one lies behind this batch
 
     def run(self, tokens: torch.Tensor, batch: int, save_every: int = 64, progress: Callable[[int], None] | None = None) -> Moments:
         """tokens: [num_windows, seq_len]. Resumes behind the last checkpoint of the same key.
@@ -169,7 +199,8 @@ class Collector:
         Args:
             progress: called with the number of tokens done instead of showing a bar.
         """
-        self._resume()
+        self.resume()
+        self._first_token = self.first_window * tokens.shape[1]
         layers = self.request.layers
         what = "collect" if len(layers) == len(self.opt.layers) else f"collect layers {layers.start}-{layers.stop - 1}"
         bar = tqdm(total=tokens.numel(), initial=self.windows * tokens.shape[1], unit="tok", unit_scale=True, desc=what, disable=progress is not None)
@@ -187,20 +218,13 @@ class Collector:
         self._save()
         return Moments({k: v.cpu() for k, v in self.sums.items()}, self.num_tokens)
 
-    def _resume(self) -> None:
-        if self.checkpoint is None or not self.checkpoint.is_file():
-            return
-        with safe_open(self.checkpoint, "pt") as f:
-            metadata = f.metadata() or {}
-        if metadata.get("key") != self.key:
-            return
-        self.sums = load_file(self.checkpoint, device=str(self.opt.device))
-        self.windows, self.num_tokens = int(metadata["windows"]), int(metadata["num_tokens"])
+    def resume(self) -> None:
+        """Take up the checkpoint, if there is one of the same key."""
+        found = None if self.checkpoint is None else load_checkpoint(self.checkpoint, self.key, str(self.opt.device))
+        if found is not None:
+            sums, self.windows = found
+            self.sums, self.num_tokens = sums.tensors, sums.num_tokens
 
     def _save(self) -> None:
-        if self.checkpoint is None:
-            return
-        metadata = {"key": self.key, "windows": str(self.windows), "num_tokens": str(self.num_tokens)}
-        partial = self.checkpoint.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in self.sums.items()}, partial, metadata=metadata)
-        os.replace(partial, self.checkpoint)
+        if self.checkpoint is not None:
+            save_checkpoint(self.checkpoint, self.key, Moments(self.sums, self.num_tokens), self.windows)

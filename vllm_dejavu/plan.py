@@ -25,15 +25,18 @@ SERVED_BYTES = 2  # of a weight and of a cached value
 SMALLEST_MEASURED_HIDDEN = 2048
 LARGEST_MODELLED_BATCH = 64
 
-# What `vllm-dejavu train` does (predictor_training/), counted; a test compares. The paper's text: 500 documents of 2,048.
-TRAIN_TOKENS, TRAIN_SEQ_LEN, VALID_TOKENS = 500 * 2048, 2048, 32_768
-PROBE_TOKENS, MLP_CANDIDATES, HEAD_CANDIDATES = 4096, 7, 14
-PROBE_RUNS = 2  # dense, and the heads' statistics
+# What `vllm-dejavu train` does (predictor_training/), counted; a test compares. The paper's text: 500 documents of the model's
+# context, at most 2,048 tokens each.
+TRAIN_DOCUMENTS, TRAIN_SEQ_LEN, VALID_TOKENS = 500, 2048, 32_768
+PROBE_TOKENS, MLP_CANDIDATES, HEAD_CANDIDATES = 4096, 9, 14
+PROBE_RUNS = 2 + 8  # dense, all layers' statistics, and the density-quality curve
 # Over all calibration text: dense, bisection of at most 201 joint choices, single steps, the final description.
 VALID_RUNS = 1 + math.ceil(math.log2(201 + 1)) + 8 + 1
-MOMENTS_PER_LAYER = 2  # [hidden, hidden], of the MLP's and of the attention's input, lookahead `self`
+PREDICTOR_DTYPE, HEAD_LOOKAHEAD = "int8", "previous"
+MOMENTS_PER_LAYER = 2  # [hidden, hidden], of the MLP's input and of what feeds the heads' gate
 MOMENT_BYTES, TRAINED_WEIGHT_BYTES = 8, 4
 RANK_STEP = 16  # ranks are multiples of it
+LARGE_HIDDEN = 2048  # from here on a rank follows from the MLP's bytes
 # Fit of one layer. A symmetric eigendecomposition with vectors takes about 10 hidden^3, at about the speed of a product
 # of the same type (seen once, at hidden 2048 on two cores).
 EIGENDECOMPOSITIONS, EIGEN_CUBES = 2, 10
@@ -189,18 +192,23 @@ def assumed_layers(geometry: Geometry, batch: int) -> tuple[Layers, str]:
     alone, heads, _ = roofline.preset_densities(name, 1)
     union, _, source = roofline.preset_densities(name, batch)
     mlp = GateSpec(
-        state="sparse", form="low_rank", rank=budget_rank(geometry), density={"mean": alone, "upper": alone},
+        state="sparse", form="low_rank", rank=default_rank(geometry), dtype=PREDICTOR_DTYPE, density={"mean": alone, "upper": alone},
         union_density={str(batch): {"mean": union, "upper": union}},
     )  # fmt: skip
-    attention = GateSpec(state="sparse", form="linear", density={"mean": heads, "upper": heads})
+    attention = GateSpec(state="sparse", form="linear", lookahead=HEAD_LOOKAHEAD, dtype=PREDICTOR_DTYPE, density={"mean": heads, "upper": heads})
+    first = {"mlp": mlp, "attention": replace(attention, lookahead="self")}  # no layer lies before it
     nearest = "" if GEOMETRIES[name].hidden == geometry.hidden else f"nearest size {name}: "
-    return [{"mlp": mlp, "attention": attention}] * geometry.num_layers, nearest + source.removeprefix("assumed: ")
+    return [first, *[{"mlp": mlp, "attention": attention}] * (geometry.num_layers - 1)], nearest + source.removeprefix("assumed: ")
 
 
-def budget_rank(geometry: Geometry) -> int:
-    """Rank that training takes where none is named: 3% of the MLP's bytes, a multiple of 16, at least 16."""
-    rank = roofline.MLP_BYTE_BUDGET * 2 * geometry.hidden * geometry.ffn / (geometry.hidden + geometry.ffn)
-    return max(RANK_STEP, int(rank) // RANK_STEP * RANK_STEP)
+def default_rank(geometry: Geometry) -> int:
+    """Rank that training takes where none is named: what PREDICTOR_DTYPE gets of 3% of the MLP's bytes, a multiple of 16, at least
+    16; a quarter of hidden sizes below LARGE_HIDDEN."""
+    hidden, ffn = geometry.hidden, geometry.ffn
+    rank = hidden // 4
+    if hidden >= LARGE_HIDDEN:
+        rank = int(roofline.MLP_BYTE_BUDGET * 2 * hidden * ffn * SERVED_BYTES / ((hidden + ffn) * DTYPES[PREDICTOR_DTYPE].itemsize))
+    return min(max(RANK_STEP, rank // RANK_STEP * RANK_STEP), hidden)
 
 
 def density_at(gate: GateSpec, batch: int) -> float:
@@ -351,10 +359,27 @@ def fit_flops(geometry: Geometry) -> float:
     return geometry.num_layers * (EIGENDECOMPOSITIONS * EIGEN_CUBES * cube + products)
 
 
-def calibration_tokens(geometry: Geometry) -> int:
-    """Tokens of all forward passes together, at most: a gate's candidates end where the perplexity budget does."""
-    probes = PROBE_RUNS + geometry.num_layers * (MLP_CANDIDATES + HEAD_CANDIDATES)
-    return probes * PROBE_TOKENS + VALID_RUNS * VALID_TOKENS
+def calibration_flops(geometry: Geometry, seq_len: int) -> float:
+    """At most: a gate's candidates end where the perplexity budget does. Each runs its own layer and those behind it."""
+    whole = forward_flops(geometry, PROBE_RUNS * PROBE_TOKENS + VALID_RUNS * VALID_TOKENS, seq_len, logits=True)
+    candidates = (MLP_CANDIDATES + HEAD_CANDIDATES) * PROBE_TOKENS
+    return whole + sum(
+        forward_flops(replace(geometry, num_layers=remaining), candidates, seq_len, logits=True) for remaining in range(1, geometry.num_layers + 1)
+    )
+
+
+def calibration_runs(geometry: Geometry) -> int:
+    """Forward passes of the calibration, over the probe or over all of its text, at most."""
+    return PROBE_RUNS + geometry.num_layers * (MLP_CANDIDATES + HEAD_CANDIDATES) + VALID_RUNS
+
+
+def train_tokens(geometry: Geometry) -> int:
+    """What is trained on where --max-tokens is not given."""
+    return TRAIN_DOCUMENTS * train_seq_len(geometry)
+
+
+def train_seq_len(geometry: Geometry) -> int:
+    return min(TRAIN_SEQ_LEN, geometry.positions - 2)
 
 
 def moments_bytes(geometry: Geometry) -> int:
@@ -374,16 +399,16 @@ def measured_cpu_tflops(seconds: float = 0.5, size: int = 1024) -> float:
 
 
 def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, Any]:
-    """Estimates for `vllm-dejavu train` with TRAIN_TOKENS of text. The fit runs on the CPU in fp64 everywhere.
+    """Estimates for `vllm-dejavu train` as it is by default, closed form, one pass. The fit runs on the CPU in fp64 everywhere.
 
-    Times: fp32 is what training computes in; fp16 stands for forward passes (not moments) in 16 bits, which it does not do.
+    Times: fp32 is what training computes in by default; fp16: --model-dtype float16, forward passes (not moments) in 16 bits.
     """
-    seq_len = min(TRAIN_SEQ_LEN, geometry.positions - 2)
+    seq_len, tokens = train_seq_len(geometry), train_tokens(geometry)
     flops = {
-        "collection": forward_flops(geometry, TRAIN_TOKENS, seq_len, logits=False),
-        "moments": moment_flops(geometry, TRAIN_TOKENS),
+        "collection": forward_flops(geometry, tokens, seq_len, logits=False),
+        "moments": moment_flops(geometry, tokens),
         "fit": fit_flops(geometry),
-        "calibration": forward_flops(geometry, calibration_tokens(geometry), seq_len, logits=True),
+        "calibration": calibration_flops(geometry, seq_len),
     }
     fp16_tflops, fp32_tflops = (rate * UTILISATION for rate in TFLOPS[gpu])
     fit_s = flops["fit"] / (cpu_tflops * FP64_SHARE * 1e12)
@@ -393,7 +418,7 @@ def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, 
         return (forward / forward_tflops + flops["moments"] / moment_tflops) / 1e12 + fit_s
 
     return {
-        "tokens": TRAIN_TOKENS, "calibration_tokens_at_most": calibration_tokens(geometry), "flops": flops,
+        "tokens": tokens, "calibration_runs_at_most": calibration_runs(geometry), "flops": flops,
         "assumed_utilisation": UTILISATION, "gpu_fp32_tflops": fp32_tflops, "gpu_fp16_tflops": fp16_tflops,
         "cpu_fp32_tflops": cpu_tflops, "fit_s": fit_s,
         "gpu_fp32_s": seconds(fp32_tflops, fp32_tflops), "gpu_fp16_s": seconds(fp16_tflops, fp32_tflops), "cpu_s": seconds(cpu_tflops, cpu_tflops),
@@ -425,10 +450,10 @@ def report(result: dict[str, Any]) -> str:
         f"break-even       {_break_even_words(s['break_even_mlp_density'])}",
         f"memory cost      {_bytes(m['predictor_bytes'])} of predictors{rank}, {m['share_of_weights']:.1%} of the weights ({_bytes(m['weight_bytes'])}), "
         f"in place of {m['kv_tokens_displaced']:,} cached tokens; workspaces not counted",
-        f"training         estimates for {t['tokens']:,} tokens and the calibration's {t['calibration_tokens_at_most']:,} at most",
+        f"training         estimates for {t['tokens']:,} tokens and a calibration of {t['calibration_runs_at_most']:,} forward passes at most",
         f"                 {_time(t['gpu_fp32_s'])} on one {r['gpu']} at {t['gpu_fp32_tflops']:.3g} fp32 TFLOP/s (datasheet x {t['assumed_utilisation']} assumed), of which the fit "
         f"on a CPU like this one {_time(t['fit_s'])}",
-        f"                 {_time(t['gpu_fp16_s'])} were its forward passes in fp16, at {t['gpu_fp16_tflops']:.3g} TFLOP/s (datasheet x {t['assumed_utilisation']} assumed)",
+        f"                 {_time(t['gpu_fp16_s'])} with --model-dtype float16, at {t['gpu_fp16_tflops']:.3g} TFLOP/s (datasheet x {t['assumed_utilisation']} assumed)",
         f"                 {_time(t['cpu_s'])} on this CPU at {t['cpu_fp32_tflops'] * 1e3:.3g} fp32 GFLOP/s (measured just now), {FP64_SHARE} of it in fp64 (assumed)",
         f"                 FLOPs: {', '.join(f'{name} {flops:.1e}' for name, flops in t['flops'].items())}",
         f"                 memory {_bytes(t['memory_bytes'])} (fp32 weights and moments; activations not counted), disk {_bytes(t['disk_bytes'])}",
