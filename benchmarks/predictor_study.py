@@ -142,7 +142,7 @@ def study_forms(study: Study) -> None:
     for seed in range(args.seeds):
         tokens = study.train(args.tokens, seed)
         with tempfile.TemporaryDirectory() as directory:
-            store = SampleStore(Path(directory), ffn, with_energy=True)
+            store = SampleStore(Path(directory), ffn, with_energy=True, with_heads=False)
             moments = Collector(opt, Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers))), samples=store).run(tokens, 4)
             for i, weights in enumerate(study.weights):
                 for name, loss in FORMS if args.forms is None else [f for f in FORMS if f[0] in args.forms]:
@@ -245,7 +245,7 @@ def study_heads(study: Study) -> None:
     for seed in range(args.seeds):
         tokens = study.train(args.tokens, seed)
         with tempfile.TemporaryDirectory() as directory:
-            store = SampleStore(Path(directory), opt.config.ffn_dim, with_energy=False)
+            store = SampleStore(Path(directory), opt.config.ffn_dim, with_energy=False, with_heads=True)
             request = Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers)), sample_stride=2)
             moments = Collector(opt, request, samples=store).run(tokens, 4)
             closed = [fit_heads(moments, i, "previous") for i in range(len(opt.layers))]

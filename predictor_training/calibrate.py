@@ -36,7 +36,7 @@ UPPER_QUANTILE = 0.95
 # Tokens on which single candidates are compared; the joint choice is measured on all of the calibration text.
 PROBE_TOKENS = 4096
 # Joint measurements spent on single steps after the search over all gates.
-REFINEMENTS = 8
+REFINEMENTS = 6
 # Points of the density-quality curve, and edges of the histograms of scores.
 CURVE_POINTS = 8
 SCORE_BINS = (-8.0, 8.0, 64)

@@ -328,7 +328,7 @@ def shared(store: SampleStore | None) -> Iterator[Shared | None]:
         return
     directory = store.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    place = Shared(SampleStore(directory, store.ffn, store.with_energy), uuid.uuid4().hex)
+    place = Shared(SampleStore(directory, store.ffn, store.with_energy, store.with_heads), uuid.uuid4().hex)
     path = directory / Shared.FILE
     path.write_text(place.mark)
     try:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, OPTForCausalLM
+from transformers.modeling_utils import load_state_dict
 
 from vllm_dejavu import support
 from vllm_dejavu.artifact import ModelSpec, WeightsFingerprint
@@ -239,18 +240,11 @@ def fingerprint(name: str) -> str:
 
 
 def checkpoint_tensors(name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint that has been loaded before, from its files, one at a time."""
+    """Every tensor of a checkpoint that has been loaded before, from its files, one file at a time."""
     directory = Path(name)
     if not directory.is_dir():
         from transformers.utils import cached_file
 
         directory = Path(cached_file(name, "config.json")).parent
-    files = sorted(directory.glob("model*.safetensors"))
-    if files:
-        for path in files:
-            with safe_open(path, "pt") as f:
-                for key in f.keys():
-                    yield key, f.get_tensor(key)
-        return
-    for path in sorted(directory.glob("pytorch_model*.bin")):
-        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+    for path in sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin")):
+        yield from load_state_dict(path).items()

@@ -47,7 +47,8 @@ class TrainConfig:
             share `valid_share` of the documents of `data` is held out.
         max_tokens: training tokens; None takes the paper's 500 sequences of the model's context. valid_tokens: for calibration.
         rank: of the MLP predictors; None takes 3% of the MLP's bytes, for hidden sizes below 2048 a quarter of the hidden size.
-        form: of the MLP predictors (`forms.FORMS` or module:attribute); head_form: `closed_form`, or `paper`: trained by gradient on the
+        form: of the MLP predictors (`forms.FORMS` or module:attribute); gradient_tokens: at most, that forms which train by gradient
+            see, drawn evenly; head_form: `closed_form`, or `paper`: trained by gradient on the
             paper's labels, the top `head_share` by norm. loss: `energy` weighs a missed neuron by what it would have added.
         neuron_label, energy_share, head_label: `labels.Labels`.
         max_ppl_increase: perplexity budget of the calibration.
@@ -67,7 +68,8 @@ class TrainConfig:
     valid_tokens: int = 32_768
     seq_len: int | None = None
     rank: int | None = None
-    form: str = "closed_form"
+    form: str = "finetuned"
+    gradient_tokens: int = 65_536
     head_form: str = "closed_form"
     head_share: float = 0.3
     loss: str = "bce"
@@ -95,7 +97,7 @@ class TrainConfig:
             ("max_ppl_increase", self.max_ppl_increase, 0, 10), ("rank", or_low(self.rank, 1), 1, 10**6),
             ("seq_len", or_low(self.seq_len, 2), 2, 10**6), ("max_documents", or_low(self.max_documents, 1), 1, 10**12),
             ("energy_share", self.energy_share, 0.01, 1), ("head_share", self.head_share, 0.01, 1),
-            ("max_memory", or_low(self.max_memory, 1), 1, 10**15), ("max_disk", or_low(self.max_disk, 1), 1, 10**15),
+            ("gradient_tokens", self.gradient_tokens, 1, 10**12), ("max_memory", or_low(self.max_memory, 1), 1, 10**15), ("max_disk", or_low(self.max_disk, 1), 1, 10**15),
         ):  # fmt: skip
             if not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: expected {low} to {high}.")
@@ -203,7 +205,8 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False, 
     )  # fmt: skip
     wanted = labels.Labels(config.neuron_label, config.energy_share, config.head_label)
     with_energy = form.needs_samples and config.loss == "energy"
-    row_bytes = samples.row_bytes(hidden, ffn, heads, with_energy)
+    with_heads = config.head_form == "paper"
+    row_bytes = samples.row_bytes(hidden, ffn, heads, with_energy, with_heads)
     fitted: dict[int, tuple[FittedMlp, FittedHeads]] = {}
     for layers in groups:
         kept = place.load_fitted(layers, key)
@@ -211,8 +214,9 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False, 
             begun = time.monotonic()
             store, stride = None, 1
             if config.needs_samples:
-                store = samples.SampleStore(place.path / "samples", ffn, with_energy)
+                store = samples.SampleStore(place.path / "samples", ffn, with_energy, with_heads)
                 stride = samples.stride_within(config.max_disk, train.num_tokens, len(layers), row_bytes)
+                stride = max(stride, -(-train.num_tokens // config.gradient_tokens))
             request = Request(lookaheads, layers, wanted, stride)
             moments = workers.collect(request, train.tokens, place.moments, key, store)
             log.write("collect", layers=[layers.start, layers.stop], tokens=moments.num_tokens, seconds=time.monotonic() - begun,
@@ -253,7 +257,7 @@ def run(config: TrainConfig, *, overwrite: bool = False, restart: bool = False, 
         say("warning: no gate fits the budget; the artifact keeps every block dense. Allow more with --max-ppl-increase or --rank.")
     tensors = {f"layers.{i}.{b}.{n}": t for (i, b), gate in gates.items() for n, t in gate.tensors.items()}
     saved = artifact.save(config.output, manifest, tensors, overwrite=overwrite)
-    (Path(config.output) / "README.md").write_text(report.card(saved, config), encoding="utf-8")
+    report.write_card(Path(config.output) / "README.md", saved, config)
     report.plot(place.path / "plots", saved.manifest, described.histograms)
     log.write("done", seconds=time.monotonic() - started, digest=saved.digest)
     place.close()
@@ -308,7 +312,7 @@ class RunDirectory:
         for pattern in ("moments.*", "fitted-*", "calibration.*", "sampled.*", "settings.json"):
             for path in self.path.glob(pattern):
                 path.unlink()
-        samples.SampleStore(self.path / "samples", 0, False).clear()
+        samples.SampleStore(self.path / "samples", 0, False, False).clear()
 
     def _fitted(self, layers: range) -> Path:
         return self.path / f"fitted-{layers.start}-{layers.stop}.safetensors"

@@ -12,6 +12,7 @@ import torch
 from vllm_dejavu.artifact import Artifact, Manifest
 from vllm_dejavu.predictor_training.calibrate import SCORE_BINS
 
+LIBRARY = "vllm-dejavu"
 BLOCKS = {"mlp": "MLP neurons", "attention": "attention heads"}
 
 
@@ -87,6 +88,14 @@ def plot(directory: Path, manifest: Manifest, histograms: dict[tuple[int, str], 
     return made
 
 
+def write_card(path: Path, made: Artifact, config: Any) -> None:
+    """The card, unless somebody's own file stands in its place."""
+    if path.is_file() and f"library_name: {LIBRARY}" not in path.read_text(encoding="utf-8", errors="replace"):
+        print(f"{path} is not a card of ours and was left as it is", file=sys.stderr)
+        return
+    path.write_text(card(made, config), encoding="utf-8")
+
+
 def card(made: Artifact, config: Any) -> str:
     """README.md of an artifact, with the metadata block that the Hugging Face hub reads."""
     m = made.manifest
@@ -103,7 +112,7 @@ def card(made: Artifact, config: Any) -> str:
     return "\n".join(
         [
             "---",
-            "library_name: vllm-dejavu",
+            f"library_name: {LIBRARY}",
             "tags: [contextual-sparsity, deja-vu, vllm]",
             "---",
             "",

@@ -1,8 +1,8 @@
 """Stored activations for forms that train by gradient: bit-packed shards on disk, never more than a limit.
 
 A row of a layer's MLP is its gate input in fp16 (2 * hidden bytes) and its labels, a bit a neuron (ffn / 8 bytes); with
-energies also one fp16 value for every positive neuron, in order. OPT-66B: 23 KB a token and layer; the paper's layout
-(activations, not bits) took 92 KB.
+energies also one fp16 value for every positive neuron, in order; with heads their gate's input and norms. OPT-66B: 23 KB a token
+and layer without either; the paper's layout (activations, not bits) took 92 KB.
 """
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def unpack_bits(packed: torch.Tensor, units: int) -> torch.Tensor:
 HEADER_BYTES = 640
 
 
-def row_bytes(hidden: int, ffn: int, heads: int, with_energy: bool) -> int:
-    """Most bytes a token and layer takes: both gate inputs, labels, head norms, at worst every energy, and a shard of its own."""
-    return 2 * 2 * hidden + -(-ffn // 8) + 2 * heads + (-(-ffn // 8) + 2 * ffn if with_energy else 0) + HEADER_BYTES
+def row_bytes(hidden: int, ffn: int, heads: int, with_energy: bool, with_heads: bool) -> int:
+    """Most bytes a token and layer takes: gate inputs, labels, head norms, at worst every energy, and a shard of its own."""
+    energies, head_rows = -(-ffn // 8) + 2 * ffn, 2 * hidden + 2 * heads
+    return 2 * hidden + -(-ffn // 8) + with_energy * energies + with_heads * head_rows + HEADER_BYTES
 
 
 def stride_within(limit: int | None, num_tokens: int, layers: int, bytes_a_row: int) -> int:
@@ -54,14 +55,14 @@ def stride_within(limit: int | None, num_tokens: int, layers: int, bytes_a_row: 
 
 @dataclass(frozen=True)
 class Rows:
-    """Stored tokens of one layer. mlp_x, attn_x: [rows, hidden]; active: [rows, ffn] bool; energy: [rows, ffn] or None;
-    head_norms: [rows, heads]."""
+    """Stored tokens of one layer. mlp_x, attn_x: [rows, hidden]; active: [rows, ffn] bool; energy: [rows, ffn];
+    head_norms: [rows, heads]. What the store does not keep is None."""
 
     mlp_x: torch.Tensor
     active: torch.Tensor
     energy: torch.Tensor | None
-    attn_x: torch.Tensor
-    head_norms: torch.Tensor
+    attn_x: torch.Tensor | None
+    head_norms: torch.Tensor | None
 
     def __len__(self) -> int:
         return len(self.mlp_x)
@@ -71,20 +72,19 @@ class SampleStore:
     """Shards `layer-N/part-M.safetensors` below a directory.
 
     Args:
-        ffn: neurons, to unpack labels. with_energy: keep the energies of positive neurons.
+        ffn: neurons, to unpack labels. with_energy: keep the energies of positive neurons. with_heads: and what heads are fitted on.
     """
 
-    def __init__(self, directory: Path, ffn: int, with_energy: bool):
-        self.directory, self.ffn, self.with_energy = directory, ffn, with_energy
+    def __init__(self, directory: Path, ffn: int, with_energy: bool, with_heads: bool):
+        self.directory, self.ffn, self.with_energy, self.with_heads = directory, ffn, with_energy, with_heads
 
     def write(self, layer: int, part: int, rows: Rows) -> None:
         """One shard; written again under the same name after an interruption. None for no rows."""
         if not len(rows):
             return
-        tensors = {
-            "mlp_x": rows.mlp_x.half().contiguous(), "active": pack_bits(rows.active),
-            "attn_x": rows.attn_x.half().contiguous(), "head_norms": rows.head_norms.half().contiguous(),
-        }  # fmt: skip
+        tensors = {"mlp_x": rows.mlp_x.half().contiguous(), "active": pack_bits(rows.active)}
+        if self.with_heads:
+            tensors |= {"attn_x": rows.attn_x.half().contiguous(), "head_norms": rows.head_norms.half().contiguous()}
         if self.with_energy:
             positive = rows.energy > 0
             tensors |= {"positive": pack_bits(positive), "energy": rows.energy[positive].half()}
@@ -100,7 +100,7 @@ class SampleStore:
             if self.with_energy:
                 positive = unpack_bits(t["positive"], self.ffn)
                 energy = torch.zeros(positive.shape, dtype=torch.float16).masked_scatter_(positive, t["energy"])
-            yield Rows(t["mlp_x"], unpack_bits(t["active"], self.ffn), energy, t["attn_x"], t["head_norms"])
+            yield Rows(t["mlp_x"], unpack_bits(t["active"], self.ffn), energy, t.get("attn_x"), t.get("head_norms"))
 
     def discard_from(self, part: int) -> None:
         """Forget shards from a part on: what an interrupted run wrote behind its checkpoint, perhaps in other batches."""

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_dejavu import artifact, cli, plan
 from vllm_dejavu.artifact import GateSpec, ModelSpec
-from vllm_dejavu.predictor_training import calibrate, collect, pipeline
+from vllm_dejavu.predictor_training import calibrate, collect, forms, pipeline
 from vllm_dejavu.roofline import DENSE_LAUNCHES, DEVICES, GEOMETRIES, Device, Geometry, Workload, account
 
 BOOKS = str(Path(__file__).parent.parent / "examples" / "opt-books-7m")
@@ -216,6 +216,7 @@ def test_counts_are_those_of_training():
     assert plan.PROBE_RUNS == 2 + calibrate.CURVE_POINTS and plan.VALID_RUNS == 1 + 8 + calibrate.REFINEMENTS + 1
     default = pipeline.TrainConfig("m", ("d",), "o")
     assert (plan.VALID_TOKENS, plan.PREDICTOR_DTYPE, plan.HEAD_LOOKAHEAD) == (default.valid_tokens, default.dtype, default.head_lookahead)
+    assert (plan.GRADIENT_TOKENS, plan.GRADIENT_EPOCHS, default.form) == (default.gradient_tokens, forms.FINETUNED[0], "finetuned")
     assert default.mlp_lookahead == "self" and default.max_tokens is None and plan.TRAIN_DOCUMENTS == pipeline.DOCUMENTS
     for geometry in (*GEOMETRIES.values(), *(Geometry("small", hidden, 2, 2) for hidden in (8, 64, 72, 768, 1024))):
         assert plan.default_rank(geometry) == pipeline.default_rank(geometry.hidden, geometry.ffn, artifact.DTYPES[plan.PREDICTOR_DTYPE].itemsize)
@@ -241,10 +242,10 @@ def test_training_arithmetic_by_hand():
     assert plan.forward_flops(TINY, 3, 5, logits=True) == 3 * (2 * (24 * 64 + 4 * 5 * 8) + 2 * 10 * 8)
     assert plan.moment_flops(TINY, 3) == 3 * 2 * 2 * 2 * 64
     assert plan.fit_flops(TINY) == 2 * (2 * 10 + 4 * 2 * 4 + 2 * 2) * 512
-    assert plan.calibration_runs(TINY) == 2 + 8 + 2 * 23 + 18
+    assert plan.calibration_runs(TINY) == 2 + 8 + 2 * 23 + 16
     # Candidates of layer 0 run two layers, those of layer 1 one; logits always.
     layer, logits = 2 * 12 * 64 + 4 * 5 * 8, 2 * 10 * 8
-    whole, candidates = 10 * 4096 + 18 * 32768, 23 * 4096
+    whole, candidates = 10 * 4096 + 16 * 32768, 23 * 4096
     assert plan.calibration_flops(TINY, 5) == whole * (2 * layer + logits) + candidates * (3 * layer + 2 * logits)
     assert plan.moments_bytes(GEOMETRIES["6.7b"]) == 32 * 2 * 4096**2 * 8
 
@@ -253,10 +254,12 @@ def test_training_time_by_hand():
     t = plan.training_cost(GEOMETRIES["6.7b"], "h200", cpu_tflops=0.1)
     forward = t["flops"]["collection"] + t["flops"]["calibration"]
     assert t["fit_s"] == pytest.approx(t["flops"]["fit"] / 0.05e12)
-    assert t["cpu_s"] == pytest.approx((forward + t["flops"]["moments"]) / 0.1e12 + t["fit_s"])
-    assert t["gpu_fp32_s"] == pytest.approx((forward + t["flops"]["moments"]) / (67e12 * 0.4) + t["fit_s"])
-    assert t["gpu_fp16_s"] == pytest.approx(forward / (989e12 * 0.4) + t["flops"]["moments"] / (67e12 * 0.4) + t["fit_s"])
-    assert t["disk_bytes"] == 2 * t["moments_bytes"] and t["memory_bytes"] > t["moments_bytes"] + 4 * 6.5e9
+    fp32 = t["flops"]["moments"] + t["flops"]["gradient"]
+    assert t["flops"]["gradient"] == 32 * 5 * 65_536 * 6 * 384 * 5 * 4096
+    assert t["cpu_s"] == pytest.approx((forward + fp32) / 0.1e12 + t["fit_s"])
+    assert t["gpu_fp32_s"] == pytest.approx((forward + fp32) / (67e12 * 0.4) + t["fit_s"])
+    assert t["gpu_fp16_s"] == pytest.approx(forward / (989e12 * 0.4) + fp32 / (67e12 * 0.4) + t["fit_s"])
+    assert t["disk_bytes"] == 2 * t["moments_bytes"] + 32 * 65_536 * (2 * 4096 + 4 * 4096 // 8) and t["memory_bytes"] > t["moments_bytes"] + 4 * 6.5e9
 
 
 def test_every_device_has_a_rate():

@@ -54,7 +54,7 @@ def alone(model, tokens, tmp_path_factory):
 
 
 def store(directory: Path) -> SampleStore:
-    return SampleStore(directory / "samples", 256, with_energy=True)
+    return SampleStore(directory / "samples", 256, with_energy=True, with_heads=True)
 
 
 class Observed(OnRay):

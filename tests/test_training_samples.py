@@ -103,7 +103,7 @@ def some_rows(count, seed=0, hidden=5, ffn=13, heads=3, positive=0.4):
 @pytest.mark.parametrize("with_energy", [True, False], ids=["energies", "labels-only"])
 def test_rows_round_trip_in_order(tmp_path, with_energy):
     """In fp16; energies at their places, 0 elsewhere; another layer's and empty shards apart."""
-    store = SampleStore(tmp_path / "samples", 13, with_energy)
+    store = SampleStore(tmp_path / "samples", 13, with_energy, True)
     parts = [some_rows(n, n) for n in (4, 1, 7)]
     for part, rows in zip((0, 4, 100), parts, strict=True):
         store.write(2, part, rows)
@@ -119,7 +119,7 @@ def test_rows_round_trip_in_order(tmp_path, with_energy):
 
 
 def test_shards_behind_a_checkpoint_are_forgotten(tmp_path):
-    store = SampleStore(tmp_path / "samples", 13, False)
+    store = SampleStore(tmp_path / "samples", 13, False, True)
     for layer, part in itertools.product((0, 1), (0, 8, 64, 72)):
         store.write(layer, part, some_rows(2, part))
     store.discard_from(64)
@@ -128,7 +128,7 @@ def test_shards_behind_a_checkpoint_are_forgotten(tmp_path):
 
 
 def test_clearing_leaves_what_is_not_ours(tmp_path):
-    store = SampleStore(tmp_path / "samples", 13, False)
+    store = SampleStore(tmp_path / "samples", 13, False, True)
     store.write(0, 0, some_rows(2))
     (tmp_path / "samples" / "mine.txt").write_text("kept")
     store.clear()
@@ -153,7 +153,7 @@ def tokens():
 
 
 def sample(opt, tokens, directory, batch=3, with_energy=True, stride=1, layers=range(3)):
-    store = SampleStore(directory, FFN, with_energy)
+    store = SampleStore(directory, FFN, with_energy, True)
     Collector(opt, Request(REQUEST, layers, sample_stride=stride), samples=store).run(tokens, batch, progress=lambda n: None)
     return store
 
@@ -165,7 +165,7 @@ def test_what_is_written_stays_below_the_limit(opt, tokens, tmp_path, limit, wit
 
     Bug: neither shards' headers nor the places of energies were counted, so small limits were passed.
     """
-    stride = stride_within(limit, tokens.numel(), 3, row_bytes(HIDDEN, FFN, HEADS, with_energy))
+    stride = stride_within(limit, tokens.numel(), 3, row_bytes(HIDDEN, FFN, HEADS, with_energy, True))
     store = sample(opt, tokens, tmp_path / "s", with_energy=with_energy, stride=stride)
     kept = sum(len(r) for r in store.read(1))
     assert kept == -(-tokens.numel() // stride) >= 1
@@ -176,10 +176,10 @@ def test_what_is_written_stays_below_the_limit(opt, tokens, tmp_path, limit, wit
 
 def test_even_if_every_neuron_is_positive(tmp_path):
     """The worst case: each token in a shard of its own, and every energy stored."""
-    store = SampleStore(tmp_path / "s", 1000, True)
+    store = SampleStore(tmp_path / "s", 1000, True, True)
     for part in range(20):
         store.write(100, 10**5 + part, some_rows(1, part, hidden=48, ffn=1000, heads=12, positive=1.0))
-    assert 0.8 * 20 * row_bytes(48, 1000, 12, True) < store.num_bytes() <= 20 * row_bytes(48, 1000, 12, True)
+    assert 0.8 * 20 * row_bytes(48, 1000, 12, True, True) < store.num_bytes() <= 20 * row_bytes(48, 1000, 12, True, True)
 
 
 @settings(max_examples=200, deadline=None)

@@ -31,7 +31,7 @@ TRAIN_DOCUMENTS, TRAIN_SEQ_LEN, VALID_TOKENS = 500, 2048, 32_768
 PROBE_TOKENS, MLP_CANDIDATES, HEAD_CANDIDATES = 4096, 9, 14
 PROBE_RUNS = 2 + 8  # dense, all layers' statistics, and the density-quality curve
 # Over all calibration text: dense, bisection of at most 201 joint choices, single steps, the final description.
-VALID_RUNS = 1 + math.ceil(math.log2(201 + 1)) + 8 + 1
+VALID_RUNS = 1 + math.ceil(math.log2(201 + 1)) + 6 + 1
 PREDICTOR_DTYPE, HEAD_LOOKAHEAD = "int8", "previous"
 MOMENTS_PER_LAYER = 2  # [hidden, hidden], of the MLP's input and of what feeds the heads' gate
 MOMENT_BYTES, TRAINED_WEIGHT_BYTES = 8, 4
@@ -40,6 +40,8 @@ LARGE_HIDDEN = 2048  # from here on a rank follows from the MLP's bytes
 # Fit of one layer. A symmetric eigendecomposition with vectors takes about 10 hidden^3, at about the speed of a product
 # of the same type (seen once, at hidden 2048 on two cores).
 EIGENDECOMPOSITIONS, EIGEN_CUBES = 2, 10
+# Gradient passes over stored tokens; forward and backward take six operations a weight and token.
+GRADIENT_TOKENS, GRADIENT_EPOCHS, GRADIENT_OPERATIONS = 65_536, 5, 6
 FFN_PRODUCTS, SQUARE_PRODUCTS = 4, 2  # [ffn, hidden] x [hidden, hidden], and hidden^3
 
 # Datasheets of the modules in roofline.DEVICES: dense fp16 on tensor (matrix) cores, and fp32 without them. TFLOP/s.
@@ -398,8 +400,19 @@ def measured_cpu_tflops(seconds: float = 0.5, size: int = 1024) -> float:
     return 2 * size**3 / fastest / 1e12
 
 
+def gradient_flops(geometry: Geometry) -> float:
+    """Of fine-tuning every layer's predictor."""
+    weights = default_rank(geometry) * (geometry.hidden + geometry.ffn)
+    return geometry.num_layers * GRADIENT_EPOCHS * min(GRADIENT_TOKENS, train_tokens(geometry)) * GRADIENT_OPERATIONS * weights
+
+
+def sample_bytes(geometry: Geometry) -> int:
+    """Stored activations: the gate's input in 16 bits and a bit a neuron, a token and layer."""
+    return geometry.num_layers * min(GRADIENT_TOKENS, train_tokens(geometry)) * (2 * geometry.hidden + geometry.ffn // 8)
+
+
 def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, Any]:
-    """Estimates for `vllm-dejavu train` as it is by default, closed form, one pass. The fit runs on the CPU in fp64 everywhere.
+    """Estimates for `vllm-dejavu train` as it is by default, in one pass. The closed form is fitted on the CPU in fp64 everywhere.
 
     Times: fp32 is what training computes in by default; fp16: --model-dtype float16, forward passes (not moments) in 16 bits.
     """
@@ -408,6 +421,7 @@ def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, 
         "collection": forward_flops(geometry, tokens, seq_len, logits=False),
         "moments": moment_flops(geometry, tokens),
         "fit": fit_flops(geometry),
+        "gradient": gradient_flops(geometry),
         "calibration": calibration_flops(geometry, seq_len),
     }
     fp16_tflops, fp32_tflops = (rate * UTILISATION for rate in TFLOPS[gpu])
@@ -415,7 +429,7 @@ def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, 
 
     def seconds(forward_tflops: float, moment_tflops: float) -> float:
         forward = flops["collection"] + flops["calibration"]
-        return (forward / forward_tflops + flops["moments"] / moment_tflops) / 1e12 + fit_s
+        return (forward / forward_tflops + (flops["moments"] + flops["gradient"]) / moment_tflops) / 1e12 + fit_s
 
     return {
         "tokens": tokens, "calibration_runs_at_most": calibration_runs(geometry), "flops": flops,
@@ -425,7 +439,7 @@ def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, 
         "moments_bytes": moments_bytes(geometry),
         "memory_bytes": geometry.num_weights * TRAINED_WEIGHT_BYTES + moments_bytes(geometry),
         # A checkpoint of the moments stays until the next one is whole.
-        "disk_bytes": 2 * moments_bytes(geometry),
+        "disk_bytes": 2 * moments_bytes(geometry) + sample_bytes(geometry),
     }  # fmt: skip
 
 
