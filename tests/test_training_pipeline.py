@@ -338,7 +338,7 @@ class TestMemoryAndDisk:
 
     def test_the_closed_form_stores_none(self, model, text, tmp_path, monkeypatch):
         monkeypatch.setattr(samples.SampleStore, "write", lambda *a: pytest.fail("stored"))
-        pipeline.run(config(model, text, tmp_path / "a", max_disk=1))
+        pipeline.run(config(model, text, tmp_path / "a", form="closed_form", max_disk=1))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ class TestReport:
         assert card.startswith("---\nlibrary_name: vllm-dejavu\n")
         for fact in (
             m.model.fingerprint, "prose.txt", f"{m.training['tokens']:,} tokens", f"{m.calibration['dense_ppl']:.3f} dense", "budget 10%", "MLP rank 16, int8",
-            "seed 0", "form closed_form", "lookahead | MLP `self`, heads `previous`", f"torch {torch.__version__}", '"predictor": "artifact"',
+            "seed 0", "form finetuned", "lookahead | MLP `self`, heads `previous`", f"torch {torch.__version__}", '"predictor": "artifact"',
         ):  # fmt: skip
             assert fact in card, fact
         table = [line.split("|")[1:3] for line in card.splitlines() if line.startswith("| ") and line.split("|")[1].strip().isdigit()]
