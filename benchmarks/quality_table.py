@@ -12,7 +12,7 @@ def number(value: float | None, form: str) -> str:
 
 
 COLUMNS = (
-    ("mode", lambda r: r["mode"]),
+    ("mode", lambda r: r["mode"] + (f", predictor `{r['predictor']}`" if r.get("predictor") else "")),
     ("perplexity", lambda r: f"{r['sparse_ppl']:.2f}"),
     ("rise over dense", lambda r: f"{100 * r['ppl_increase']:+.2f}% ± {100 * (r['ppl_increase_stderr'] or 0):.2f}"),
     ("MLP density", lambda r: f"{r['mlp_density']:.4f}"),
@@ -28,7 +28,7 @@ COLUMNS = (
 def main(paths: list[str]) -> None:
     rows = [json.loads(Path(p).read_text(encoding="utf-8")) for p in paths]
     order = ("sparse", "oracle", "random", "static", "dense")
-    rows.sort(key=lambda r: order.index(r["mode"]))
+    rows.sort(key=lambda r: (order.index(r["mode"]), r.get("predictor") or ""))
     print("| " + " | ".join(name for name, _ in COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS))
     for row in rows:

@@ -106,7 +106,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     error = float(delta.std() / math.sqrt(len(delta)) * delta.mean().exp()) if len(delta) > 1 else None
     layers = counted["layers"]
     result = {
-        "model": config.model, "mode": config.mode, "blocks": list(config.blocks), "data": [Path(d).name for d in config.data],
+        "model": config.model, "mode": config.mode, "predictor": None if config.predictor is None else Path(config.predictor).name, "blocks": list(config.blocks), "data": [Path(d).name for d in config.data],
         "num_tokens": windows.num_tokens, "dtype": config.dtype,
         "dense_ppl": math.exp(float(dense_nll.mean())),
         "sparse_ppl": math.exp(float(sparse_nll.mean())),
