@@ -84,7 +84,7 @@ class GateSpec:
         union_density: batch size (as a string) -> {"mean", "upper"} of the share selected by any row.
         oracle_density: share of truly active neurons or heads on the calibration text.
         recall: share of the truly active that the gate selects, on the calibration text.
-        margin: MLP: residual standard deviations added to the scores.
+        margin: MLP: added to the scores before they were scaled to integers; a record.
         threshold: attention: contribution norm above which a head counts as active.
     """
 
