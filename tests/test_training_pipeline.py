@@ -443,3 +443,28 @@ class TestCommandLine:
         assert cli.main([*command, "--resume"]) == 0
         assert artifact.load(tmp_path / "a").digest == trained[0].digest
         assert f"metrics and plots: {tmp_path / 'a'}.run" in capsys.readouterr().out
+
+
+def test_gradient_tokens_bound_what_is_stored(model, text, tmp_path, monkeypatch):
+    """Drawn evenly over the text, not its beginning."""
+    written = []
+    write = samples.SampleStore.write
+    monkeypatch.setattr(samples.SampleStore, "write", lambda self, layer, part, rows: written.append((layer, part, len(rows))) or write(self, layer, part, rows))
+    pipeline.run(config(model, text, tmp_path / "a", form="finetuned", gradient_tokens=200))
+    first = [(part, rows) for layer, part, rows in written if layer == 0]
+    assert 150 <= sum(rows for _, rows in first) <= 200
+    assert sum(rows > 0 for _, rows in first) >= 0.8 * len(first), "the kept tokens lie together"
+
+
+def test_somebodys_own_readme_beside_the_artifact_stays(model, text, tmp_path, capsys):
+    """Bug: the card replaced any README.md in the output directory."""
+    output = tmp_path / "a"
+    output.mkdir()
+    (output / "README.md").write_text("# My notes\n")
+    pipeline.run(config(model, text, output))
+    assert (output / "README.md").read_text() == "# My notes\n"
+    assert "left as it is" in capsys.readouterr().err
+    (output / "README.md").unlink()
+    for _ in range(2):  # a card of ours is replaced
+        pipeline.run(config(model, text, output), overwrite=True)
+        assert (output / "README.md").read_text().startswith("---\nlibrary_name: vllm-dejavu\n")
