@@ -2,7 +2,7 @@
 
     python benchmarks/predictor_study.py STUDY... --model DIR --data TRAIN --held-out TEXT --output DIR
 
-Studies: forms, lookahead, data, heads. A CSV each, and PNG. Held-out documents are scored, never trained on. Everything is
+Studies: forms, lookahead, data, heads. A CSV each, PNG, and a Markdown table of the forms; `plots` makes these alone. Held-out documents are scored, never trained on. Everything is
 computed with masks in transformers; what is served is scored by `vllm-dejavu evaluate`.
 """
 from __future__ import annotations
@@ -126,7 +126,10 @@ def stored(fit: FittedMlp, bits: int) -> dict[str, torch.Tensor]:
     tensors = {"down": fit.down, "up": fit.up, "bias": fit.bias.float(), "activation_rate": fit.activation_rate.float()}
     if bits == 16:
         return {k: v.half() if k in ("down", "up") else v for k, v in tensors.items()}
-    return quantize(tensors, bits)
+    integers = quantize(tensors, bits)
+    # Quantization scales every neuron's score by itself, the threshold with it. Here one threshold serves all neurons: scale back.
+    step = (fit.bias / integers["bias"].double()).float()
+    return {**tensors, "down": integers["down"].float(), "up": integers["up"] * step[:, None]}
 
 
 def study_forms(study: Study) -> None:
@@ -334,6 +337,27 @@ def plot(output: Path) -> None:
         figure.savefig(output / "heads.png", dpi=120)
 
 
+def summary(output: Path) -> str:
+    """Markdown of the forms: means over layers; of those, mean and range over seeds."""
+    import csv
+
+    path = output / "forms.csv"
+    if not path.is_file():
+        return ""
+    groups: dict[tuple, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    for r in csv.DictReader(path.open(newline="", encoding="utf-8")):
+        groups[r["dtype"], float(r["byte_budget"]), int(r["rank"]), r["form"], r["loss"]][r["seed"]].append(r)
+    keys = ("auc", "recall", "kept_energy")
+    lines = ["| weights | bytes | rank | form | loss | seeds | " + " | ".join(keys) + " |", "|" + "---|" * (6 + len(keys))]
+    for (dtype, budget, rank, form, loss), seeds in sorted(groups.items()):
+        cells = []
+        for key in keys:
+            means = [sum(float(r[key]) for r in rows) / len(rows) for rows in seeds.values()]
+            cells.append(f"{sum(means) / len(means):.4f} ({min(means):.4f}-{max(means):.4f})")
+        lines.append(f"| {dtype} | {100 * budget:g}% | {rank} | {form} | {loss} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "plots"])
@@ -354,6 +378,7 @@ def main() -> None:
         for name in wanted:
             STUDIES[name](study)
     plot(Path(args.output))
+    print(summary(Path(args.output)))
 
 
 if __name__ == "__main__":

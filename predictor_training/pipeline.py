@@ -69,10 +69,10 @@ class TrainConfig:
     seq_len: int | None = None
     rank: int | None = None
     form: str = "finetuned"
-    gradient_tokens: int = 65_536
+    gradient_tokens: int = 32_768
     head_form: str = "closed_form"
     head_share: float = 0.3
-    loss: str = "bce"
+    loss: str = "energy"
     neuron_label: str = "positive"
     energy_share: float = 0.99
     head_label: str = "contribution"

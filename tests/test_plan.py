@@ -216,7 +216,7 @@ def test_counts_are_those_of_training():
     assert plan.PROBE_RUNS == 2 + calibrate.CURVE_POINTS and plan.VALID_RUNS == 1 + 8 + calibrate.REFINEMENTS + 1
     default = pipeline.TrainConfig("m", ("d",), "o")
     assert (plan.VALID_TOKENS, plan.PREDICTOR_DTYPE, plan.HEAD_LOOKAHEAD) == (default.valid_tokens, default.dtype, default.head_lookahead)
-    assert (plan.GRADIENT_TOKENS, plan.GRADIENT_EPOCHS, default.form) == (default.gradient_tokens, forms.FINETUNED[0], "finetuned")
+    assert (plan.GRADIENT_TOKENS, plan.GRADIENT_EPOCHS, default.form) == (default.gradient_tokens, forms.FINETUNED[0], "finetuned") and default.loss == "energy"
     assert default.mlp_lookahead == "self" and default.max_tokens is None and plan.TRAIN_DOCUMENTS == pipeline.DOCUMENTS
     for geometry in (*GEOMETRIES.values(), *(Geometry("small", hidden, 2, 2) for hidden in (8, 64, 72, 768, 1024))):
         assert plan.default_rank(geometry) == pipeline.default_rank(geometry.hidden, geometry.ffn, artifact.DTYPES[plan.PREDICTOR_DTYPE].itemsize)
@@ -255,11 +255,11 @@ def test_training_time_by_hand():
     forward = t["flops"]["collection"] + t["flops"]["calibration"]
     assert t["fit_s"] == pytest.approx(t["flops"]["fit"] / 0.05e12)
     fp32 = t["flops"]["moments"] + t["flops"]["gradient"]
-    assert t["flops"]["gradient"] == 32 * 5 * 65_536 * 6 * 384 * 5 * 4096
+    assert t["flops"]["gradient"] == 32 * 5 * 32_768 * 6 * 384 * 5 * 4096
     assert t["cpu_s"] == pytest.approx((forward + fp32) / 0.1e12 + t["fit_s"])
     assert t["gpu_fp32_s"] == pytest.approx((forward + fp32) / (67e12 * 0.4) + t["fit_s"])
     assert t["gpu_fp16_s"] == pytest.approx(forward / (989e12 * 0.4) + fp32 / (67e12 * 0.4) + t["fit_s"])
-    assert t["disk_bytes"] == 2 * t["moments_bytes"] + 32 * 65_536 * (2 * 4096 + 4 * 4096 // 8) and t["memory_bytes"] > t["moments_bytes"] + 4 * 6.5e9
+    assert t["disk_bytes"] == 2 * t["moments_bytes"] + 32 * 32_768 * (2 * 4096 + 2 * 2048 + 3276) and t["memory_bytes"] > t["moments_bytes"] + 4 * 6.5e9
 
 
 def test_every_device_has_a_rate():

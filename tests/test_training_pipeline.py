@@ -344,7 +344,7 @@ class TestMemoryAndDisk:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"form": "finetuned"}, {"form": "paper", "head_form": "paper", "head_label": "output_norm"}, {"form": "svd"}, {"loss": "energy"},
+        {"form": "finetuned"}, {"form": "paper", "head_form": "paper", "head_label": "output_norm"}, {"form": "svd"}, {"loss": "bce"},
         {"form": "finetuned", "loss": "energy", "neuron_label": "energy", "energy_share": 0.9}, {"dtype": "float16", "mlp_lookahead": "attn_input"},
         {"dtype": "bfloat16", "head_lookahead": "self"}, {"model_dtype": "bfloat16"},
     ],

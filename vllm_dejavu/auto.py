@@ -20,7 +20,7 @@ logger = logging.getLogger("vllm.dejavu")
 AUTO = "auto"
 CACHE_VARIABLE = "VLLM_DEJAVU_CACHE"
 # Whatever changes the artifact is in its cache key.
-RECIPE = {"data": "self", "max-tokens": 16_384, "valid-tokens": 8_192, "seq-len": 512, "valid-share": 0.3, "form": "closed_form", "seed": 0}
+RECIPE = {"data": "self", "max-tokens": 16_384, "valid-tokens": 8_192, "seq-len": 512, "valid-share": 0.3, "form": "closed_form", "loss": "bce", "seed": 0}
 RECIPE_VERSION = 1
 
 

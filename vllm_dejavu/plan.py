@@ -41,7 +41,8 @@ LARGE_HIDDEN = 2048  # from here on a rank follows from the MLP's bytes
 # of the same type (seen once, at hidden 2048 on two cores).
 EIGENDECOMPOSITIONS, EIGEN_CUBES = 2, 10
 # Gradient passes over stored tokens; forward and backward take six operations a weight and token.
-GRADIENT_TOKENS, GRADIENT_EPOCHS, GRADIENT_OPERATIONS = 65_536, 5, 6
+GRADIENT_TOKENS, GRADIENT_EPOCHS, GRADIENT_OPERATIONS = 32_768, 5, 6
+STORED_DENSITY = 0.1  # of neurons whose energies are stored; assumed
 FFN_PRODUCTS, SQUARE_PRODUCTS = 4, 2  # [ffn, hidden] x [hidden, hidden], and hidden^3
 
 # Datasheets of the modules in roofline.DEVICES: dense fp16 on tensor (matrix) cores, and fp32 without them. TFLOP/s.
@@ -407,8 +408,9 @@ def gradient_flops(geometry: Geometry) -> float:
 
 
 def sample_bytes(geometry: Geometry) -> int:
-    """Stored activations: the gate's input in 16 bits and a bit a neuron, a token and layer."""
-    return geometry.num_layers * min(GRADIENT_TOKENS, train_tokens(geometry)) * (2 * geometry.hidden + geometry.ffn // 8)
+    """Stored activations, a token and layer: the gate's input in 16 bits, two bits a neuron, and the energies of positive ones."""
+    row_bytes = 2 * geometry.hidden + 2 * (geometry.ffn // 8) + int(2 * STORED_DENSITY * geometry.ffn)
+    return geometry.num_layers * min(GRADIENT_TOKENS, train_tokens(geometry)) * row_bytes
 
 
 def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, Any]:
