@@ -2,7 +2,7 @@
 
     python benchmarks/predictor_study.py STUDY... --model DIR --data TRAIN --held-out TEXT --output DIR
 
-Studies: forms, lookahead, data, heads. A CSV each, PNG, and a Markdown table of the forms; `plots` makes these alone. Held-out documents are scored, never trained on. Everything is
+Studies: forms, quality, lookahead, data, heads. A CSV each, PNG, and a Markdown table of the forms; `plots` makes these alone. Held-out documents are scored, never trained on. Everything is
 computed with masks in transformers; what is served is scored by `vllm-dejavu evaluate`.
 """
 from __future__ import annotations
@@ -160,6 +160,28 @@ def study_forms(study: Study) -> None:
                 print(f"forms: seed {seed}, layer {i} done", flush=True)
 
 
+def study_quality(study: Study) -> None:
+    """What the forms are worth in perplexity: all MLPs at DENSITY x their natural density, heads dense, int8."""
+    table, args, opt = study.table("quality"), study.args, study.opt
+    hidden, ffn = opt.config.hidden_size, opt.config.ffn_dim
+    for seed in range(args.seeds):
+        tokens = study.train(args.tokens, seed)
+        with tempfile.TemporaryDirectory() as directory:
+            store = SampleStore(Path(directory), ffn, with_energy=True, with_heads=False)
+            moments = Collector(opt, Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers))), samples=store).run(tokens, 4)
+            for budget in (0.03, 0.08):
+                rank = int(budget * 2 * hidden * ffn * 2 / (hidden + ffn))
+                for name, loss in FORMS:
+                    fits = [
+                        fit_mlp(moments, i, w, "self", rank, forms.get(name), samples=functools.partial(store.read, i), seed=seed, energy_loss=loss == "energy")
+                        for i, w in enumerate(study.weights)
+                    ]
+                    rise = study.rise(study.mlp_gates(fits, "self"))
+                    table.add(study="quality", form=name, loss=loss, byte_budget=budget, dtype="int8", rank=rank, seed=seed, tokens=tokens.numel(),
+                              density_multiple=DENSITY, ppl_increase=rise)  # fmt: skip
+                    print(f"quality: {name}, {loss}, rank {rank}: {100 * rise:+.2f}%", flush=True)
+
+
 def _fits(study: Study, moments: Moments, lookahead: str, rank: int, form: str = "closed_form") -> list[FittedMlp]:
     return [fit_mlp(moments, i, w, lookahead, rank, forms.get(form)) for i, w in enumerate(study.weights)]
 
@@ -272,7 +294,7 @@ def study_heads(study: Study) -> None:
                 print(f"heads: {name}, budget {budget}: density {density:.3f}, rise {rise:+.4f}", flush=True)
 
 
-STUDIES = {"forms": study_forms, "lookahead": study_lookahead, "data": study_data, "heads": study_heads}
+STUDIES = {"forms": study_forms, "quality": study_quality, "lookahead": study_lookahead, "data": study_data, "heads": study_heads}
 
 
 def plot(output: Path) -> None:

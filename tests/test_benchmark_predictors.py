@@ -31,7 +31,7 @@ def arguments(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(arguments):
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sys, "argv", ["predictor_study.py", "forms", "lookahead", "heads", "data", *arguments])
+        m.setattr(sys, "argv", ["predictor_study.py", "forms", "quality", "lookahead", "heads", "data", *arguments])
         predictor_study.main()
     out = Path(arguments[arguments.index("--output") + 1])
     return out, {p.stem: list(csv.DictReader(p.open(newline=""))) for p in out.glob("*.csv")}
@@ -39,7 +39,7 @@ def results(arguments):
 
 def test_every_study_writes_rows_with_provenance(results):
     out, tables = results
-    assert set(tables) == {"forms", "lookahead", "heads", "data"}
+    assert set(tables) == {"forms", "quality", "lookahead", "heads", "data"}
     for rows in tables.values():
         assert rows and all(r["commit"] and r["torch"] for r in rows)
     for name in ("forms", "heads", "data"):
