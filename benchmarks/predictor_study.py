@@ -26,8 +26,8 @@ from vllm_dejavu.predictor_training.calibrate import (
     Key,
     Masked,
     Seen,
-    _quantile,
     make_mlp_gate,
+    quantile,
 )
 from vllm_dejavu.predictor_training.collect import Collector, Moments, Request, layer_lookahead
 from vllm_dejavu.predictor_training.forms import FittedMlp
@@ -93,7 +93,7 @@ class Study:
         scores = Predictor(tensors).scores(s[state_name("mlp", layer_lookahead(lookahead, layer))])
         active = s["z"] > 0
         energy = neuron_energy(s["z"], self.weights[layer].fc2_norms.float()) ** 2
-        selected = scores > _quantile(scores, 1 - min(0.99, DENSITY * float(active.float().mean())))
+        selected = scores > quantile(scores, 1 - min(0.99, DENSITY * float(active.float().mean())))
         order = scores.flatten().argsort()
         hits = active.flatten()[order].double()
         positives = float(hits.sum())
@@ -118,7 +118,7 @@ class Study:
             plain = make_mlp_gate(fit, 0.0, look, "float32").predictor
             scores = plain.scores(self.seen[i][state_name("mlp", look)])
             density = min(0.99, DENSITY * float((self.seen[i]["z"] > 0).float().mean()))
-            gates[i, "mlp"] = make_mlp_gate(fit, -_quantile(scores, 1 - density), look, dtype)
+            gates[i, "mlp"] = make_mlp_gate(fit, -quantile(scores, 1 - density), look, dtype)
         return gates
 
 

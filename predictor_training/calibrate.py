@@ -280,7 +280,7 @@ class Calibrator:
         fit = self.heads[layer]
         predicted = reference.linear_scores(seen.attn_x, fit.weight.to(seen.attn_x.device), fit.bias.float().to(seen.attn_x.device))
         for density in HEAD_DENSITIES:
-            cut, threshold = (_quantile(v, 1 - density) for v in (predicted, seen.norms))
+            cut, threshold = (quantile(v, 1 - density) for v in (predicted, seen.norms))
             rate = (seen.norms > threshold).float().mean(0).cpu()
             yield make_head_gate(fit, cut, threshold, rate, lookahead, self.dtype), density, f"density {density:g}"
 
@@ -363,7 +363,8 @@ def _gates(choice: dict[Key, Point]) -> dict[Key, Gate]:
     return {k: p.gate for k, p in choice.items() if p.gate is not None}
 
 
-def _quantile(values: torch.Tensor, q: float) -> float:
+def quantile(values: torch.Tensor, q: float) -> float:
+    """The value below which a share q lies, of all elements."""
     ordered = values.flatten().sort().values  # torch.quantile refuses more than 2^24 values
     return float(ordered[min(len(ordered) - 1, int(q * len(ordered)))])
 
@@ -397,7 +398,7 @@ def describe(opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor, dtype:
 
 
 def _summary(values: torch.Tensor) -> dict[str, float]:
-    return {"mean": float(values.mean()), "upper": _quantile(values, UPPER_QUANTILE)}
+    return {"mean": float(values.mean()), "upper": quantile(values, UPPER_QUANTILE)}
 
 
 def _unions(rows: torch.Tensor, generator: torch.Generator, draws: int = 200) -> dict[str, dict[str, float]]:

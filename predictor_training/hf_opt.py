@@ -171,6 +171,10 @@ class OptModel:
             raise _Enough
 
         hook = self.layers[len(self.layers) - 1 if last_layer is None else last_layer].register_forward_hook(enough)
+        self._run_until(hook, tokens)
+
+    def _run_until(self, hook: Any, tokens: torch.Tensor) -> None:
+        """The model, until this hook has had enough; the hook is removed."""
         try:
             self.model.model(input_ids=tokens.to(self.device), use_cache=False)
         except _Enough:
@@ -193,12 +197,7 @@ class OptModel:
             raise _Enough
 
         hook = self.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            self.model.model(input_ids=tokens.to(self.device), use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            hook.remove()
+        self._run_until(hook, tokens)
         return Resumable(tokens, 0, caught.pop("hidden"), caught, None)
 
     @torch.inference_mode()
