@@ -139,7 +139,7 @@ class Collector:
         self.first_window, self._first_token = first_window, 0
         self.sums: dict[str, torch.Tensor] = {}
         self.windows = self.num_tokens = 0
-        self._rows: dict[int, dict[str, torch.Tensor]] = {}
+        self._head_norms: dict[int, torch.Tensor] = {}  # of the batch under way, for its samples
         self.grams = {i: head_grams(opt.weight(i, "self_attn.out_proj"), opt.config.num_attention_heads) for i in request.layers}
         self.fc2_norms = {i: opt.weight(i, "fc2").float().norm(dim=0) for i in request.layers}
 
@@ -164,7 +164,7 @@ class Collector:
         self.add(p + "heads.square", (y * y).sum(0))
         if self.samples is not None:
             rows = self._sampled(len(attn))
-            self._rows[layer] = {"head_norms": self.request.labels.head_norms(attn[rows], self.grams[layer])}
+            self._head_norms[layer] = self.request.labels.head_norms(attn[rows], self.grams[layer])
 
     def on_mlp(self, layer: int, states: LayerStates, z: torch.Tensor) -> None:
         if layer not in self.request.layers:
@@ -181,10 +181,9 @@ class Collector:
         self.add(p + "energy", (energy * energy).sum(0))
         if self.samples is not None:
             rows = self._sampled(len(z))
-            kept = self._rows[layer]
             self.samples.write(layer, self.first_window + self.windows, Rows(
                 mlp_x=states.named(mlp[0])[rows], active=active[rows], energy=energy[rows],
-                attn_x=states.named(attention[0])[rows], head_norms=kept["head_norms"],
+                attn_x=states.named(attention[0])[rows], head_norms=self._head_norms[layer],
             ))  # fmt: skip
 
     def _sampled(self, count: int) -> torch.Tensor:
