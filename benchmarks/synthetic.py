@@ -28,17 +28,22 @@ import torch
 from common import TINY, geometry
 
 from vllm_dejavu import artifact
-from vllm_dejavu.artifact import GateSpec, Manifest, ModelSpec
-from vllm_dejavu.roofline import GEOMETRIES, Geometry, Workload, preset_densities
+from vllm_dejavu.artifact import DTYPES, GateSpec, Manifest, ModelSpec
+from vllm_dejavu.predictor import quantize
+from vllm_dejavu.roofline import GEOMETRIES, Geometry, preset_densities
 
 NORMAL = NormalDist()
 # Standard deviation of the residual stream: embeddings have it, and blocks add little to it (WRITE of it each), so that
 # a token stays itself through all layers instead of drowning in what every token is given.
 RESIDUAL_STD = 4.0
 WRITE = 0.05
+# Of what a predictor reads, by lookahead: `previous` is the residual stream, which is not normalised.
+INPUT_STD = {"self": 1.0, "attn_input": 1.0, "previous": RESIDUAL_STD}
 POSITION_STD = 0.1 * RESIDUAL_STD  # tokens at one position must not look alike
 ALWAYS_POSITIVE = 5.0  # fc1's bias, in standard deviations of its output: one neuron in 3e6 comes out <= 0
 PROFILE_BATCHES = (1, 8, 64)
+PREDICTOR_DTYPES = ("float16", "int8")
+TILES = (65_537, 16_777_259)  # random numbers drawn on a CPU; primes, so that no two rows of a matrix get the same ones
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,33 @@ def profile_of(name: str) -> tuple[dict[int, float], float, str]:
     return {batch: preset_densities(name, batch)[0] for batch in PROFILE_BATCHES}, heads, source
 
 
-def rank_of(g: Geometry) -> int:
-    """Of the MLP predictor: at most 3% of the block's bytes, in steps of 16, to which `predictor.Predictor` pads."""
-    return max(16, Workload().rank(g) // 16 * 16)
+def scale_profile(profile: Mapping[int, float], density: float) -> dict[int, float]:
+    """The profile with another density of one token.
+
+    Every union u becomes 1 - (1 - u)^k with the k that makes it `density` at batch 1: as if each token were k tokens of the
+    profile. So unions stay below 1 and keep their order; small ones scale nearly in proportion.
+    """
+    if density >= 1:
+        return dict.fromkeys(profile, 1.0)
+    k = math.log1p(-density) / math.log1p(-profile[1])
+    return {batch: density if batch == 1 else 1 - (1 - union) ** k for batch, union in profile.items()}
+
+
+def target(name: str, mlp_density: float | None, head_density: float | None) -> tuple[dict[int, float], float, str]:
+    """`profile_of`, with the densities of one token that were asked for; None: the geometry's own."""
+    profile, heads, source = profile_of(name)
+    if mlp_density is not None:
+        profile, source = scale_profile(profile, mlp_density), f"{source}; unions scaled to {mlp_density:g} at batch 1"
+    if head_density is not None:
+        heads, source = head_density, f"{source}; heads {head_density:g} asked for"
+    return profile, heads, source
+
+
+def rank_of(g: Geometry, dtype: str = "float16") -> int:
+    """Of the MLP predictor, as `vllm-dejavu train` takes it: at most 3% of the block's bytes where hidden >= 2048."""
+    from vllm_dejavu.predictor_training.pipeline import default_rank
+
+    return default_rank(g.hidden, g.ffn, DTYPES[dtype].itemsize)
 
 
 def hf_config(g: Geometry) -> dict[str, Any]:
@@ -132,62 +161,68 @@ def write_artifact(
     head_density: float,
     *,
     rank: int | None = None,
+    dtype: str = "float16",
     mlp_lookahead: str = "self",
     spread: float = 0.0,
     seed: int = 0,
 ) -> Path:
-    """An artifact whose selections follow a profile.
+    """An artifact whose selections follow a profile. A density of 1 makes dense gates: nothing is predicted there.
 
     Args:
         profile: {batch: share of neurons that any of `batch` tokens selects}, mean over layers.
         head_density: heads a token selects; each with this rate, on its own.
         rank: of the MLP predictors; None: `rank_of`.
+        dtype: of the predictors, one of PREDICTOR_DTYPES.
         mlp_lookahead: any of config.LOOKAHEADS["mlp"] whose input is normalised: `self` or `attn_input`.
         spread: densities of layers vary by up to this share around the profile, evenly, in random order.
     """
     if mlp_lookahead not in ("self", "attn_input"):
         raise ValueError(f"mlp_lookahead is {mlp_lookahead!r}; synthetic predictors read a normalised input: 'self' or 'attn_input'.")
-    rank = rank or rank_of(g)
+    if dtype not in PREDICTOR_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; predictors come in {PREDICTOR_DTYPES}.")
+    rank = rank or rank_of(g, dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator, numbers = torch.Generator(device).manual_seed(seed), numpy.random.default_rng(seed)
     factors = 1 + spread * numbers.permutation(numpy.linspace(-1, 1, g.num_layers))
     tensors: dict[str, torch.Tensor] = {}
     layers = []
     rates_by_factor: dict[float, Rates] = {}
-    for layer, factor in enumerate(factors):
-        factor = round(float(factor), 6)
-        if factor not in rates_by_factor:
-            rates_by_factor[factor] = fit_rates({b: min(0.98, d * factor) for b, d in profile.items()})
-        rates = rates_by_factor[factor]
-        p = torch.from_numpy(rates.draw(g.ffn, numbers))
-        down = torch.linalg.qr(torch.randn(g.hidden, rank, generator=generator, device=device))[0].t()
-        prefix = f"layers.{layer}."
-        tensors[f"{prefix}mlp.down"] = down.half().cpu()
-        tensors[f"{prefix}mlp.up"] = _unit_rows(g.ffn, rank, generator, device).half().cpu()
-        tensors[f"{prefix}mlp.bias"] = torch.special.ndtri(p).float()
-        tensors[f"{prefix}mlp.activation_rate"] = p.float()
-        # `previous` is the residual stream, which is not normalised
-        std = 1.0 if layer == 0 else RESIDUAL_STD
-        tensors[f"{prefix}attention.weight"] = (_unit_rows(g.num_heads, g.hidden, generator, device) / std).half().cpu()
-        tensors[f"{prefix}attention.bias"] = torch.full((g.num_heads,), NORMAL.inv_cdf(head_density))
-        tensors[f"{prefix}attention.activation_rate"] = torch.full((g.num_heads,), head_density)
 
-        def spec(density: Callable[[int], float], **fields: Any) -> GateSpec:
-            return GateSpec(
-                state="sparse",
-                density={"mean": density(1), "upper": density(1)},
-                union_density={str(b): {"mean": density(b), "upper": density(b)} for b in (1, 8, 32, 64)},
-                **fields,
-            )
-
-        layers.append(
-            {
-                "mlp": spec(rates.union, form="low_rank", lookahead=mlp_lookahead, rank=rank),
-                "attention": spec(
-                    lambda b: 1 - (1 - head_density) ** b, form="linear", lookahead="self" if layer == 0 else "previous", threshold=0.0
-                ),
-            }
+    def gate(prefix: str, density: Callable[[int], float], gate_tensors: dict[str, torch.Tensor], **fields: Any) -> GateSpec:
+        if dtype == "int8":
+            gate_tensors = quantize(gate_tensors, 8)
+        for name, tensor in gate_tensors.items():
+            tensors[prefix + name] = (tensor.half() if dtype == "float16" and name in ("down", "up", "weight") else tensor).cpu()
+        return GateSpec(
+            state="sparse",
+            dtype=dtype,
+            density={"mean": density(1), "upper": density(1)},
+            union_density={str(b): {"mean": density(b), "upper": density(b)} for b in (1, 8, 32, 64)},
+            **fields,
         )
+
+    for layer, factor in enumerate(factors):
+        mlp = attention = GateSpec(state="dense")
+        if profile[1] < 1:
+            factor = round(float(factor), 6)
+            if factor not in rates_by_factor:
+                rates_by_factor[factor] = fit_rates({b: min(0.98, d * factor) for b, d in profile.items()})
+            rates = rates_by_factor[factor]
+            p = torch.from_numpy(rates.draw(g.ffn, numbers))
+            down = torch.linalg.qr(torch.randn(g.hidden, rank, generator=generator, device=device))[0].t()
+            up = _unit_rows(g.ffn, rank, generator, device)
+            parts = {"down": down, "up": up, "bias": torch.special.ndtri(p).float().to(device), "activation_rate": p.float()}
+            mlp = gate(f"layers.{layer}.mlp.", rates.union, parts, form="low_rank", lookahead=mlp_lookahead, rank=rank)
+        if head_density < 1:
+            lookahead = "self" if layer == 0 else "previous"
+            parts = {
+                "weight": _unit_rows(g.num_heads, g.hidden, generator, device) / INPUT_STD[lookahead],
+                "bias": torch.full((g.num_heads,), NORMAL.inv_cdf(head_density), device=device),
+                "activation_rate": torch.full((g.num_heads,), head_density),
+            }
+            union = lambda b: 1 - (1 - head_density) ** b  # noqa: E731
+            attention = gate(f"layers.{layer}.attention.", union, parts, form="linear", lookahead=lookahead, threshold=0.0)
+        layers.append({"mlp": mlp, "attention": attention})
     model = ModelSpec(
         name=f"synthetic {g.name}", architecture="OPTForCausalLM", num_layers=g.num_layers, hidden_size=g.hidden, ffn_dim=g.ffn,
         num_heads=g.num_heads, activation="relu", layer_norm="pre", fingerprint="sha256:synthetic",
@@ -197,25 +232,58 @@ def write_artifact(
     return Path(directory)
 
 
+class _Normals:
+    """Fills tensors with N(0, std^2); on a CPU out of one block of random numbers, laid in from a random place for each tensor.
+
+    Drawing them all would take every engine its time: 1.3e9 in bf16 take 9 s on 2 cores, 1.6 s from the block.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.generators: dict[torch.device, torch.Generator] = {}
+        self.tiles: dict[torch.dtype, torch.Tensor] = {}
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        return self.generators.setdefault(device, torch.Generator(device).manual_seed(self.seed))
+
+    def fill(self, p: torch.Tensor, std: float) -> None:
+        generator = self.generator(p.device)
+        if p.device.type != "cpu" or not p.is_contiguous():
+            p.normal_(std=std, generator=generator)
+            return
+        if p.dtype not in self.tiles:  # the embeddings come first: the largest
+            self.tiles[p.dtype] = torch.randn(TILES[p.numel() > TILES[0]], generator=generator).to(p.dtype)
+        tile, flat, done = self.tiles[p.dtype], p.detach().view(-1), 0
+        start = int(torch.randint(tile.numel(), (), generator=generator))
+        while done < flat.numel():
+            count = min(tile.numel() - start, flat.numel() - done)
+            torch.mul(tile[start : start + count], std, out=flat[done : done + count])
+            done, start = done + count, 0
+
+
 @torch.inference_mode()
 def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0) -> None:
-    """Random weights in place of dummies, on the model's device: addresses stay, so captured graphs hold.
+    """Random weights, on the model's device: addresses stay, so captured graphs hold.
 
-    For vLLM's own OPT and ours, which name parameters alike (ours stores fc2 transposed).
+    For vLLM's own OPT and ours, which name parameters alike (ours stores fc2 transposed), and Transformers'.
+
+    vLLM's CPU linears pack their weight as soon as it is loaded and drop the original: a parameter of no elements, skipped
+    here. On a CPU this must therefore run while the model is being loaded (`engine_side.build_llm`), or packed layers
+    would keep what they had. Values do not change the speed of a CPU's dense layers as long as none is denormal, and none
+    of these is.
 
     Args:
         survive: share of neurons that fc1 brings out positive for a token. A batch reads what survives for any of its
             rows, which is more; the engine counts it.
     """
     bias = ALWAYS_POSITIVE if survive >= 1 else NORMAL.inv_cdf(survive)
-    generators: dict[torch.device, torch.Generator] = {}
+    normals = _Normals(seed)
     for name, p in model.named_parameters():
         if p.numel() == 0:  # taken over by a backend's packed copy
             continue
-        generator = generators.setdefault(p.device, torch.Generator(p.device).manual_seed(seed))
         if name.endswith("decoder.final_layer_norm.weight"):
             # random signs: with tied embeddings the last token would otherwise be every next token
-            p.fill_(1).mul_(torch.randint(0, 2, p.shape, generator=generator, device=p.device) * 2 - 1)
+            p.fill_(1).mul_(torch.randint(0, 2, p.shape, generator=normals.generator(p.device), device=p.device) * 2 - 1)
         elif "layer_norm.weight" in name:
             p.fill_(1)
         elif name.endswith("fc1.bias"):
@@ -223,15 +291,15 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
         elif name.endswith(".bias"):
             p.zero_()
         elif "embed_positions" in name:
-            p.normal_(std=POSITION_STD, generator=generator)
+            normals.fill(p, POSITION_STD)
         elif "embed_tokens" in name or "lm_head" in name:
-            p.normal_(std=RESIDUAL_STD, generator=generator)
+            normals.fill(p, RESIDUAL_STD)
         elif "fc2" in name:
-            p.normal_(std=WRITE * RESIDUAL_STD / (max(1.0, bias) * math.sqrt(max(p.shape))), generator=generator)
+            normals.fill(p, WRITE * RESIDUAL_STD / (max(1.0, bias) * math.sqrt(max(p.shape))))
         elif "out_proj" in name:
-            p.normal_(std=WRITE * RESIDUAL_STD / math.sqrt(p.shape[1]), generator=generator)
+            normals.fill(p, WRITE * RESIDUAL_STD / math.sqrt(p.shape[1]))
         else:  # qkv_proj, fc1
-            p.normal_(std=p.shape[1] ** -0.5, generator=generator)
+            normals.fill(p, p.shape[1] ** -0.5)
 
 
 def _shift(bias: torch.Tensor, density: float) -> float:
@@ -244,6 +312,16 @@ def _shift(bias: torch.Tensor, density: float) -> float:
         else:
             high = middle
     return (low + high) / 2
+
+
+def _score_std(gate: Any) -> torch.Tensor | float:
+    """[units] or one number: standard deviation of a gate's scores before the bias. 1 as drawn; integers bring steps of their own."""
+    if gate.spec.dtype != "int8":
+        return 1.0
+    p = gate.predictor
+    if gate.block == "attention":
+        return INPUT_STD[gate.spec.lookahead] * p.weight.float().norm(dim=1)
+    return (p.up.float() * p.down.float().norm(dim=1)).norm(dim=1)
 
 
 @torch.inference_mode()
@@ -268,10 +346,10 @@ def calibrate(model: torch.nn.Module, layers: list[dict[str, Any]], tolerance: f
             continue
         worst = max(worst, miss)
         if miss > tolerance:
-            bias = gate.predictor.bias
-            scores = bias.double().cpu()
+            bias, std = gate.predictor.bias, _score_std(gate)
+            scores = (bias / std).double().cpu()
             unit = 1 / gate.units
-            gate.predictor.bias.add_(_shift(scores, target) - _shift(scores, min(1 - unit, max(unit / 100, counted))))
+            bias.add_(std * (_shift(scores, target) - _shift(scores, min(1 - unit, max(unit / 100, counted)))))
     return worst
 
 
@@ -306,17 +384,21 @@ def main() -> None:
     parser.add_argument("--geometry", choices=[*GEOMETRIES, TINY.name], required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rank", type=int)
+    parser.add_argument("--predictor-dtype", choices=PREDICTOR_DTYPES, default="float16")
+    parser.add_argument("--mlp-density", type=float, help="of one token (not given: the geometry's preset)")
+    parser.add_argument("--head-density", type=float)
     parser.add_argument("--mlp-lookahead", default="self")
     parser.add_argument("--spread", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     g = geometry(args.geometry)
-    profile, heads, source = profile_of(args.geometry)
+    profile, heads, source = target(args.geometry, args.mlp_density, args.head_density)
     directory = write_model(args.output, g)
     write_artifact(
-        directory / "dejavu", g, profile, heads, rank=args.rank, mlp_lookahead=args.mlp_lookahead, spread=args.spread, seed=args.seed
-    )
-    print(f"{directory}: {g.name}, synthetic; MLP {profile}, heads {heads} ({source}); {fit_rates(profile)}")
+        directory / "dejavu", g, profile, heads,
+        rank=args.rank, dtype=args.predictor_dtype, mlp_lookahead=args.mlp_lookahead, spread=args.spread, seed=args.seed,
+    )  # fmt: skip
+    print(f"{directory}: {g.name}, synthetic; MLP {profile}, heads {heads} ({source})")
 
 
 if __name__ == "__main__":

@@ -215,11 +215,11 @@ def test_presets_say_where_they_come_from():
     between, _, source = preset_densities("30b", 4)
     assert between == pytest.approx(0.08 + 2 / 3 * 0.13) and "interpolated" in source
     assert preset_densities("66b", 1000)[0] == 0.64 and "batch 256" in preset_densities("66b", 1000)[2]
-    assert {name for name in GEOMETRIES if "stands in" in preset_densities(name, 1)[2]} == {"1.3b", "2.7b", "13b", "175b"}
+    assert {name for name in GEOMETRIES if "stands in" in preset_densities(name, 1)[2]} == {"125m", "1.3b", "2.7b", "13b", "175b"}
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("1.3b", 1.3e9), ("2.7b", 2.7e9), ("6.7b", 6.7e9), ("13b", 13e9), ("30b", 30e9), ("66b", 66e9), ("175b", 175e9)]
+    ("name", "parameters"), [("125m", 125e6), ("1.3b", 1.3e9), ("2.7b", 2.7e9), ("6.7b", 6.7e9), ("13b", 13e9), ("30b", 30e9), ("66b", 66e9), ("175b", 175e9)]
 )
 def test_geometries_have_the_parameters_of_their_name(name, parameters):
     assert GEOMETRIES[name].num_weights == pytest.approx(parameters, rel=0.03)
@@ -253,7 +253,7 @@ def test_command_line_needs_the_standard_library_only():
     done = subprocess.run([sys.executable, "-I", "-S", str(SCRIPT)], capture_output=True, text=True, check=True)
     first, *rest = done.stdout.splitlines()
     assert first.startswith("MODEL, not a measurement")
-    assert sum(line.startswith("OPT-") for line in rest) == 7 * 4 * 2
+    assert sum(line.startswith("OPT-") for line in rest) == 8 * 4 * 2
     assert "DOES NOT FIT" in done.stdout and "stands in" in done.stdout
 
 

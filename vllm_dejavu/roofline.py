@@ -74,6 +74,7 @@ class Geometry:
 
 
 GEOMETRIES = {
+    "125m": Geometry("OPT-125M", 768, 12, 12),
     "1.3b": Geometry("OPT-1.3B", 2048, 32, 24),
     "2.7b": Geometry("OPT-2.7B", 2560, 32, 32),
     "6.7b": Geometry("OPT-6.7B", 4096, 32, 32),
@@ -357,7 +358,7 @@ _UNION_DENSITIES = {
 }
 _HEAD_DENSITIES = {"6.7b": 0.5, "30b": 0.4, "66b": 0.3}
 # No table for these sizes: the nearest by hidden size stands in.
-_STANDS_IN = {"1.3b": "6.7b", "2.7b": "6.7b", "13b": "6.7b", "175b": "66b"}
+_STANDS_IN = {"125m": "6.7b", "1.3b": "6.7b", "2.7b": "6.7b", "13b": "6.7b", "175b": "66b"}
 
 
 def preset_densities(name: str, batch: int) -> tuple[float, float, str]:
