@@ -1,9 +1,57 @@
-"""Packaging metadata of vllm-dejavu; it lives here once (pyproject.toml holds the tools' settings)."""
+"""Packaging metadata of vllm-dejavu; it lives here once (pyproject.toml holds the tools' settings).
+
+Builds the native CPU kernels (kernels/csrc) where it can: on Linux, with a C++ compiler, and with PyTorch importable while
+building, which takes `pip install --no-build-isolation`. Without them the PyTorch reference runs on a CPU, correct and slow;
+`vllm-dejavu doctor` says which. VLLM_DEJAVU_CPU_KERNELS=0 leaves them out, =1 makes their absence an error.
+"""
+import os
+import sys
 from pathlib import Path
 
 from setuptools import setup
 
 HERE = Path(__file__).parent
+WANTED = os.environ.get("VLLM_DEJAVU_CPU_KERNELS", "")
+
+
+def skip(reason):
+    """Go on without the native kernels, saying so; an error where they were asked for."""
+    message = f"vllm-dejavu: native CPU kernels are not built: {reason}. On a CPU the PyTorch reference will run, which is slow."
+    if WANTED == "1":
+        raise SystemExit(message)
+    print(message, file=sys.stderr, flush=True)
+    return {}
+
+
+def native_kernels():
+    """The extension's keywords for `setup`, or none."""
+    if WANTED == "0":
+        return skip("VLLM_DEJAVU_CPU_KERNELS is 0")
+    if not sys.platform.startswith("linux"):
+        return skip(f"only Linux was tried, this is {sys.platform}")
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as e:
+        return skip(f"PyTorch cannot be imported while building ({e}); install it first and use pip's --no-build-isolation")
+
+    class Build(BuildExtension):
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as e:  # no compiler, or one that fails: each raises what it likes
+                skip(f"compiling failed: {e}")
+                self.extensions = []
+
+    # Only compiled with OpenMP, not linked: its functions are then found in the library that PyTorch and vLLM have loaded,
+    # whose threads vLLM has bound to cores. A second OpenMP library would bring a second set of threads.
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    sources = sorted(str(p.relative_to(HERE)) for p in (HERE / "kernels/csrc").glob("*.cpp"))
+    depends = sorted(str(p.relative_to(HERE)) for p in (HERE / "kernels/csrc").glob("*.h"))
+    extension = CppExtension(
+        "vllm_dejavu.kernels._cpu", sources, depends=depends, extra_compile_args=flags + os.environ.get("VLLM_DEJAVU_CPU_FLAGS", "").split()
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
+
 
 setup(
     name="vllm-dejavu",
@@ -19,6 +67,7 @@ setup(
         "vllm_dejavu.kernels": "kernels",
         "vllm_dejavu.predictor_training": "predictor_training",
     },
+    **native_kernels(),
     # torch's version is vLLM's to choose. Neither vLLM distribution is required here: both provide the module
     # `vllm`, and which of them fits depends on the machine (extras below).
     install_requires=["torch", "transformers>=5.5", "safetensors>=0.5", "numpy", "tqdm"],

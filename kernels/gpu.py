@@ -6,15 +6,29 @@ from vllm_dejavu.kernels.projections import sparse_out_proj, sparse_qkv
 from vllm_dejavu.kernels.sparse_attention import paged_attention
 from vllm_dejavu.kernels.sparse_mlp import sparse_mlp
 
-# What only controls and measurements need runs with graphs off, in PyTorch on the GPU.
-from vllm_dejavu.kernels.reference import ACTIVATIONS, compact_union, mask_heads, mlp_activations, select  # isort: skip
+# Dense blocks are PyTorch's own business; what only controls and measurements need runs with graphs off.
+from vllm_dejavu.kernels.reference import (  # isort: skip
+    ACTIVATIONS,
+    CROSSOVERS,
+    compact_union,
+    dense_mlp,
+    linear,
+    mask_heads,
+    mlp_activations,
+    prepare_weight,
+    select,
+)
 
 __all__ = [
     "ACTIVATIONS",
+    "CROSSOVERS",
     "compact_union",
+    "dense_mlp",
+    "linear",
     "mask_heads",
     "mlp_activations",
     "paged_attention",
+    "prepare_weight",
     "score_heads",
     "select",
     "select_neurons",

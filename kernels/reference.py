@@ -1,6 +1,6 @@
 """The PyTorch truth of every gated operation: fp32 inside, obvious at a glance, reads only what is selected.
 
-Other implementations (Triton in `gpu`, native CPU) have the same signatures and are compared with these. Device-side
+Other implementations (Triton in `gpu`, C++ in `cpu`) have the same signatures and are compared with these. Device-side
 counts are read by the host here, so this module cannot run inside a CUDA graph.
 
 Two conventions run through all of it:
@@ -23,11 +23,20 @@ SEGMENT = 128
 COUNTERS = ("steps", "rows", "selected", "read", "survived")
 
 
+# {block: {tokens: union density}} above which dense is faster than sparse, as measured for an implementation; here and where
+# nothing was measured, never.
+CROSSOVERS: dict[str, dict[int, float]] = {}
+
+
 def count(counters: torch.Tensor | None, **amounts: Any) -> None:
     """Add to counters by name, on the device."""
     if counters is not None:
         for name, amount in amounts.items():
             counters[COUNTERS.index(name)] += amount
+
+
+def prepare_weight(weight: torch.Tensor) -> None:
+    """Called with the memory of a weight that will be gathered from, allocated and not yet written."""
 
 
 def low_rank_scores(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -170,6 +179,21 @@ def sparse_mlp(
     alive = (h > 0).any(dim=0)
     count(counters, survived=alive.sum())
     return (h[:, alive] @ fc2_weight_t[ids[alive]].float()).to(x.dtype)
+
+
+def dense_mlp(
+    x: torch.Tensor, fc1_weight: torch.Tensor, fc1_bias: torch.Tensor | None, fc2_weight_t: torch.Tensor, activation: str = "relu"
+) -> torch.Tensor:
+    """MLP over all neurons, in the dtype of x throughout: what a gated block runs when a step or its union is not sparse.
+
+    Shapes and result as `sparse_mlp`.
+    """
+    return ACTIVATIONS[activation](linear(x, fc1_weight, fc1_bias)) @ fc2_weight_t
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[num_tokens, in] -> [num_tokens, out], in the dtype of x; weight: [out, in]."""
+    return F.linear(x, weight, bias)
 
 
 def sparse_qkv(

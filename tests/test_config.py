@@ -14,7 +14,7 @@ FIELDS = [f.name for f in dataclasses.fields(DejaVuConfig)]
 def test_defaults():
     assert dataclasses.asdict(DejaVuConfig.from_dict({})) == {
         "predictor": None, "mode": "sparse", "apply_to": "decode", "row_exact": False, "blocks": ("mlp", "attention"),
-        "crossover": 1.0, "measure": False, "overlap": False, "seed": 0,
+        "crossover": None, "measure": False, "overlap": False, "seed": 0,
     }  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def test_defaults():
     [
         ("predictor", "some/dir"), ("predictor", None), ("mode", "dense"), ("mode", "oracle"), ("mode", "random"), ("mode", "static"),
         ("apply_to", "all"), ("row_exact", True), ("blocks", ["mlp"]), ("blocks", ["attention", "mlp"]), ("crossover", 0.3),
-        ("crossover", 1), ("measure", True), ("overlap", True), ("seed", 2**31 - 1),
+        ("crossover", 1), ("crossover", None), ("measure", True), ("overlap", True), ("seed", 2**31 - 1),
     ],
     ids=str,
 )  # fmt: skip

@@ -30,9 +30,6 @@ resolve_layer_name = _resolve_layer_name
 
 
 def keep_plain_weight(linear: nn.Module) -> nn.Module:
-    """Tell vLLM's CPU linears not to repack `weight` and drop it: our ops gather rows of it.
-
-    TODO: ends with the native CPU kernels, whose modules own their weights' layout.
-    """
+    """Tell vLLM's CPU linears not to repack `weight` and drop it: our ops gather rows of it, and run it dense too."""
     linear._cpu_skip_gemm_dispatch = True
     return linear

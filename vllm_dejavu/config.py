@@ -33,7 +33,8 @@ class DejaVuConfig:
         row_exact: mask each row to its own neurons inside the batch's union, so that neighbours in a batch cannot
             change a request's result.
         blocks: which blocks are gated: `mlp`, `attention` or both.
-        crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in (0, 1].
+        crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in (0, 1]. None: above
+            what was measured for the device's kernels, by batch size; 1.0: never.
         measure: in sparse steps also compute every true activation, to count recall. Costs a dense fc1 per layer.
         overlap: predict neurons on a side stream, beside the attention (GPU; gates whose lookahead is not `self`). Saves
             latency, not bytes; off until measured.
@@ -45,7 +46,7 @@ class DejaVuConfig:
     apply_to: str = "decode"
     row_exact: bool = False
     blocks: tuple[str, ...] = BLOCKS
-    crossover: float = 1.0
+    crossover: float | None = None
     measure: bool = False
     overlap: bool = False
     seed: int = 0
@@ -64,10 +65,9 @@ class DejaVuConfig:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if not self.blocks or any(b not in BLOCKS for b in self.blocks) or len(set(self.blocks)) != len(self.blocks):
             raise _error("blocks", list(self.blocks), f"a non-empty list out of {list(BLOCKS)}")
-        if isinstance(self.crossover, bool) or not isinstance(self.crossover, (int, float)):
-            raise _error("crossover", self.crossover, "a number in (0, 1]")
-        if not 0 < self.crossover <= 1:
-            raise _error("crossover", self.crossover, "a number in (0, 1]")
+        number = isinstance(self.crossover, (int, float)) and not isinstance(self.crossover, bool)
+        if self.crossover is not None and not (number and 0 < self.crossover <= 1):
+            raise _error("crossover", self.crossover, "a number in (0, 1] or null")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise _error("seed", self.seed, "an integer in [0, 2147483648)")
 

@@ -52,11 +52,7 @@ class Gate(nn.Module):
         self.predictor = Predictor(tensors, self.start, units, device)
         # The oracle looks at the block's own input: it asks what is truly active, not what can be foreseen.
         self.lookahead = "self" if settings.mode == "oracle" else spec.lookahead
-        # Largest padded token count at which the calibrated union density stays below the crossover.
-        over = [int(b) for b, d in spec.union_density.items() if d["mean"] > settings.crossover]
-        measured = max(map(int, spec.union_density), default=None) if settings.crossover < 1 else None
-        # A union only grows with the batch, so what lies beyond the measured sizes counts as over.
-        self.max_tokens = min(over) - 1 if over else measured
+        self.max_tokens = _largest_batch(spec, block, settings.crossover, ops.implementation(device.type).CROSSOVERS)
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
         self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
@@ -87,6 +83,27 @@ class Gate(nn.Module):
     def observe(self, mask: torch.Tensor, valid: torch.Tensor) -> None:
         if self.recorder is not None:
             self.recorder(self.layer, self.block, mask, valid)
+
+
+def _largest_batch(spec: GateSpec, block: str, crossover: float | None, measured: dict[str, dict[int, float]]) -> int | None:
+    """Largest padded token count at which a gate's calibrated union density stays below the crossover; None: all do.
+
+    Args:
+        crossover: the setting; None takes `measured`, {block: {tokens: density}} of the device's kernels.
+    """
+
+    def limit(tokens: int) -> float:
+        if crossover is not None:
+            return crossover
+        table = measured.get(block, {})
+        return table.get(max((size for size in table if size <= tokens), default=-1), 1.0)
+
+    sizes = sorted(map(int, spec.union_density))
+    if not sizes or all(limit(size) >= 1 for size in sizes):
+        return None
+    over = [size for size in sizes if spec.union_density[str(size)]["mean"] > limit(size)]
+    # A union only grows with the batch, so what lies beyond the measured sizes counts as over.
+    return over[0] - 1 if over else sizes[-1]
 
 
 class _GatedBlock(nn.Module):
@@ -128,6 +145,12 @@ class _GatedBlock(nn.Module):
         self.layer_name = name
 
 
+def _prepare(*linears: nn.Module) -> None:
+    """Let the kernels see weights that they will gather from, before these are loaded."""
+    for linear in linears:
+        ops.implementation(linear.weight.device.type).prepare_weight(linear.weight)
+
+
 class TransposedRowParallelLinear(nn.Module):
     """fc2 stored as [ffn / tp, hidden], so that a neuron's weights are contiguous. Never a second copy.
 
@@ -166,6 +189,7 @@ class DejaVuMLP(_GatedBlock):
             return
         keep_plain_weight(self.fc1)
         self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias)
+        _prepare(self.fc1, self.fc2)
         self.gate = Gate(*gate, "mlp", layer, self.units, settings)
         self.needs_row_mask = settings.masks_rows or settings.measure
         # A prediction under way on the side stream, and what it reads that nobody else holds.
@@ -233,10 +257,10 @@ class DejaVuMLP(_GatedBlock):
             gate.count(mask, row_lens > 0, mask if mode == "oracle" else None)
         return *impl.compact_union(mask), mask if with_row_mask else mask[:0].clone(), None
 
-    def dense(self, x: torch.Tensor) -> torch.Tensor:
+    def dense(self, impl: ModuleType, x: torch.Tensor) -> torch.Tensor:
         """This rank's dense MLP without fc2's bias."""
         self.count_dense(x.shape[0], x.device)
-        return reference.ACTIVATIONS[self.activation](self.fc1(x)[0]) @ self.fc2.weight
+        return impl.dense_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.activation)
 
     def sparse(self, impl: ModuleType, x: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, row_mask: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
         """This rank's sparse MLP without fc2's bias."""
@@ -306,6 +330,7 @@ class DejaVuSelfAttention(_GatedBlock):
             return
         keep_plain_weight(self.qkv_proj)
         keep_plain_weight(self.out_proj)
+        _prepare(self.qkv_proj, self.out_proj)
         self.gate = Gate(*gate, "attention", layer, self.units, settings)
         self.threshold = gate[0].threshold
         # True contributions of all heads are wanted: the stock attention computes them.
@@ -354,10 +379,10 @@ class DejaVuSelfAttention(_GatedBlock):
         )
         impl.sparse_out_proj(attn, self.out_proj.weight, head_scores, output, self.workspace)
 
-    def project(self, attn: torch.Tensor) -> torch.Tensor:
+    def project(self, impl: ModuleType, attn: torch.Tensor) -> torch.Tensor:
         """Dense out_proj of this rank without bias: [T, units, head_dim] -> [T, hidden]."""
         self.count_dense(attn.shape[0], attn.device)
-        return torch.nn.functional.linear(attn.flatten(1), self.out_proj.weight)
+        return impl.linear(attn.flatten(1), self.out_proj.weight)
 
     def sparse(self, impl: ModuleType, attn: torch.Tensor, head_scores: torch.Tensor, row_lens: torch.Tensor, output: torch.Tensor) -> None:
         """Keep the selected heads of `attn` [T, units, head_dim], computed for all, and project them into `output`."""

@@ -23,22 +23,19 @@ from vllm_dejavu.compat import (
     get_attention_context,
     resolve_layer_name,
 )
-from vllm_dejavu.kernels import reference
+from vllm_dejavu.kernels import cpu, reference
 
 _library = Library("dejavu", "FRAGMENT")
 
 
 @functools.cache
 def implementation(device_type: str) -> ModuleType:
-    """The kernels for a kind of device; every implementation has the signatures of `kernels.reference`.
-
-    TODO: "cpu" gets its own when the native kernels arrive.
-    """
+    """The kernels for a kind of device; every implementation has the signatures of `kernels.reference`."""
     if device_type == "cuda":  # NVIDIA and AMD; imported here, so that a CPU installation needs no Triton
         from vllm_dejavu.kernels import gpu
 
         return gpu
-    return reference
+    return cpu if device_type == "cpu" and cpu.available() else reference
 
 
 @functools.cache
@@ -120,24 +117,26 @@ def _select_neurons(
     block, num_tokens = _block(layer_name), gate_input.shape[0]
     step = block.sparse_step(num_tokens)
     rider = block.rider if rider_units and block.rider.sparse_step(num_tokens) is not None else None
-    empty = _select_neurons_fake(gate_input, positions, previous, units, rider_units, with_row_mask, layer_name)
     impl = implementation(gate_input.device.type)
     if step is None:
-        if rider is None:
-            return empty
-        step = rider.sparse_step(num_tokens)
-        return *empty[:3], rider.select(impl, previous, positions, step.row_lens(num_tokens, gate_input.device))
+        ids, counts, mask, scores = _select_neurons_fake(gate_input, positions, previous, units, rider_units, with_row_mask, layer_name)
+        if rider is not None:
+            row_lens = rider.sparse_step(num_tokens).row_lens(num_tokens, gate_input.device)
+            scores = rider.select(impl, previous, positions, row_lens)
+        return ids, counts, mask, scores
     row_lens = step.row_lens(num_tokens, gate_input.device)
     if block.overlaps(gate_input.device):
         # Beside the attention; `_mlp` waits. It also holds gate_input, so that its memory is not given away meanwhile.
         main, side = torch.cuda.current_stream(), _side_stream(gate_input.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            ids, counts, mask, _ = block.select(impl, gate_input, positions, row_lens, with_row_mask, None, None)
+            ids, counts, mask, scores = block.select(impl, gate_input, positions, row_lens, with_row_mask, None, None)
         block.pending = (side.record_event(), row_lens)  # held until then: it may be a temporary
-        return ids, counts, mask, empty[3]
-    ids, counts, mask, scores = block.select(impl, gate_input, positions, row_lens, with_row_mask, rider, previous)
-    return ids, counts, mask, empty[3] if scores is None else scores
+    else:
+        ids, counts, mask, scores = block.select(impl, gate_input, positions, row_lens, with_row_mask, rider, previous)
+    if scores is None:
+        scores = gate_input.new_empty((num_tokens, rider_units), dtype=torch.float32)
+    return ids, counts, mask, scores
 
 
 def _select_neurons_fake(
@@ -173,7 +172,7 @@ def _mlp(
     block = _block(layer_name)
     step = block.sparse_step(x.shape[0])
     if step is None:
-        return block.dense(x)
+        return block.dense(implementation(x.device.type), x)
     if block.pending is not None:
         torch.cuda.current_stream().wait_event(block.pending[0])
         block.pending = None
@@ -216,7 +215,7 @@ def _qkv(x: torch.Tensor, head_scores: torch.Tensor, output_size: int, layer_nam
     step = block.sparse_step(x.shape[0])
     # What an unselected head would have contributed is measured with its true query.
     if block.needs_contributions or step is None:
-        return block.qkv_proj(x)[0]
+        return implementation(x.device.type).linear(x, block.qkv_proj.weight, block.qkv_proj.bias)
     return block.sparse_qkv(implementation(x.device.type), x, head_scores, step.row_lens(x.shape[0], x.device))
 
 
@@ -251,7 +250,7 @@ def _attention(
     attn = torch.zeros_like(query, memory_format=torch.contiguous_format)
     layer.impl.forward(layer, query, key, value, kv_cache, metadata, output=attn)
     if step is None:
-        output.copy_(block.project(attn))
+        output.copy_(block.project(implementation(query.device.type), attn))
         return
     row_lens = step.row_lens(num_tokens, query.device)
     block.sparse(implementation(query.device.type), attn, head_scores, row_lens, output)

@@ -1,0 +1,80 @@
+// AVX2 with FMA and F16C: 8 fp32 lanes, 16 registers.
+#include "isa.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "target.h"
+DEJAVU_TARGET_BEGIN("avx2,fma,f16c")
+
+namespace dejavu {
+namespace {
+#include "types.h"
+#include "plain.h"
+
+struct Vec {
+  __m256 v;
+  static constexpr int WIDTH = 8;
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load_n(const float* p, int64_t n) {
+    float lanes[WIDTH] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store_n(float* p, int64_t n) const {
+    float lanes[WIDTH];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec relu(Vec a) { return {_mm256_max_ps(a.v, _mm256_setzero_ps())}; }  // NaN becomes 0
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
+  static float sum(Vec a) {
+    float sums[4];
+    sum4(a, a, a, a, sums);
+    return sums[0];
+  }
+};
+
+inline Vec widen(const float* p) { return Vec::load(p); }
+inline Vec widen(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec widen(const BFloat* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline Vec widen(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+template <class E>
+inline Vec widen_n(const E* p, int64_t n) {
+  float lanes[Vec::WIDTH] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = widen_one(p[i]);
+  return Vec::load(lanes);
+}
+template <class E>
+inline void store_as(Vec a, E* p) {
+  float lanes[Vec::WIDTH];
+  a.store(lanes);
+  for (int i = 0; i < Vec::WIDTH; ++i) narrow_one(lanes[i], p + i);
+}
+
+constexpr int MAX_TOKENS = 2;
+#include "tiles.h"
+
+Type dot_input(Type, Type) { return Type::f32; }
+void dot(const Rows& rows, int64_t begin, int64_t end, const void* x, Type, int64_t ldx, int64_t tokens, const Segment* segments,
+         int64_t num_segments, float* out, int64_t ldo) {
+  dot_widened(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
+}
+}  // namespace
+
+const Kernels avx2_kernels = {"avx2", dot_input, dot, accumulate_widened, widen_any, finish_any, transpose16, interleave};
+}  // namespace dejavu
+
+DEJAVU_TARGET_END
+#endif

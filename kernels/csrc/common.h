@@ -1,0 +1,66 @@
+// What the PyTorch-facing files share: the chosen instruction set, types, scratch memory, threads.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <memory>
+
+#include "isa.h"
+
+namespace dejavu {
+
+const Kernels& kernels();
+
+inline Type type_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Type::f32;
+    case at::kHalf: return Type::f16;
+    case at::kBFloat16: return Type::bf16;
+    case at::kChar: return Type::i8;
+    default: TORCH_CHECK(false, "dejavu: expected float32, float16, bfloat16 or int8, got ", t.scalar_type());
+  }
+}
+
+inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2; }
+
+inline char* at_element(const at::Tensor& t, int64_t element) {
+  return static_cast<char*>(t.data_ptr()) + element * t.element_size();
+}
+
+// Memory that is kept from call to call and only grows: fresh pages would cost more than the work done in them. One per
+// thread and purpose; what it held before is lost when it grows.
+template <int PURPOSE, class T>
+T* scratch(int64_t count) {
+  static thread_local std::unique_ptr<char[]> memory;
+  static thread_local int64_t bytes = 0;
+  const int64_t needed = count * static_cast<int64_t>(sizeof(T)) + 64;
+  if (needed > bytes) {
+    memory.reset(new char[needed]);
+    bytes = needed;
+  }
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+}
+
+enum Purpose { INPUT, BIAS, LIST, HIDDEN, ALIVE, ALIVE_LIST, PARTIALS, TILE, PACKED, PANEL, TURNED };
+
+// f(begin, end) for even shares of [0, n), in multiples of `unit`, on PyTorch's own threads: those that vLLM has bound to cores.
+template <class F>
+void share_out(int64_t n, int64_t unit, const F& f) {
+  const int64_t units = (n + unit - 1) / unit;
+  const int64_t tasks = std::min<int64_t>(units, at::get_num_threads());
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = units * task / tasks * unit, end = std::min(n, units * (task + 1) / tasks * unit);
+      if (begin < end) f(begin, end);
+    }
+  });
+}
+
+// Linear layers over all rows for many tokens; gemm.cpp. Both return false where this build or CPU has no such kernel.
+// out [tokens, rows] = relu?(x [tokens, hidden] * weight [rows, hidden]^T + bias), of any float dtype
+bool gemm(const at::Tensor& x, const at::Tensor& weight, const float* bias, bool relu, const at::Tensor& out);
+// out [tokens, columns] = h [tokens, rows] * weight [rows, columns]
+bool gemm_transposed(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& out);
+
+}  // namespace dejavu

@@ -1,0 +1,471 @@
+// The native CPU kernels as PyTorch operations (torch.ops.dejavu_cpu), with the meaning of kernels/reference.py.
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+
+namespace dejavu {
+
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t SEGMENT = 128;  // of a neuron list; as in kernels/reference.py
+enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED };
+constexpr int64_t ROW_UNIT = 4;         // rows that a dot tile takes at once
+constexpr int64_t COLUMN_UNIT = 64;     // columns that an accumulate tile takes at once
+constexpr int64_t LEAST_COLUMNS = 256;  // of a task of fc2: narrower pieces of rows would waste prefetches
+constexpr int64_t LEAST_ROWS = 64;
+constexpr int64_t CACHE_LINE = 64, ALIASING_BYTES = 1024;
+// More tokens than this go through gemm.cpp where the weights are dense. TODO: measured on one CPU (Zen 4).
+constexpr int64_t GEMM_TOKENS = 16;
+constexpr int64_t GEMM_FC2_TOKENS = 80;
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+std::vector<std::string> isas() {
+  int count;
+  const Kernels* const* list = supported(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(list[i]->name);
+  return names;
+}
+
+void use_isa(std::string name) {
+  int count;
+  const Kernels* const* list = supported(&count);
+  for (int i = 0; i < count; ++i)
+    if (name.empty() || name == list[i]->name) {
+      chosen = list[i];
+      return;
+    }
+  std::string all;
+  for (const auto& n : isas()) all += " " + n;
+  TORCH_CHECK(false, "dejavu: this CPU or build has no instruction set '", name, "'; it has:", all, " (VLLM_DEJAVU_CPU_ISA)");
+}
+
+std::string isa() { return kernels().name; }
+
+void check_matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns, "dejavu: ", name,
+              " must be a CPU tensor [", rows < 0 ? "rows" : std::to_string(rows), ", ", columns, "], got ", t.sizes(), " on ", t.device());
+  TORCH_CHECK(t.stride(1) == 1, "dejavu: rows of ", name, " must be contiguous, strides are ", t.strides());
+}
+
+void check_vector(const Tensor& t, int64_t size, at::ScalarType type, const char* name) {
+  TORCH_CHECK(t.device().is_cpu() && t.dim() == 1 && t.size(0) == size && t.scalar_type() == type && t.is_contiguous(), "dejavu: ", name,
+              " must be a contiguous CPU tensor [", size, "] of ", type, ", got ", t.sizes(), " of ", t.scalar_type(), " on ", t.device());
+}
+
+Rows rows_of(const Tensor& weight, const int32_t* ids = nullptr) { return {weight.data_ptr(), weight.stride(0), ids, type_of(weight)}; }
+
+void count(const MaybeTensor& counters, Counter which, int64_t amount) {
+  if (counters) counters->data_ptr<int64_t>()[which] += amount;
+}
+
+// Inputs in the type that `dot` takes beside weights of a type: as they are, or copied into scratch memory. Rows of a
+// power of two of bytes would fall into the same few sets of the first cache: one line more sets them apart.
+struct Inputs {
+  const void* data;
+  Type type;
+  int64_t stride, tokens;
+
+  Inputs(const Tensor& x, Type weights) : stride(x.size(1)), tokens(x.size(0)) {
+    const Type from = type_of(x);
+    type = kernels().dot_input(weights, from);
+    data = x.data_ptr();
+    const int64_t size = size_of(type), width = stride;
+    const bool aliased = tokens > 1 && width * size % ALIASING_BYTES == 0;
+    if (type == from && !aliased) return;
+    if (aliased) stride += CACHE_LINE / size;
+    char* copy = scratch<INPUT, char>(tokens * stride * size);
+    for (int64_t t = 0; t < tokens; ++t) {
+      char* to = copy + t * stride * size;
+      if (type == from) std::memcpy(to, at_element(x, t * width), width * size);
+      else kernels().widen(at_element(x, t * width), from, reinterpret_cast<float*>(to), width);
+    }
+    data = copy;
+  }
+};
+
+const float* widened(const MaybeTensor& bias, int64_t size) {
+  if (!bias) return nullptr;
+  TORCH_CHECK(bias->numel() == size && bias->is_contiguous(), "dejavu: bias must have ", size, " contiguous elements, got ", bias->sizes());
+  auto* wide = scratch<BIAS, float>(size);
+  kernels().widen(bias->data_ptr(), type_of(*bias), wide, size);
+  return wide;
+}
+
+// out[t, id of row i] = relu?(dot of row i with x[t] over the segments + bias[id]) for rows i < n, ids of which ascend.
+void project(const Rows& rows, int64_t n, const Inputs& x, const std::vector<Segment>& segments, const float* bias, bool relu, const Tensor& out) {
+  const Type type = type_of(out);
+  const int64_t width = out.size(1), size = out.element_size();
+  char* to = static_cast<char*>(out.data_ptr());
+  share_out(n, ROW_UNIT, [&](int64_t begin, int64_t end) {
+    const Kernels& isa = kernels();
+    const int64_t mine = end - begin;
+    float* values = scratch<TILE, float>(x.tokens * mine);
+    isa.dot(rows, begin, end, x.data, x.type, x.stride, x.tokens, segments.data(), static_cast<int64_t>(segments.size()), values, mine);
+    const auto id = [&](int64_t i) { return rows.ids ? static_cast<int64_t>(rows.ids[i]) : i; };
+    for (int64_t i = begin, next; i < end; i = next) {  // runs of consecutive rows
+      next = i + 1;
+      while (next < end && id(next) == id(next - 1) + 1) ++next;
+      for (int64_t t = 0; t < x.tokens; ++t)
+        isa.finish(values + t * mine + i - begin, bias ? bias + id(i) : bias, relu, to + (t * width + id(i)) * size, type, next - i);
+    }
+  });
+}
+
+std::vector<int64_t> valid_rows(const Tensor& row_lens) {
+  std::vector<int64_t> valid;
+  const auto* lens = row_lens.data_ptr<int32_t>();
+  for (int64_t t = 0; t < row_lens.numel(); ++t)
+    if (lens[t] > 0) valid.push_back(t);
+  return valid;
+}
+
+// Of the rows that hold a token; `x` itself when all do.
+Tensor rows_at(const Tensor& x, const std::vector<int64_t>& valid) {
+  return static_cast<int64_t>(valid.size()) == x.size(0) ? x.contiguous() : x.index_select(0, at::tensor(valid, at::kLong));
+}
+
+Tensor score_heads(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& row_lens) {
+  check_matrix(x, -1, weight.size(1), "x");
+  check_matrix(weight, -1, x.size(1), "weight of the head predictor");
+  check_vector(bias, weight.size(0), at::kFloat, "bias of the head predictor");
+  check_vector(row_lens, x.size(0), at::kInt, "row_lens");
+  const auto valid = valid_rows(row_lens);
+  const Tensor some = rows_at(x, valid);
+  Tensor scores = at::empty({some.size(0), weight.size(0)}, x.options().dtype(at::kFloat));
+  // Predictors are multiplied in fp32 whatever their type: a selection must not depend on the instruction set.
+  const Tensor wide = some.to(at::kFloat);
+  project(rows_of(weight), weight.size(0), Inputs(wide, type_of(weight)), {{0, x.size(1)}}, bias.data_ptr<float>(), false, scores);
+  if (some.size(0) == x.size(0)) return scores;
+  return at::full({x.size(0), weight.size(0)}, -1.0, scores.options()).index_copy_(0, at::tensor(valid, at::kLong), scores);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(const Tensor& x, const Tensor& down, const Tensor& up, const Tensor& bias,
+                                                          const Tensor& row_lens, bool with_row_mask, const MaybeTensor& head_x,
+                                                          const MaybeTensor& head_weight, const MaybeTensor& head_bias, const MaybeTensor& counters) {
+  const int64_t ffn = up.size(0), rank = up.size(1), segments = (ffn + SEGMENT - 1) / SEGMENT;
+  check_matrix(x, -1, down.size(1), "x");
+  check_matrix(down, rank, x.size(1), "down");
+  check_matrix(up, -1, rank, "up");
+  check_vector(bias, ffn, at::kFloat, "bias of the MLP predictor");
+  check_vector(row_lens, x.size(0), at::kInt, "row_lens");
+  const auto valid = valid_rows(row_lens);
+  const int64_t tokens = static_cast<int64_t>(valid.size());
+  const Tensor wide = rows_at(x, valid).to(at::kFloat);
+  Tensor low = at::empty({tokens, rank}, wide.options());
+  project(rows_of(down), rank, Inputs(wide, type_of(down)), {{0, x.size(1)}}, nullptr, false, low);
+
+  Tensor ids = at::empty({ffn}, x.options().dtype(at::kInt)), counts = at::empty({segments}, ids.options());
+  Tensor mask = at::zeros({with_row_mask ? x.size(0) : 0, ffn}, x.options().dtype(at::kBool));
+  auto *id = ids.data_ptr<int32_t>(), *number = counts.data_ptr<int32_t>();
+  auto* chosen_by = with_row_mask ? mask.data_ptr<bool>() : nullptr;
+  const auto *scores_in = low.data_ptr<float>(), *threshold = bias.data_ptr<float>();
+  const Rows rows = rows_of(up);
+  std::atomic<int64_t> selected{0};
+  share_out(segments, 1, [&](int64_t first, int64_t last) {
+    float* scores = scratch<TILE, float>(tokens * SEGMENT);
+    const Segment all{0, rank};
+    int64_t mine = 0;
+    for (int64_t s = first; s < last; ++s) {
+      const int64_t begin = s * SEGMENT, n = std::min(SEGMENT, ffn - begin);
+      kernels().dot(rows, begin, begin + n, scores_in, Type::f32, rank, tokens, &all, 1, scores, SEGMENT);
+      bool any[SEGMENT] = {};
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t j = 0; j < n; ++j) {
+          const bool yes = scores[t * SEGMENT + j] + threshold[begin + j] > 0;
+          any[j] |= yes;
+          mine += yes;
+          if (chosen_by) chosen_by[valid[t] * ffn + begin + j] = yes;
+        }
+      int32_t found = 0;
+      for (int64_t j = 0; j < n; ++j)
+        if (any[j]) id[begin + found++] = static_cast<int32_t>(begin + j);
+      number[s] = found;
+      std::fill(id + begin + found, id + begin + n, static_cast<int32_t>(ffn));
+    }
+    selected += mine;
+  });
+  if (counters) {
+    int64_t read = 0;
+    for (int64_t s = 0; s < segments; ++s) read += number[s];
+    count(counters, STEPS, 1);
+    count(counters, Counter::ROWS, tokens);
+    count(counters, SELECTED, selected);
+    count(counters, READ, read);
+  }
+  return {ids, counts, mask, head_x ? score_heads(*head_x, *head_weight, *head_bias, row_lens) : at::empty({0, 0}, wide.options())};
+}
+
+// x [tokens, hidden] through fc1's rows of the list, ReLU, and fc2's rows of the neurons that came out positive.
+void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tensor& fc2, const int32_t* list, int64_t n,
+              const bool* row_mask, const MaybeTensor& counters, const Tensor& out) {
+  const int64_t tokens = x.size(0), hidden = x.size(1), ffn = fc1.size(0), columns = fc2.size(1);
+  const Inputs inputs(x, type_of(fc1));
+  const Rows rows = rows_of(fc1, list);
+  float* h = scratch<HIDDEN, float>(tokens * n);  // [tokens][n]
+  auto* alive = scratch<ALIVE, uint8_t>(n);
+  const bool whole = list == nullptr && tokens >= GEMM_TOKENS && gemm(x, fc1, bias, false, at::from_blob(h, {tokens, n}, at::kFloat));
+  share_out(n, ROW_UNIT, [&](int64_t begin, int64_t end) {
+    const Segment all{0, hidden};
+    const int64_t mine = end - begin;
+    if (!whole) kernels().dot(rows, begin, end, inputs.data, inputs.type, inputs.stride, tokens, &all, 1, h + begin, n);
+    float* added = scratch<TILE, float>(mine);
+    for (int64_t i = 0; i < mine; ++i) added[i] = bias && !whole ? bias[list ? list[begin + i] : begin + i] : 0;
+    uint8_t* living = alive + begin;
+    std::fill_n(living, mine, 0);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* values = h + t * n + begin;
+      if (row_mask)
+        for (int64_t i = 0; i < mine; ++i)
+          if (!row_mask[t * ffn + (list ? list[begin + i] : begin + i)]) values[i] = -INFINITY;
+      for (int64_t i = 0; i < mine; ++i) {
+        const float value = values[i] + added[i];
+        values[i] = value > 0 ? value : 0;
+        living[i] |= value > 0;
+      }
+    }
+  });
+  auto* survivors = scratch<ALIVE_LIST, int32_t>(2 * n);  // their numbers, then their places among the n
+  auto* places = survivors + n;
+  int64_t m = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    survivors[m] = list ? list[i] : static_cast<int32_t>(i);
+    places[m] = static_cast<int32_t>(i);
+    m += alive[i];
+  }
+  count(counters, SURVIVED, m);
+
+  // Threads share the columns; where they are too few, the neurons too, whose partial sums are added in order.
+  const int64_t threads = at::get_num_threads(), column_tasks = std::clamp<int64_t>(columns / LEAST_COLUMNS, 1, threads);
+  const int64_t splits = std::clamp<int64_t>(m / LEAST_ROWS, 1, threads / column_tasks);
+  float* partials = scratch<PARTIALS, float>(splits * tokens * columns);
+  const Rows rows2 = rows_of(fc2, survivors);
+  const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
+  const Type type = type_of(out);
+  const auto finish = [&](int64_t t, int64_t begin, int64_t end) {
+    kernels().finish(partials + t * columns + begin, nullptr, false, at_element(out, t * columns + begin), type, end - begin);
+  };
+  at::parallel_for(0, column_tasks * splits, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t split = task / column_tasks, place = task % column_tasks;
+      const int64_t begin = units * place / column_tasks * COLUMN_UNIT, end = std::min(columns, units * (place + 1) / column_tasks * COLUMN_UNIT);
+      if (begin >= end) continue;
+      char* memory = scratch<TILE, char>(accumulate_scratch(tokens, end - begin));
+      kernels().accumulate(rows2, m * split / splits, m * (split + 1) / splits, h, n, places, tokens, begin, end,
+                           partials + split * tokens * columns + begin, columns, memory);
+      if (splits == 1)
+        for (int64_t t = 0; t < tokens; ++t) finish(t, begin, end);
+    }
+  });
+  if (splits > 1)
+    share_out(tokens * units, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t t = i / units, begin = i % units * COLUMN_UNIT, end = std::min(columns, begin + COLUMN_UNIT);
+        for (int64_t s = 1; s < splits; ++s)
+          for (int64_t c = begin; c < end; ++c) partials[t * columns + c] += partials[(s * tokens + t) * columns + c];
+        finish(t, begin, end);
+      }
+    });
+}
+
+void check_mlp(const Tensor& x, const Tensor& fc1, const Tensor& fc2) {
+  check_matrix(x, -1, fc1.size(1), "x");
+  check_matrix(fc1, -1, x.size(1), "fc1's weight");
+  check_matrix(fc2, fc1.size(0), fc2.size(1), "fc2's transposed weight");
+  TORCH_CHECK(x.scalar_type() == fc1.scalar_type() && x.scalar_type() == fc2.scalar_type(), "dejavu: x, fc1 and fc2 must have one dtype, got ",
+              x.scalar_type(), ", ", fc1.scalar_type(), ", ", fc2.scalar_type());
+}
+
+Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bias, const Tensor& fc2, const Tensor& neuron_ids, const Tensor& counts,
+                  const Tensor& row_lens, const MaybeTensor& row_mask, const MaybeTensor& counters) {
+  check_mlp(x, fc1, fc2);
+  const int64_t ffn = fc1.size(0), segments = (ffn + SEGMENT - 1) / SEGMENT;
+  check_vector(neuron_ids, ffn, at::kInt, "neuron_ids");
+  check_vector(counts, segments, at::kInt, "counts");
+  check_vector(row_lens, x.size(0), at::kInt, "row_lens");
+  if (row_mask) check_matrix(*row_mask, x.size(0), ffn, "row_mask");
+  const auto valid = valid_rows(row_lens);
+  const Tensor some = rows_at(x, valid), mask = row_mask ? rows_at(*row_mask, valid) : Tensor();
+  Tensor out = at::empty({some.size(0), fc2.size(1)}, x.options());
+
+  const auto *ids = neuron_ids.data_ptr<int32_t>(), *number = counts.data_ptr<int32_t>();
+  auto* list = scratch<LIST, int32_t>(ffn);
+  int64_t n = 0;
+  for (int64_t s = 0; s < segments; ++s) n = std::copy_n(ids + s * SEGMENT, number[s], list + n) - list;
+  mlp_rows(some, fc1, widened(fc1_bias, ffn), fc2, list, n, row_mask ? mask.data_ptr<bool>() : nullptr, counters, out);
+  if (some.size(0) == x.size(0)) return out;
+  return at::zeros({x.size(0), fc2.size(1)}, x.options()).index_copy_(0, at::tensor(valid, at::kLong), out);
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool relu) {
+  check_matrix(x, -1, weight.size(1), "x");
+  check_matrix(weight, -1, x.size(1), "weight");
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "dejavu: x and weight must have one dtype, got ", x.scalar_type(), ", ", weight.scalar_type());
+  const Tensor input = x.contiguous();
+  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  const float* wide = widened(bias, weight.size(0));
+  if (x.size(0) >= GEMM_TOKENS) {
+    if (gemm(input, weight, wide, relu, out)) return out;
+    out = at::linear(x, weight, bias);
+    return relu ? out.relu_() : out;
+  }
+  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), {{0, x.size(1)}}, wide, relu, out);
+  return out;
+}
+
+// The MLP over all neurons; few tokens read fc2's rows of the positive ones only, which changes nothing but the time.
+Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bias, const Tensor& fc2) {
+  check_mlp(x, fc1, fc2);
+  const Tensor input = x.contiguous();
+  if (x.size(0) >= GEMM_FC2_TOKENS) {
+    const Tensor h = linear(input, fc1, fc1_bias, true);
+    Tensor out = at::empty({x.size(0), fc2.size(1)}, x.options());
+    return gemm_transposed(h, fc2, out) ? out : at::mm(h, fc2);
+  }
+  Tensor out = at::empty({x.size(0), fc2.size(1)}, x.options());
+  mlp_rows(input, fc1, widened(fc1_bias, fc1.size(0)), fc2, nullptr, fc1.size(0), nullptr, std::nullopt, out);
+  return out;
+}
+
+std::vector<bool> read_heads(const Tensor& head_scores, int64_t& selected) {
+  const int64_t tokens = head_scores.size(0), heads = head_scores.size(1);
+  const auto* scores = head_scores.data_ptr<float>();
+  std::vector<bool> read(heads);
+  selected = 0;
+  for (int64_t i = 0; i < tokens * heads; ++i)
+    if (scores[i] > 0) {
+      read[i % heads] = true;
+      ++selected;
+    }
+  return read;
+}
+
+void check_scores(const Tensor& head_scores, int64_t tokens, int64_t heads) {
+  check_matrix(head_scores, tokens, heads, "head_scores");
+  TORCH_CHECK(head_scores.scalar_type() == at::kFloat && head_scores.is_contiguous(), "dejavu: head_scores must be contiguous float32, got ", head_scores.scalar_type());
+}
+
+Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& head_scores, const Tensor& row_lens,
+                  int64_t head_size, const MaybeTensor& counters) {
+  const int64_t tokens = x.size(0), heads = head_scores.size(1), queries = heads * head_size, all = weight.size(0);
+  check_matrix(x, -1, weight.size(1), "x");
+  check_matrix(weight, -1, x.size(1), "weight");
+  check_scores(head_scores, tokens, heads);
+  check_vector(row_lens, tokens, at::kInt, "row_lens");
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && all >= queries, "dejavu: weight must have x's dtype ", x.scalar_type(), " and at least ", queries,
+              " rows, got ", weight.scalar_type(), " and ", all);
+  int64_t selected;
+  const auto read = read_heads(head_scores, selected);
+  const Tensor input = x.contiguous();
+  Tensor out = at::empty({tokens, all}, x.options());
+  auto* list = scratch<LIST, int32_t>(all);
+  int64_t n = 0, number = 0;
+  for (int64_t head = 0; head < heads; ++head) {
+    number += read[head];
+    for (int64_t row = head * head_size; row < (head + 1) * head_size && read[head]; ++row) list[n++] = static_cast<int32_t>(row);
+    if (!read[head])
+      for (int64_t t = 0; t < tokens; ++t) std::fill_n(at_element(out, t * all + head * head_size), head_size * out.element_size(), 0);
+  }
+  for (int64_t row = queries; row < all; ++row) list[n++] = static_cast<int32_t>(row);
+  project(rows_of(weight, list), n, Inputs(input, type_of(weight)), {{0, x.size(1)}}, widened(bias, all), false, out);
+  if (counters) {
+    count(counters, STEPS, 1);
+    count(counters, Counter::ROWS, static_cast<int64_t>(valid_rows(row_lens).size()));
+    count(counters, SELECTED, selected);
+    count(counters, READ, number);
+  }
+  return out;
+}
+
+Tensor mask_heads(const Tensor& attn, const Tensor& head_scores) {
+  TORCH_CHECK(attn.dim() == 3 && attn.device().is_cpu(), "dejavu: attn must be a CPU tensor [num_tokens, heads, head_size], got ", attn.sizes());
+  check_scores(head_scores, attn.size(0), attn.size(1));
+  Tensor out = attn.clone(at::MemoryFormat::Contiguous);
+  const auto* scores = head_scores.data_ptr<float>();
+  const int64_t bytes = attn.size(2) * attn.element_size();
+  for (int64_t i = 0; i < head_scores.numel(); ++i)
+    if (!(scores[i] > 0)) std::memset(static_cast<char*>(out.data_ptr()) + i * bytes, 0, bytes);
+  return out;
+}
+
+void sparse_out_proj(const Tensor& attn, const Tensor& weight, const Tensor& head_scores, const Tensor& output) {
+  const int64_t tokens = attn.size(0), heads = attn.size(1), head_size = attn.size(2);
+  check_matrix(weight, -1, heads * head_size, "weight");
+  check_scores(head_scores, tokens, heads);
+  check_matrix(output, tokens, weight.size(0), "output");
+  TORCH_CHECK(attn.scalar_type() == weight.scalar_type() && attn.scalar_type() == output.scalar_type() && output.is_contiguous(),
+              "dejavu: attn, weight and output must have one dtype, and output must be contiguous");
+  int64_t selected;
+  const auto read = read_heads(head_scores, selected);
+  std::vector<Segment> segments;
+  for (int64_t head = 0; head < heads; ++head) {
+    if (!read[head]) continue;
+    const int64_t begin = head * head_size;
+    if (!segments.empty() && segments.back().end == begin) segments.back().end += head_size;
+    else segments.push_back({begin, begin + head_size});
+  }
+  const Tensor input = attn.contiguous().view({tokens, heads * head_size});
+  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), segments, nullptr, false, output);
+}
+
+void use_huge_pages(const Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t HUGE_PAGE = 2 << 20;
+  const auto data = reinterpret_cast<uintptr_t>(t.data_ptr()), begin = (data + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const auto end = (data + t.nbytes()) / HUGE_PAGE * HUGE_PAGE;
+  if (t.device().is_cpu() && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  if (chosen.load() == nullptr) {
+    const char* name = std::getenv("VLLM_DEJAVU_CPU_ISA");
+    use_isa(name ? name : "");
+  }
+  return *chosen.load();
+}
+
+TORCH_LIBRARY(dejavu_cpu, m) {
+  m.def("isas() -> str[]", isas);
+  m.def("isa() -> str", isa);
+  m.def("use_isa(str name) -> ()", use_isa);
+  m.def("use_huge_pages(Tensor t) -> ()", use_huge_pages);
+  m.def("score_heads(Tensor x, Tensor weight, Tensor bias, Tensor row_lens) -> Tensor");
+  m.def("select_neurons(Tensor x, Tensor down, Tensor up, Tensor bias, Tensor row_lens, bool with_row_mask, "
+        "Tensor? head_x, Tensor? head_weight, Tensor? head_bias, Tensor(a!)? counters) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("sparse_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight_t, Tensor neuron_ids, Tensor counts, Tensor row_lens, Tensor? row_mask, Tensor(a!)? counters) -> Tensor");
+  m.def("dense_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight_t) -> Tensor");
+  m.def("sparse_qkv(Tensor x, Tensor weight, Tensor? bias, Tensor head_scores, Tensor row_lens, int head_size, Tensor(a!)? counters) -> Tensor");
+  m.def("sparse_out_proj(Tensor attn, Tensor weight, Tensor head_scores, Tensor(a!) output) -> ()");
+  m.def("mask_heads(Tensor attn, Tensor head_scores) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu=False) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dejavu_cpu, CPU, m) {
+  m.impl("score_heads", score_heads);
+  m.impl("select_neurons", select_neurons);
+  m.impl("sparse_mlp", sparse_mlp);
+  m.impl("dense_mlp", dense_mlp);
+  m.impl("sparse_qkv", sparse_qkv);
+  m.impl("sparse_out_proj", sparse_out_proj);
+  m.impl("mask_heads", mask_heads);
+  m.impl("linear", linear);
+}
+
+}  // namespace dejavu
