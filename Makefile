@@ -18,7 +18,7 @@ help:
 install: $(VENV)/.installed
 	@echo "$(VENV): $$(cat $<)"
 
-$(VENV)/.installed: setup.py scripts/install.py
+$(VENV)/.installed: setup.py scripts/install.py $(wildcard kernels/csrc/*)
 	@$(PYTHON) scripts/install.py --venv $(VENV) --build $(BUILD)
 
 demo: install
@@ -31,5 +31,5 @@ lint: install
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/_cpu.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -19,6 +19,7 @@ __all__ = [
     "CROSSOVERS",
     "compact_union",
     "dense_mlp",
+    "describe",
     "linear",
     "mask_heads",
     "mlp_activations",
@@ -38,6 +39,10 @@ CROSSOVERS = {
     "mlp": {1: 0.97, 2: 0.94, 4: 0.93, 8: 0.92, 16: 0.85, 32: 0.80},
     "attention": {8: 0.95, 16: 0.80, 32: 0.63},
 }
+MISSING = (
+    "The native CPU kernels are not built, so the PyTorch reference runs, which is slow: install vllm-dejavu again with a C++ compiler, "
+    "PyTorch and ninja in place (pip install --no-build-isolation)."
+)
 LIBRARY = Path(__file__).with_name("_cpu.so")
 
 
@@ -73,6 +78,10 @@ def isa() -> str:
 def use_isa(name: str) -> None:
     """Use another instruction set from now on, in every thread; "" is the best one."""
     torch.ops.dejavu_cpu.use_isa(name)
+
+
+def describe() -> str:
+    return f"native CPU kernels ({isa()})"
 
 
 def prepare_weight(weight: torch.Tensor) -> None:

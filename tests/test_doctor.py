@@ -26,7 +26,7 @@ def test_healthy_installation():
     done = doctor()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OPTForCausalLM with --model-impl dejavu -> DejaVuOPTForCausalLM" in done.stdout
-    for name in ("vllm", "torch", "triton", "transformers", "device"):
+    for name in ("vllm", "torch", "triton", "transformers", "device", "kernels"):
         assert any(line.startswith(name) for line in done.stdout.splitlines()), name
 
 

@@ -1,5 +1,10 @@
 """Blocks that an artifact or the crossover keeps dense are reported as dense, not hidden behind sparse steps."""
+import pytest
 from engine import engine, metrics_of, random_prompt, run_requests
+
+from vllm_dejavu.artifact import GateSpec
+from vllm_dejavu.kernels import cpu, gpu, reference
+from vllm_dejavu.layers import _largest_batch
 
 ARRIVALS = {0: {name: random_prompt(5 + i) for i, name in enumerate("abc")}}
 
@@ -23,5 +28,44 @@ def test_batches_beyond_the_calibrated_sizes_are_above_the_crossover(opt, predic
     model = opt()
     table = {str(batch): {"mean": 0.1, "upper": 0.1} for batch in (1, 2)}
     artifact = predictors(model, union_density=table)
-    assert served(model, artifact)["mlp_density"] < 0.9
+    assert served(model, artifact, crossover=1.0)["mlp_density"] < 0.9
     assert served(model, artifact, crossover=0.5)["mlp_density"] == 1
+
+
+UNION = {1: 0.1, 2: 0.2, 8: 0.5, 64: 0.9}
+
+
+@pytest.mark.parametrize(
+    ("block", "crossover", "measured", "expected"),
+    [
+        pytest.param("mlp", 1.0, {"mlp": {1: 0.01}}, None, id="never"),
+        pytest.param("mlp", 0.5, {}, 63, id="given"),
+        pytest.param("mlp", 0.95, {}, 64, id="given-and-beyond-the-table"),
+        pytest.param("mlp", 0.05, {}, 0, id="given-always"),
+        pytest.param("mlp", None, {}, None, id="nothing-measured"),
+        pytest.param("mlp", None, {"attention": {1: 0.05}}, None, id="measured-for-another-block"),
+        pytest.param("mlp", None, {"mlp": {4: 0.4}}, 7, id="measured-for-a-smaller-batch"),
+        pytest.param("mlp", None, {"mlp": {1: 0.3, 8: 0.6, 32: 0.8}}, 63, id="measured"),
+        pytest.param("mlp", None, {"mlp": {100: 0.1}}, None, id="measured-for-larger-batches-only"),
+    ],
+)
+def test_the_crossover_is_given_or_as_measured_for_the_kernels(block, crossover, measured, expected):
+    """The largest batch that runs sparse, by the calibrated unions 0.1, 0.2, 0.5, 0.9 of batches 1, 2, 8 and 64."""
+    spec = GateSpec(
+        state="sparse", form="low_rank", lookahead="self", rank=4, density={"mean": 0.1, "upper": 0.1},
+        union_density={str(batch): {"mean": d, "upper": d} for batch, d in UNION.items()},
+    )  # fmt: skip
+    assert _largest_batch(spec, block, crossover, measured) == expected
+
+
+def test_without_calibrated_unions_nothing_is_above_a_crossover():
+    spec = GateSpec(state="sparse", form="low_rank", lookahead="self", rank=4, density={"mean": 0.1, "upper": 0.1})
+    assert _largest_batch(spec, "mlp", 0.01, {}) is None
+
+
+@pytest.mark.parametrize("kernels", [reference, cpu, gpu], ids=["reference", "native", "triton"])
+def test_measured_crossovers_are_densities_by_block_and_batch(kernels):
+    """A typing error there would silently make layers dense."""
+    for block, table in kernels.CROSSOVERS.items():
+        assert block in ("mlp", "attention") and list(table) == sorted(table)
+        assert all(isinstance(tokens, int) and 0 < density <= 1 for tokens, density in table.items())

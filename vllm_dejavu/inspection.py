@@ -74,8 +74,9 @@ def diagnose() -> tuple[str, bool]:
     if entries and allowed is not None and entries[0].name not in allowed.split(","):
         problems.append(f"VLLM_PLUGINS={allowed!r} does not allow {entries[0].name!r}: vLLM would silently serve its own OPT. Add {entries[0].name!r} to it or unset it.")
     if vllm_version is not None and not problems:
-        resolved, device, error = _resolve_in_fresh_process()
+        resolved, device, kernels, error = _resolve_in_fresh_process()
         lines.append(f"device       {device or 'unknown'}")
+        lines.append(f"kernels      {kernels or 'unknown'}")
         if resolved == "DejaVuOPTForCausalLM":
             lines.append("model class  OPTForCausalLM with --model-impl dejavu -> DejaVuOPTForCausalLM")
         else:
@@ -96,13 +97,17 @@ config = types.SimpleNamespace(model_impl="dejavu", runner_type="generate", conv
 print("DEJAVU-DEVICE", device)
 cls, _ = ModelRegistry.resolve_model_cls(["OPTForCausalLM"], config)
 print("DEJAVU-CLASS", cls.__name__)
+from vllm_dejavu import ops
+from vllm_dejavu.kernels import cpu
+kernels = ops.implementation("cuda" if torch.cuda.is_available() else current_platform.device_type)
+print("DEJAVU-KERNELS", kernels.describe() if kernels is not ops.reference else cpu.MISSING)
 """
 
 
-def _resolve_in_fresh_process() -> tuple[str | None, str | None, str]:
-    """(class, device, error lines): what a process that vLLM starts would resolve."""
+def _resolve_in_fresh_process() -> tuple[str | None, str | None, str | None, str]:
+    """(class, device, kernels, error lines): what a process that vLLM starts would resolve."""
     done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=300)
     found = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith("DEJAVU-"))
     # vLLM logs a whole traceback and goes on; the lines that name the error are what a person needs.
     tail = "\n".join([line for line in (done.stdout + done.stderr).splitlines() if "Error" in line][-6:])
-    return found.get("DEJAVU-CLASS"), found.get("DEJAVU-DEVICE"), tail
+    return found.get("DEJAVU-CLASS"), found.get("DEJAVU-DEVICE"), found.get("DEJAVU-KERNELS"), tail

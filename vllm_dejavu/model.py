@@ -31,6 +31,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_dejavu import artifact, metrics, ops, support
 from vllm_dejavu.compat import LayerNorm
 from vllm_dejavu.config import DejaVuConfig
+from vllm_dejavu.kernels import cpu
 from vllm_dejavu.layers import DejaVuMLP, DejaVuSelfAttention, Recorder
 from vllm_dejavu.predictor import gate_input
 
@@ -410,13 +411,17 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
             return
         if not self.gates:
             logger.warning("dejavu: the artifact %s gates no block that is served here: every step runs dense", self.artifact_path)
+        device = self.weights_fingerprint.device.type
+        kernels = ops.implementation(device)
+        if device == "cpu" and kernels is not cpu:
+            logger.warning("dejavu: %s", cpu.MISSING)
         count = {b: sum(g.block == b for g in self.gates) for b in ("mlp", "attention")}
         size = sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers())
         recalls = [g.spec.recall for g in self.gates if g.block == "mlp" and g.spec.recall is not None]
         logger.info(
-            "dejavu: mode=%s apply_to=%s, %d of %d MLP and %d attention blocks gated here, predictors %s (%.1f MB%s; %s)",
+            "dejavu: mode=%s apply_to=%s, %d of %d MLP and %d attention blocks gated here by %s, predictors %s (%.1f MB%s; %s)",
             self.settings.mode, self.settings.apply_to, count["mlp"], len(list(self.model.decoder.local_layers())),
-            count["attention"], self.artifact_path, size / 1e6,
+            count["attention"], kernels.describe(), self.artifact_path, size / 1e6,
             f", MLP recall {sum(recalls) / len(recalls):.2f} on their calibration text" if recalls else "", _origin(self.loaded.manifest),
         )  # fmt: skip
 
