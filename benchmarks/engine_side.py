@@ -129,7 +129,9 @@ def counted(llm: Any) -> dict[str, Any]:
 
 def calibrate(llm: Any, spec: dict[str, Any], rounds: int = 3) -> None:
     """Bring densities per token to the artifact's, by what the engine counts."""
-    batch, context = min(CALIBRATION_ROWS, spec["slots"]), min(spec["context"])
+    # No more rows than every gate runs sparse with: a block above its crossover counts as dense, whatever its predictor says.
+    largest = [gate.max_tokens for gate in model_of(llm).gates if gate.max_tokens]
+    batch, context = min(CALIBRATION_ROWS, spec["slots"], *largest), min(spec["context"])
     if spec["device"] == "cpu":
         context = min(context, SHORT_PROMPT)
     for _ in range(rounds):
