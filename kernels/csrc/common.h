@@ -60,7 +60,7 @@ void share_out(int64_t n, int64_t unit, const F& f) {
 // Linear layers over all rows for many tokens; gemm.cpp. Both return false where this build or CPU has no such kernel.
 // out [tokens, rows] = relu?(x [tokens, hidden] * weight [rows, hidden]^T + bias), of any float dtype
 bool gemm(const at::Tensor& x, const at::Tensor& weight, const float* bias, bool relu, const at::Tensor& out);
-// out [tokens, columns] = h [tokens, rows] * weight [rows, columns]
-bool gemm_transposed(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& out);
+// out [tokens, columns] = h [tokens, n] * rows of weight [rows, columns]: those of `ids`, or all n where that is null
+bool gemm_transposed(const at::Tensor& h, const at::Tensor& weight, const int32_t* ids, const at::Tensor& out);
 
 }  // namespace dejavu

@@ -77,7 +77,7 @@ bool gemm(const at::Tensor& x, const at::Tensor& weight, const float* bias, bool
   return true;
 }
 
-bool gemm_transposed(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& out) {
+bool gemm_transposed(const at::Tensor& h, const at::Tensor& weight, const int32_t* ids, const at::Tensor& out) {
   const int64_t tokens = h.size(0), rows = h.size(1), columns = weight.size(1), stride = weight.stride(0);
   if (!supported(h, weight)) return false;
   const Kernels& isa = kernels();
@@ -92,14 +92,14 @@ bool gemm_transposed(const at::Tensor& h, const at::Tensor& weight, const at::Te
         const int64_t these = std::min(PANEL_TOKENS, tokens - first);
         for (int64_t row = 0; row < rows; row += PANEL_ROWS) {
           const int64_t k = std::min(PANEL_ROWS, rows - row);
+          const auto at = [&](int64_t j) { return w + (ids ? ids[row + j] : row + j) * stride + column; };
           for (int64_t j = 0; j < k; j += 2) {
-            const uint16_t* pair = w + (row + j) * stride + column;
             if (row + j + AHEAD_ROWS + 1 < rows)
               for (int64_t c = 0; c < n; c += 32) {
-                __builtin_prefetch(pair + AHEAD_ROWS * stride + c, 0, 2);
-                __builtin_prefetch(pair + (AHEAD_ROWS + 1) * stride + c, 0, 2);
+                __builtin_prefetch(at(j + AHEAD_ROWS) + c, 0, 2);
+                __builtin_prefetch(at(j + AHEAD_ROWS + 1) + c, 0, 2);
               }
-            isa.interleave(pair, pair + stride, panel + j * n, n);
+            isa.interleave(at(j), at(j + 1), panel + j * n, n);
           }
           for (int64_t t = 0; t < these; t += TOKEN_BLOCK)
             blas::brgemm(std::min(TOKEN_BLOCK, these - t), n, k, rows, n, n, row > 0, input + (first + t) * rows + row,

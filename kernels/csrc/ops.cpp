@@ -31,6 +31,8 @@ constexpr int64_t CACHE_LINE = 64, ALIASING_BYTES = 1024;
 constexpr int64_t GEMM_TOKENS = 16;
 constexpr int64_t GEMM_FC2_TOKENS = 80;
 
+constexpr double WORTH_MOVING = 0.9;  // share of neurons up to which h is moved together for fc2
+
 std::atomic<const Kernels*> chosen{nullptr};
 
 std::vector<std::string> isas() {
@@ -327,14 +329,45 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bo
   return out;
 }
 
-// The MLP over all neurons; few tokens read fc2's rows of the positive ones only, which changes nothing but the time.
+// fc2 of many tokens: rows of neurons that came out 0 for all of them are left out where that is worth moving h together.
+Tensor many_tokens_fc2(const Tensor& h, const Tensor& fc2) {
+  const int64_t tokens = h.size(0), ffn = h.size(1);
+  Tensor out = at::empty({tokens, fc2.size(1)}, h.options());
+  if (h.element_size() != 2) return at::mm(h, fc2);
+  const auto* values = static_cast<const uint16_t*>(h.data_ptr());
+  auto* any = scratch<ALIVE, uint16_t>(ffn);
+  share_out(ffn, 512, [&](int64_t begin, int64_t end) {
+    std::fill(any + begin, any + end, 0);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = begin; i < end; ++i) any[i] |= values[t * ffn + i];
+  });
+  auto* survivors = scratch<ALIVE_LIST, int32_t>(ffn + 32);
+  int64_t m = 0;
+  for (int64_t i = 0; i < ffn; ++i) {
+    survivors[m] = static_cast<int32_t>(i);
+    m += any[i] != 0;
+  }
+  if (m == 0) return out.zero_();
+  const int64_t padded = (m + 31) / 32 * 32;
+  if (padded > WORTH_MOVING * ffn) return gemm_transposed(h, fc2, nullptr, out) ? out : at::mm(h, fc2);
+  std::fill(survivors + m, survivors + padded, survivors[m - 1]);  // times 0
+  Tensor kept = at::empty({tokens, padded}, h.options());
+  auto* to = static_cast<uint16_t*>(kept.data_ptr());
+  share_out(tokens, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t i = 0; i < m; ++i) to[t * padded + i] = values[t * ffn + survivors[i]];
+      std::fill(to + t * padded + m, to + (t + 1) * padded, 0);
+    }
+  });
+  return gemm_transposed(kept, fc2, survivors, out) ? out : at::mm(h, fc2);
+}
+
+// The MLP over all neurons, but fc2's rows of neurons that came out 0 for all tokens: that changes nothing but the time.
 Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bias, const Tensor& fc2) {
   check_mlp(x, fc1, fc2);
   const Tensor input = x.contiguous();
   if (x.size(0) >= GEMM_FC2_TOKENS) {
-    const Tensor h = linear(input, fc1, fc1_bias, true);
-    Tensor out = at::empty({x.size(0), fc2.size(1)}, x.options());
-    return gemm_transposed(h, fc2, out) ? out : at::mm(h, fc2);
+    return many_tokens_fc2(linear(input, fc1, fc1_bias, true), fc2);
   }
   Tensor out = at::empty({x.size(0), fc2.size(1)}, x.options());
   mlp_rows(input, fc1, widened(fc1_bias, fc1.size(0)), fc2, nullptr, fc1.size(0), nullptr, std::nullopt, out);
