@@ -5,20 +5,33 @@ nobody, inputs of rows that only pad the batch. Selections and counts are compar
 """
 import contextlib
 import inspect
-import math
+import re
+from pathlib import Path
 from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_kernel_reference import DENSITIES, DENSITY_IDS, NAN, paged_cache, poison, row_lens_of, scores_of
+from kernel_checks import (
+    Checks,
+    as_half,
+    as_int64,
+    column_major,
+    every_density,
+    every_dtype,
+    every_padding,
+    narrower,
+    one_less,
+    same_bits,
+    wider_strides,
+)
+from test_kernel_reference import NAN, paged_cache, scores_of
 from test_kernel_reference import rand as cpu_rand
 from test_kernel_reference import rand_mask as cpu_rand_mask
-from tolerances import DTYPE_IDS, DTYPES, assert_close
+from tolerances import DTYPES, assert_close
 
-from vllm_dejavu.kernels import gpu, launch, predict, reference, sparse_attention, sparse_mlp
-from vllm_dejavu.predictor import quantize
+from vllm_dejavu.kernels import cpu, gpu, launch, predict, reference, sparse_attention, sparse_mlp
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # No shrinking: it takes minutes under the interpreter, and the sizes are small already.
@@ -26,37 +39,9 @@ FUZZ = settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.
 # One token has kernels of its own; then each tile from both sides, and more tokens than the largest tile takes.
 TOKENS = [1, 2, 5, 16, 17, 33, 64, 70]
 some_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}-tokens")
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-every_density = pytest.mark.parametrize("density", DENSITIES, ids=DENSITY_IDS)
-every_padding = pytest.mark.parametrize("padding", ["none", "some", "all"], ids=lambda name: f"padding-{name}")
 
-
-def rand(*shape, **options):
-    return cpu_rand(*shape, **options).to(DEVICE)
-
-
-def rand_mask(*shape, **options):
-    return cpu_rand_mask(*shape, **options).to(DEVICE)
-
-
-def rows(tokens, padding):
-    """Which rows hold a token."""
-    number = torch.arange(tokens, device=DEVICE)
-    return {"none": number >= 0, "some": number % 3 != 1, "all": number < 0}[padding]
-
-
-def new_counters(wanted=True):
-    return torch.arange(100, 106, device=DEVICE) if wanted else None  # one more than COUNTERS: callers may append
-
-
-def clear_bias(scores, density):
-    """A bias [units] that selects about a share `density` and leaves no score within 1e-4 of 0."""
-    if density in (0, 1):
-        return torch.full((scores.shape[1],), 50.0 if density else -50.0, device=DEVICE)
-    candidates = torch.linspace(-0.9, 0.1, 41, device=DEVICE) + math.log(density)
-    distance = (scores[:, :, None] + candidates).abs().amin(0)  # [units, candidates]
-    assert distance.amax(1).min() > 1e-4
-    return candidates[distance.argmax(1)]
+checks = Checks(gpu, DEVICE)
+rand = checks.rand
 
 
 def multiprocessors(number):
@@ -67,58 +52,18 @@ def multiprocessors(number):
 # Selection
 
 
-def of_dtype(tensors, dtype):
-    """A predictor's tensors as an artifact of this dtype would hold them."""
-    if dtype == torch.int8:
-        return tuple(quantize(tensors, 8).values())
-    return tuple(t if name == "bias" else t.to(dtype) for name, t in tensors.items())
-
-
-def check_select(
-    tokens, hidden=72, rank=17, ffn=300, dtype=torch.float32, predictor=None, density=0.3, padding="some", with_row_mask=True, heads=5,
-    counted=True, workspace=None, seed=0,
-):  # fmt: skip
-    """select_neurons against the reference; `predictor`: dtype of its weights, that of x unless given."""
-    valid = rows(tokens, padding)
-    x = rand(tokens, hidden, dtype=dtype, seed=seed)
-    mlp = {"down": rand(rank, hidden, seed=1, fan_in=hidden), "up": rand(ffn, rank, seed=2, fan_in=rank)}
-    down, up, _ = of_dtype({**mlp, "bias": torch.zeros(ffn, device=DEVICE)}, predictor or dtype)
-    scores = reference.low_rank_scores(x, down, up, torch.zeros(ffn, device=DEVICE))
-    scale = 1.0 if predictor != torch.int8 else float(scores.std()) or 1.0  # integers' scores have any scale
-    bias = scale * clear_bias(scores / scale, density)
-    riding = None
-    if heads:
-        weight, head_bias = of_dtype({"weight": rand(heads, hidden, seed=4, fan_in=hidden), "bias": rand(heads, seed=5)}, predictor or dtype)
-        riding = poison(rand(tokens, hidden, seed=3, dtype=dtype), valid), weight, head_bias
-    found, expected = new_counters(counted), new_counters(counted)
-    args = poison(x, valid), down, up, bias, row_lens_of(valid), with_row_mask, riding
-    ids, counts, mask, scores = gpu.select_neurons(*args, found, workspace)
-    want_ids, want_counts, want_mask, want_scores = reference.select_neurons(*args, expected)
-    assert (ids.dtype, counts.dtype, mask.dtype) == (torch.int32, torch.int32, torch.bool)
-    assert torch.equal(counts, want_counts) and torch.equal(ids, want_ids) and torch.equal(mask, want_mask)
-    if density in (0, 1):
-        assert counts.sum() == (ffn if density and valid.any() else 0)
-    if counted:
-        assert torch.equal(found, expected)
-    if heads:
-        assert scores.dtype == torch.float32 and scores[~valid].eq(-1).all()
-        assert_close(scores, want_scores)
-    else:
-        assert scores is None
-
-
 @every_dtype
 @some_tokens
 def test_select_neurons_for_every_batch_size(tokens, dtype):
     """The list, row mask, counters and head scores, with a row of padding in three; ffn ends inside a segment."""
-    check_select(tokens, dtype=dtype)
+    checks.select_neurons(tokens, dtype=dtype)
 
 
 @every_padding
 @every_density
 @pytest.mark.parametrize("tokens", [1, 4], ids=["one-token", "few-tokens"])
 def test_select_neurons_for_every_density_and_padding(tokens, density, padding):
-    check_select(tokens, density=density, padding=padding)
+    checks.select_neurons(tokens, density=density, padding=padding)
 
 
 @pytest.mark.parametrize("with_row_mask", [True, False], ids=["row-mask", "union"])
@@ -126,7 +71,7 @@ def test_select_neurons_for_every_density_and_padding(tokens, density, padding):
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
 @pytest.mark.parametrize("tokens", [1, 6], ids=["one-token", "few-tokens"])
 def test_select_neurons_does_what_is_asked_and_no_more(tokens, with_row_mask, heads, counted):
-    check_select(tokens, with_row_mask=with_row_mask, heads=heads, counted=counted)
+    checks.select_neurons(tokens, with_row_mask=with_row_mask, heads=heads, counted=counted)
 
 
 @every_dtype
@@ -135,7 +80,7 @@ def test_select_neurons_does_what_is_asked_and_no_more(tokens, with_row_mask, he
 )
 def test_select_neurons_for_every_size(hidden, rank, ffn, heads, dtype):
     for tokens in (1, 5):
-        check_select(tokens, hidden=hidden, rank=rank, ffn=ffn, heads=heads, dtype=dtype)
+        checks.select_neurons(tokens, hidden=hidden, rank=rank, ffn=ffn, heads=heads, dtype=dtype)
 
 
 @every_dtype
@@ -143,7 +88,7 @@ def test_select_neurons_for_every_size(hidden, rank, ffn, heads, dtype):
 @pytest.mark.parametrize("tokens", [1, 5, 33], ids=["one-token", "few-tokens", "many-tokens"])
 def test_fp16_and_int8_predictors_serve_every_model(tokens, predictor, dtype):
     """Floats of two types meet in fp32; integers become the activations' type, which holds them exactly. Heads ride along."""
-    check_select(tokens, dtype=dtype, predictor=predictor)
+    checks.select_neurons(tokens, dtype=dtype, predictor=predictor)
 
 
 @every_dtype
@@ -154,63 +99,31 @@ def test_down_projection_cut_in_pieces(tokens, heads, dtype):
     for sms in (12, 132):
         with multiprocessors(sms):
             assert launch.down_grid(tokens, 20, heads, hidden, DEVICE) == (2 if sms == 12 and tokens == 70 else 3)
-            check_select(tokens, hidden=hidden, rank=20, ffn=40, heads=heads, dtype=dtype)
+            checks.select_neurons(tokens, hidden=hidden, rank=20, ffn=40, heads=heads, dtype=dtype)
 
 
 @every_padding
 @every_dtype
 @pytest.mark.parametrize("tokens", [1, 5, 17, 70], ids=lambda n: f"{n}-tokens")
 def test_score_heads(tokens, dtype, padding):
-    """Alone, without a riding neuron predictor; -1 in padded rows."""
-    valid = rows(tokens, padding)
-    x, bias = poison(rand(tokens, 72, dtype=dtype), valid), rand(19, seed=2)
-    for kind in {dtype, torch.float16, torch.int8}:
-        args = x, *of_dtype({"weight": rand(19, 72, seed=1, fan_in=72), "bias": bias}, kind), row_lens_of(valid)
-        scores = gpu.score_heads(*args)
-        assert scores.dtype == torch.float32 and scores[~valid].eq(-1).all()
-        assert_close(scores, reference.score_heads(*args))
+    checks.score_heads(tokens, dtype, padding)
 
 
 # MLP
-
-
-def check_mlp(
-    tokens, hidden=72, ffn=300, dtype=torch.float32, density=0.3, padding="some", with_bias=True, row_exact=True, counted=True, workspace=None, seed=0
-):
-    """sparse_mlp against the reference, with NaN in fc2 rows of neurons that came out <= 0 in every row, too."""
-    valid = rows(tokens, padding)
-    x, fc1 = rand(tokens, hidden, dtype=dtype, seed=seed), rand(ffn, hidden, seed=seed + 1, dtype=dtype, fan_in=hidden)
-    bias = rand(ffn, seed=seed + 2, dtype=dtype) if with_bias else None
-    fc2_t = rand(ffn, hidden, seed=seed + 3, dtype=dtype, fan_in=ffn)
-    mask = rand_mask(tokens, ffn, density=density, seed=seed) & valid[:, None]
-    union = mask.any(0)
-    h = x.double() @ fc1.double().t() + (bias.double() if with_bias else 0)
-    alive = ((h > 0) & (mask if row_exact else union & valid[:, None])).any(0)
-    found, expected = new_counters(counted), new_counters(counted)
-    args = (
-        # every other padded row holds numbers: NaN alone would hide behind `h > 0`
-        poison(x, valid | (torch.arange(tokens, device=DEVICE) % 2 == 1)), poison(fc1, union), poison(bias, union) if with_bias else None, poison(fc2_t, alive),
-        *reference.compact_union(mask), row_lens_of(valid), mask if row_exact else None, "relu",
-    )  # fmt: skip
-    out = gpu.sparse_mlp(*args, found, workspace)
-    assert out.dtype == dtype and out[~valid].eq(0).all()
-    assert_close(out, reference.sparse_mlp(*args, expected))
-    if counted:
-        assert torch.equal(found, expected) and found[4] == 104 + alive.sum()
 
 
 @every_dtype
 @some_tokens
 def test_sparse_mlp_for_every_batch_size(tokens, dtype):
     """Each row its own neurons, a row of padding in three, fc2 rows counted over all token blocks."""
-    check_mlp(tokens, dtype=dtype)
+    checks.sparse_mlp(tokens, dtype=dtype)
 
 
 @every_padding
 @every_density
 @pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
 def test_sparse_mlp_for_every_density_and_padding(tokens, density, padding):
-    check_mlp(tokens, density=density, padding=padding)
+    checks.sparse_mlp(tokens, density=density, padding=padding)
 
 
 @pytest.mark.parametrize("row_exact", [True, False], ids=["row-exact", "union"])
@@ -218,14 +131,14 @@ def test_sparse_mlp_for_every_density_and_padding(tokens, density, padding):
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
 @pytest.mark.parametrize("tokens", [1, 6], ids=["one-token", "few-tokens"])
 def test_sparse_mlp_with_every_option(tokens, row_exact, with_bias, counted):
-    check_mlp(tokens, row_exact=row_exact, with_bias=with_bias, counted=counted)
+    checks.sparse_mlp(tokens, row_exact=row_exact, with_bias=with_bias, counted=counted)
 
 
 @every_dtype
 @pytest.mark.parametrize(("hidden", "ffn"), [(1, 1), (37, 129), (64, 128), (190, 400)], ids=["all-one", "odd", "tiled", "large"])
 def test_sparse_mlp_for_every_size(hidden, ffn, dtype):
     for tokens in (1, 5):
-        check_mlp(tokens, hidden=hidden, ffn=ffn, dtype=dtype, density=0.6)
+        checks.sparse_mlp(tokens, hidden=hidden, ffn=ffn, dtype=dtype, density=0.6)
 
 
 @pytest.mark.parametrize("sms", [1, 40], ids=["small-chip", "large-chip"])
@@ -233,17 +146,11 @@ def test_sparse_mlp_for_every_size(hidden, ffn, dtype):
 def test_sparse_mlp_divides_its_neurons_over_any_grid(tokens, sms):
     """One program takes several blocks of neurons; or there are more programs than neurons."""
     with multiprocessors(sms):
-        check_mlp(tokens, hidden=20, density=0.05 if sms == 40 else 0.9)
+        checks.sparse_mlp(tokens, hidden=20, density=0.05 if sms == 40 else 0.9)
 
 
 def test_sparse_mlp_of_one_neuron_in_every_segment():
-    """Segments that are empty, at either end too, shift no other: each single neuron, and one in each."""
-    for chosen in (*([n] for n in (0, 127, 128, 255, 256, 299)), [0, 299], [5, 200], [127, 128, 256]):
-        mask = torch.zeros(3, 300, dtype=torch.bool, device=DEVICE)
-        mask[0, chosen] = True
-        x, fc1, bias, fc2_t = rand(3, 16), rand(300, 16, seed=1, fan_in=16), rand(300, seed=2) + 9, rand(300, 16, seed=3)
-        args = x, poison(fc1, mask[0]), bias, poison(fc2_t, mask[0]), *reference.compact_union(mask), row_lens_of(rows(3, "none"))
-        assert_close(gpu.sparse_mlp(*args), reference.sparse_mlp(*args))
+    checks.sparse_mlp_of_single_neurons()
 
 
 @FUZZ
@@ -255,41 +162,24 @@ def test_sparse_mlp_of_one_neuron_in_every_segment():
 def test_mlp_for_any_shape_selection_and_padding(tokens, hidden, ffn, rank, dtype, density, padding, with_bias, row_exact, sms, seed):
     """Selection and MLP, on chips of any size."""
     with multiprocessors(sms):
-        check_select(tokens, hidden, rank, ffn, dtype, density=density, padding=padding, with_row_mask=row_exact, seed=seed)
-        check_mlp(tokens, hidden, ffn, dtype, density, padding, with_bias, row_exact, seed=seed)
+        checks.select_neurons(tokens, hidden, rank, ffn, dtype, density=density, padding=padding, with_row_mask=row_exact, seed=seed)
+        checks.sparse_mlp(tokens, hidden, ffn, dtype, density, padding, with_bias, row_exact, seed=seed)
 
 
 # Projections
 
 
-def check_qkv(tokens, heads=4, kv_heads=4, head_size=16, hidden=72, dtype=torch.float32, density=0.3, padding="some", with_bias=True, counted=True):
-    """sparse_qkv against the reference; rows of padding may hold anything, but hold NaN in x and must not spread it."""
-    valid, size = rows(tokens, padding), (heads + 2 * kv_heads) * head_size
-    mask = rand_mask(tokens, heads, density=density) & valid[:, None]
-    wanted = torch.ones(size, dtype=torch.bool, device=DEVICE)
-    wanted[: heads * head_size] = mask.any(0).repeat_interleave(head_size)
-    x, weight = poison(rand(tokens, hidden, dtype=dtype), valid), poison(rand(size, hidden, seed=1, dtype=dtype, fan_in=hidden), wanted)
-    bias = poison(rand(size, seed=2, dtype=dtype), wanted) if with_bias else None
-    found, expected = new_counters(counted), new_counters(counted)
-    args = x, weight, bias, scores_of(mask), row_lens_of(valid), head_size
-    out = gpu.sparse_qkv(*args, found)
-    assert out.dtype == dtype and out[valid][:, ~wanted].eq(0).all()
-    assert_close(out[valid], reference.sparse_qkv(*args, expected)[valid])
-    if counted:
-        assert torch.equal(found, expected)
-
-
 @every_dtype
 @some_tokens
 def test_sparse_qkv_for_every_batch_size(tokens, dtype):
-    check_qkv(tokens, dtype=dtype, kv_heads=2)
+    checks.sparse_qkv(tokens, dtype=dtype, kv_heads=2)
 
 
 @every_padding
 @every_density
 @pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
 def test_sparse_qkv_for_every_density_and_padding(tokens, density, padding):
-    check_qkv(tokens, density=density, padding=padding)
+    checks.sparse_qkv(tokens, density=density, padding=padding)
 
 
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
@@ -298,41 +188,26 @@ def test_sparse_qkv_for_every_density_and_padding(tokens, density, padding):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "grouped", "one-kv-head"])
 def test_sparse_qkv_for_every_head_shape_and_option(heads, kv_heads, head_size, with_bias, counted):
     for tokens in (1, 5):
-        check_qkv(tokens, heads, kv_heads, head_size, with_bias=with_bias, counted=counted)
-
-
-def check_out_proj(tokens, heads=4, head_size=16, hidden=72, dtype=torch.float32, density=0.3, padding="some", given_output=True):
-    """sparse_out_proj against the reference; it writes rows of padding too, with 0."""
-    valid = rows(tokens, padding)
-    mask = rand_mask(tokens, heads, density=density) & valid[:, None]
-    attn = reference.mask_heads(rand(tokens, heads, head_size, dtype=dtype), scores_of(mask))
-    weight = rand(hidden, heads * head_size, seed=1, dtype=dtype, fan_in=heads * head_size)
-    weight = poison(weight, mask.any(0).repeat_interleave(head_size), dim=1)
-    output = torch.full((tokens, hidden), NAN, dtype=dtype, device=DEVICE) if given_output else None
-    out = gpu.sparse_out_proj(attn, weight, scores_of(mask), output)
-    assert out.dtype == dtype and (output is None or out is output)
-    assert_close(out, reference.sparse_out_proj(attn, weight, scores_of(mask)))
-    # a row of its own heads only
-    assert out[~mask.any(1)].eq(0).all()
+        checks.sparse_qkv(tokens, heads, kv_heads, head_size, with_bias=with_bias, counted=counted)
 
 
 @every_dtype
 @some_tokens
 def test_sparse_out_proj_for_every_batch_size(tokens, dtype):
-    check_out_proj(tokens, dtype=dtype)
+    checks.sparse_out_proj(tokens, dtype=dtype)
 
 
 @every_padding
 @every_density
 @pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
 def test_sparse_out_proj_for_every_density_and_padding(tokens, density, padding):
-    check_out_proj(tokens, density=density, padding=padding, given_output=False)
+    checks.sparse_out_proj(tokens, density=density, padding=padding, given_output=False)
 
 
 @pytest.mark.parametrize(("heads", "head_size", "hidden"), [(1, 8, 1), (5, 20, 37), (2, 80, 64), (8, 16, 190)], ids=["one-head", "odd", "wide-heads", "large"])
 def test_sparse_out_proj_for_every_size(heads, head_size, hidden):
     for tokens in (1, 5):
-        check_out_proj(tokens, heads, head_size, hidden)
+        checks.sparse_out_proj(tokens, heads, head_size, hidden)
 
 
 # Attention
@@ -447,48 +322,12 @@ def test_paged_attention_for_any_shape_length_and_selection(lengths, dtype, kv_h
 # Scratch memory
 
 
-def valid_arguments(name, tokens=20, dtype=torch.float32):
-    """Arguments of a wrapper by name: everything selected, no padding, long enough to be cut in pieces."""
-    ffn, rank, heads, head_size = 300, 20, 4, 16
-    hidden = 600 if name in ("score_heads", "select_neurons") else 100  # enough for two pieces of the predictor
-    x, lens = rand(tokens, hidden, dtype=dtype), row_lens_of(rows(tokens, "none"))
-    scores = torch.ones(tokens, heads, device=DEVICE)
-    mask = torch.ones(tokens, ffn, dtype=torch.bool, device=DEVICE)
-    ids, counts = reference.compact_union(mask)
-    table = torch.arange(tokens * 10, dtype=torch.int32, device=DEVICE).view(tokens, 10)
-    head_predictor = rand(heads, hidden, seed=4, dtype=dtype, fan_in=hidden), rand(heads, seed=5)
-    return {
-        "score_heads": {"x": x, "weight": head_predictor[0], "bias": head_predictor[1], "row_lens": lens},
-        "select_neurons": {
-            "x": x, "down": rand(rank, hidden, seed=1, dtype=dtype, fan_in=hidden), "up": rand(ffn, rank, seed=2, dtype=dtype, fan_in=rank),
-            "bias": rand(ffn, seed=3), "row_lens": lens, "with_row_mask": True, "heads": (x, *head_predictor),
-        },
-        "sparse_mlp": {
-            "x": x, "fc1_weight": rand(ffn, hidden, seed=1, dtype=dtype, fan_in=hidden), "fc1_bias": rand(ffn, seed=2, dtype=dtype),
-            "fc2_weight_t": rand(ffn, hidden, seed=3, dtype=dtype, fan_in=ffn), "neuron_ids": ids, "counts": counts, "row_lens": lens, "row_mask": mask,
-        },
-        "sparse_qkv": {
-            "x": x, "weight": rand(8 * head_size, hidden, seed=1, dtype=dtype, fan_in=hidden), "bias": rand(8 * head_size, seed=2, dtype=dtype),
-            "head_scores": scores, "row_lens": lens, "head_size": head_size,
-        },
-        "sparse_out_proj": {"attn": rand(tokens, heads, head_size, dtype=dtype), "weight": rand(hidden, heads * head_size, seed=1, dtype=dtype), "head_scores": scores},
-        "paged_attention": {
-            "query": rand(tokens, heads, head_size, dtype=dtype), "kv_cache": rand(tokens * 10, 2, 16, 2 * head_size, seed=1, dtype=dtype), "block_table": table,
-            "seq_lens": (140 + lens).clamp(max=160), "scale": 0.3, "head_scores": scores,
-        },
-    }[name]  # fmt: skip
-
-
 KERNELS = ["score_heads", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_out_proj", "paged_attention"]
 
 
 def run(name, tokens, workspace):
-    out = getattr(gpu, name)(**valid_arguments(name, tokens), workspace=workspace)
+    out = getattr(gpu, name)(**checks.arguments(name, tokens), workspace=workspace)
     return out if isinstance(out, tuple) else (out,)
-
-
-def same_bits(some, other):
-    return all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(some, other, strict=True))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -525,7 +364,7 @@ def test_the_models_workspace_holds_every_request(sms, dtype):
         own = {buffer.data_ptr() for buffer in workspace._buffers.values()}
         for tokens in TOKENS:
             for name in ("score_heads", "select_neurons", "sparse_mlp", "paged_attention"):
-                getattr(gpu, name)(**valid_arguments(name, tokens, dtype), workspace=MagicMock(take=take))
+                getattr(gpu, name)(**checks.arguments(name, tokens, dtype), workspace=MagicMock(take=take))
     assert not [(name, shape) for name, shape, tensor in taken if tensor.data_ptr() not in own]
     if sms == 24:
         assert {name for name, *_ in taken} == {"down", "down_partials", "heads_partials", "activations", "fc2_partials", "attention"}
@@ -543,37 +382,23 @@ def test_a_larger_workspace_request_gets_memory_of_its_own():
 
 
 def test_both_implementations_have_the_same_signatures():
-    """Whatever gpu offers, reference has, with the same parameters in the same order."""
-    for name in gpu.__all__:
-        ours, truth = getattr(gpu, name), getattr(reference, name)
-        if callable(ours):
-            assert inspect.signature(ours) == inspect.signature(truth), name
-        else:
-            assert ours is truth
+    """Whatever gpu and cpu offer, reference has, with the same parameters in the same order; and they offer the same."""
+    assert set(gpu.__all__) == set(cpu.__all__)
+    for kernels in (gpu, cpu):
+        for name in kernels.__all__:
+            ours, truth = getattr(kernels, name), getattr(reference, name)
+            if callable(ours):
+                assert inspect.signature(ours) == inspect.signature(truth), name
+            else:
+                assert type(ours) is type(truth), name
+        assert kernels.ACTIVATIONS is reference.ACTIVATIONS
 
 
-def as_int64(tensor):
-    return tensor.long()
-
-
-def as_half(tensor):
-    return tensor.half()
-
-
-def one_less(tensor):
-    return tensor[:-1]
-
-
-def narrower(tensor):
-    return tensor[..., :-1].contiguous()
-
-
-def column_major(tensor):
-    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def wider_strides(tensor):
-    return torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
+def test_every_implementation_has_what_the_package_calls():
+    """Each name that vllm_dejavu takes from the implementation of a device."""
+    sources = "".join(p.read_text(encoding="utf-8") for p in (Path(__file__).parent.parent / "vllm_dejavu").glob("*.py"))
+    names = set(re.findall(r"(?<!\.)\bimpl\.(\w+)", sources)) | set(re.findall(r"\bimplementation\([^()]*\)\.(\w+)", sources))
+    assert {"dense_mlp", "linear", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_out_proj"} <= names <= set(cpu.__all__)
 
 
 REFUSED = [
@@ -624,7 +449,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "argument", "change", "message"), REFUSED, ids=[f"{n}-{a}-{m}" for n, a, _, m in REFUSED])
 def test_wrong_arguments_are_refused_by_name(name, argument, change, message):
     """A wrong shape, dtype or stride is a ValueError that says what was expected and what came."""
-    arguments = valid_arguments(name)
+    arguments = checks.arguments(name)
     with pytest.raises(ValueError, match=f"expected .*{message}") as error:
         getattr(gpu, name)(**{**arguments, argument: change(arguments.get(argument))})
     assert ", got " in str(error.value)

@@ -62,7 +62,7 @@ def test_nothing_is_unpickled_and_no_remote_code_runs(path):
 def wheel(tmp_path_factory):
     """Built from a copy, so that no build folder is left in the checkout."""
     copy, out = tmp_path_factory.mktemp("source") / "src", tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(".git", ".venv", "examples", "*.egg-info", "build", "__pycache__", ".hypothesis", ".pytest_cache", ".gpu")
+    ignore = shutil.ignore_patterns("*.so", ".git", ".venv", "examples", "*.egg-info", "build", "__pycache__", ".hypothesis", ".pytest_cache", ".gpu")
     shutil.copytree(ROOT, copy, ignore=ignore)
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(copy)], capture_output=True, text=True
@@ -78,6 +78,14 @@ def test_the_wheel_adds_nothing_global_but_our_package(wheel):
         inside = "vllm_dejavu" if part == "vllm_dejavu" else f"vllm_dejavu/{part}"
         for path in (ROOT / part).glob("*.py"):
             assert f"{inside}/{path.name}" in names
+
+
+def test_the_wheel_holds_the_native_kernels(wheel):
+    """Built where they can be; the checkout's own library is not what is packed."""
+    if not sys.platform.startswith("linux") or shutil.which("g++") is None:
+        pytest.skip("the native kernels need Linux and a C++ compiler")
+    assert "vllm_dejavu/kernels/_cpu.so" in zipfile.ZipFile(wheel).namelist()
+    assert "linux" in wheel.name, "a wheel with machine code must not claim to run anywhere"
 
 
 def test_the_wheel_declares_plugin_command_and_extras(wheel):
