@@ -651,7 +651,10 @@ REFUSED = [
     ("sparse_mlp", "row_lens", one_less, "row_lens must be"),
     ("sparse_mlp", "row_mask", one_less, r"row_mask must be a CPU tensor \[20, 300\], got \[19, 300\]"),
     ("sparse_mlp", "row_mask", as_int64, "expected scalar type Bool but found Long"),
-    ("sparse_mlp", "counters", lambda _: torch.zeros(5, dtype=torch.int32), "expected scalar type Long but found Int"),
+    ("sparse_mlp", "counters", lambda _: torch.zeros(5, dtype=torch.int32), r"counters must be .* of int64 with at least 5 elements, got \[5\] of Int"),
+    ("sparse_mlp", "counters", lambda _: torch.zeros(4, dtype=torch.int64), r"counters must be .* at least 5 elements, got \[4\] of Long"),
+    ("select_neurons", "counters", lambda _: torch.zeros(2, dtype=torch.int64), r"counters must be .* at least 5 elements, got \[2\] of Long"),
+    ("sparse_qkv", "counters", lambda _: torch.zeros(2, dtype=torch.int64), r"counters must be .* at least 5 elements, got \[2\] of Long"),
     ("dense_mlp", "x", narrower, r"x must be a CPU tensor \[rows, 100\], got \[20, 99\]"),
     ("dense_mlp", "fc1_weight", as_half, "x, fc1 and fc2 must have one dtype, got Float, Half, Float"),
     ("dense_mlp", "fc1_bias", one_less, r"bias must have 300 contiguous elements, got \[299\]"),
@@ -682,6 +685,17 @@ def test_wrong_arguments_are_refused_by_name(name, argument, change, message):
     arguments = checks.arguments(name)
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
         getattr(cpu, name)(**{**arguments, argument: change(arguments.get(argument))})
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 20, 130], ids=lambda n: f"{n}-tokens")
+@every_dtype
+@every_isa
+def test_a_broken_activation_shows(tokens, dtype, isa):
+    """ReLU once turned NaN into 0, so that a broken hidden state came out of a dense MLP as if nothing were wrong."""
+    x, fc1, fc2 = rand(tokens, 64, dtype=dtype), rand(96, 64, seed=1, fan_in=64, dtype=dtype), rand(96, 64, seed=2, fan_in=96, dtype=dtype)
+    x[-1, 3] = NAN
+    out = cpu.dense_mlp(x, fc1, None, fc2)
+    assert out[-1].isnan().all() and not out[:-1].isnan().any()
 
 
 @pytest.mark.parametrize("name", ["sparse_mlp", "dense_mlp"])

@@ -29,7 +29,7 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
   }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-  static Vec relu(Vec a) { return {_mm256_max_ps(a.v, _mm256_setzero_ps())}; }  // NaN becomes 0
+  static Vec relu(Vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }  // NaN, second, stays
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));

@@ -36,7 +36,7 @@ struct Vec {
     return c;
   }
   static Vec relu(Vec a) {
-    for (int i = 0; i < WIDTH; ++i) a.v[i] = a.v[i] > 0 ? a.v[i] : 0;
+    for (int i = 0; i < WIDTH; ++i) a.v[i] = a.v[i] < 0 ? 0 : a.v[i];  // NaN stays
     return a;
   }
   static float sum(Vec a) { return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7])); }

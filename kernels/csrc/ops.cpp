@@ -27,10 +27,8 @@ constexpr int64_t COLUMN_UNIT = 64;     // columns that an accumulate tile takes
 constexpr int64_t LEAST_COLUMNS = 256;  // of a task of fc2: narrower pieces of rows would waste prefetches
 constexpr int64_t LEAST_ROWS = 64;
 constexpr int64_t CACHE_LINE = 64, ALIASING_BYTES = 1024;
-// More tokens than this go through gemm.cpp where the weights are dense. TODO: measured on one CPU (Zen 4).
-constexpr int64_t GEMM_TOKENS = 16;
-constexpr int64_t GEMM_FC2_TOKENS = 80;
-
+// From so many tokens on dense layers go through gemm.cpp: where it overtakes the tiles (Zen 4, OPT-1.3B's layers, bf16).
+constexpr int64_t GEMM_TOKENS = 16, GEMM_FC2_TOKENS = 80;
 constexpr double WORTH_MOVING = 0.9;  // share of neurons up to which h is moved together for fc2
 
 std::atomic<const Kernels*> chosen{nullptr};
@@ -70,6 +68,13 @@ void check_vector(const Tensor& t, int64_t size, at::ScalarType type, const char
 }
 
 Rows rows_of(const Tensor& weight, const int32_t* ids = nullptr) { return {weight.data_ptr(), weight.stride(0), ids, type_of(weight)}; }
+
+void check_counters(const MaybeTensor& counters) {
+  if (!counters) return;
+  TORCH_CHECK(counters->device().is_cpu() && counters->scalar_type() == at::kLong && counters->is_contiguous() && counters->numel() > SURVIVED,
+              "dejavu: counters must be a contiguous CPU tensor of int64 with at least ", SURVIVED + 1, " elements, got ", counters->sizes(), " of ",
+              counters->scalar_type(), " on ", counters->device());
+}
 
 void count(const MaybeTensor& counters, Counter which, int64_t amount) {
   if (counters) counters->data_ptr<int64_t>()[which] += amount;
@@ -164,6 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(const Tensor& x, const
   check_matrix(down, rank, x.size(1), "down");
   check_matrix(up, -1, rank, "up");
   check_vector(bias, ffn, at::kFloat, "bias of the MLP predictor");
+  check_counters(counters);
   check_vector(row_lens, x.size(0), at::kInt, "row_lens");
   const auto valid = valid_rows(row_lens);
   const int64_t tokens = static_cast<int64_t>(valid.size());
@@ -236,8 +242,8 @@ void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tenso
           if (!row_mask[t * ffn + (list ? list[begin + i] : begin + i)]) values[i] = -INFINITY;
       for (int64_t i = 0; i < mine; ++i) {
         const float value = values[i] + added[i];
-        values[i] = value > 0 ? value : 0;
-        living[i] |= value > 0;
+        values[i] = value < 0 ? 0 : value;  // NaN stays, as in PyTorch
+        living[i] |= !(value <= 0);
       }
     }
   });
@@ -300,6 +306,7 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bia
   check_vector(counts, segments, at::kInt, "counts");
   check_vector(row_lens, x.size(0), at::kInt, "row_lens");
   if (row_mask) check_matrix(*row_mask, x.size(0), ffn, "row_mask");
+  check_counters(counters);
   const auto valid = valid_rows(row_lens);
   const Tensor some = rows_at(x, valid), mask = row_mask ? rows_at(*row_mask, valid) : Tensor();
   Tensor out = at::empty({some.size(0), fc2.size(1)}, x.options());
@@ -399,6 +406,7 @@ Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& bias
   check_matrix(weight, -1, x.size(1), "weight");
   check_scores(head_scores, tokens, heads);
   check_vector(row_lens, tokens, at::kInt, "row_lens");
+  check_counters(counters);
   TORCH_CHECK(x.scalar_type() == weight.scalar_type() && all >= queries, "dejavu: weight must have x's dtype ", x.scalar_type(), " and at least ", queries,
               " rows, got ", weight.scalar_type(), " and ", all);
   int64_t selected;
@@ -441,7 +449,8 @@ void sparse_out_proj(const Tensor& attn, const Tensor& weight, const Tensor& hea
   check_scores(head_scores, tokens, heads);
   check_matrix(output, tokens, weight.size(0), "output");
   TORCH_CHECK(attn.scalar_type() == weight.scalar_type() && attn.scalar_type() == output.scalar_type() && output.is_contiguous(),
-              "dejavu: attn, weight and output must have one dtype, and output must be contiguous");
+              "dejavu: attn, weight and output must have one dtype, and output must be contiguous; got ", attn.scalar_type(), ", ",
+              weight.scalar_type(), ", ", output.scalar_type(), ", output's strides ", output.strides());
   int64_t selected;
   const auto read = read_heads(head_scores, selected);
   std::vector<Segment> segments;

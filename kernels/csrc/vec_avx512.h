@@ -10,7 +10,7 @@ struct Vec {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_n(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-  static Vec relu(Vec a) { return {_mm512_max_ps(a.v, _mm512_setzero_ps())}; }  // NaN becomes 0
+  static Vec relu(Vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }  // NaN, second, stays
   static float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
   // out[i] = sum of the i-th vector
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
