@@ -82,12 +82,13 @@ def instruction_set(name):
 
 @contextlib.contextmanager
 def threads(number):
+    """So many threads; not by torch.set_num_threads, which vLLM's CPU worker puts out of action for the whole process."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch._C.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch._C.set_num_threads(before)
 
 
 @pytest.fixture
