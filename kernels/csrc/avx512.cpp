@@ -12,15 +12,9 @@ namespace {
 #include "vec_avx512.h"
 constexpr int MAX_TOKENS = 6;
 #include "tiles.h"
-
-Type dot_input(Type, Type) { return Type::f32; }
-void dot(const Rows& rows, int64_t begin, int64_t end, const void* x, Type, int64_t ldx, int64_t tokens, const Segment* segments,
-         int64_t num_segments, float* out, int64_t ldo) {
-  dot_widened(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-}
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", dot_input, dot, accumulate_widened, widen_any, finish_any, transpose16, interleave};
+const Kernels avx512_kernels = {"avx512", input_widened, dot_widened, accumulate_widened, widen_any, finish_any, nullptr, nullptr};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

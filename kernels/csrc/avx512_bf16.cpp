@@ -113,12 +113,53 @@ struct PairAccumulate {
   }
 };
 
+void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * ld, r[i]);
+}
+
+void interleave(const uint16_t* a, const uint16_t* b, uint16_t* to, int64_t n) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m512i x = _mm512_loadu_si512(a + i), y = _mm512_loadu_si512(b + i);
+    _mm512_storeu_si512(to + 2 * i, _mm512_permutex2var_epi16(x, low, y));
+    _mm512_storeu_si512(to + 2 * i + 32, _mm512_permutex2var_epi16(x, high, y));
+  }
+  for (; i < n; ++i) {
+    to[2 * i] = a[i];
+    to[2 * i + 1] = b[i];
+  }
+}
+
 Type dot_input(Type weights, Type inputs) { return weights == Type::bf16 && inputs == Type::bf16 ? Type::bf16 : Type::f32; }
 
 void dot(const Rows& rows, int64_t begin, int64_t end, const void* x, Type x_type, int64_t ldx, int64_t tokens,
          const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
   if (x_type == Type::bf16) dot_rows<PairDot>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-  else dot_widened(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
+  else dot_widened(rows, begin, end, x, x_type, ldx, tokens, segments, num_segments, out, ldo);
 }
 
 void accumulate(const Rows& rows, int64_t begin, int64_t end, const float* h, int64_t ldh, const int32_t* places, int64_t tokens, int64_t column_begin,

@@ -57,7 +57,8 @@ void share_out(int64_t n, int64_t unit, const F& f) {
   });
 }
 
-// Linear layers over all rows for many tokens; gemm.cpp. Both return false where this build or CPU has no such kernel.
+// Linear layers over all rows for many tokens; gemm.cpp. Both return false where there is no such kernel for this CPU, type or size.
+bool has_gemm(const at::Tensor& x, const at::Tensor& weight);
 // out [tokens, rows] = relu?(x [tokens, hidden] * weight [rows, hidden]^T + bias), of any float dtype
 bool gemm(const at::Tensor& x, const at::Tensor& weight, const float* bias, bool relu, const at::Tensor& out);
 // out [tokens, columns] = h [tokens, n] * rows of weight [rows, columns]: those of `ids`, or all n where that is null

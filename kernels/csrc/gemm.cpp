@@ -20,16 +20,16 @@ constexpr int64_t PANEL_ROWS = 512, PANEL_COLUMNS = 128;
 constexpr int64_t AHEAD_ROWS = 32;  // prefetched while a panel is filled
 constexpr int64_t PANEL_TOKENS = 1024;  // whose sums are kept while panels pass by
 
-bool supported(const at::Tensor& x, const at::Tensor& weight) {
-  return weight.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16 &&
-         kernels().dot_input(Type::bf16, Type::bf16) == Type::bf16 && x.size(1) % 32 == 0 && weight.size(1) % 16 == 0;
-}
-
 }  // namespace
+
+bool has_gemm(const at::Tensor& x, const at::Tensor& weight) {
+  return weight.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16 && kernels().interleave != nullptr &&
+         x.size(1) % 32 == 0 && weight.size(1) % 16 == 0;
+}
 
 bool gemm(const at::Tensor& x, const at::Tensor& weight, const float* bias, bool relu, const at::Tensor& out) {
   const int64_t tokens = x.size(0), hidden = x.size(1), rows = weight.size(0), stride = weight.stride(0);
-  if (!supported(x, weight) || rows % 16) return false;
+  if (!has_gemm(x, weight) || rows % 16) return false;
   const Kernels& isa = kernels();
   const Type type = type_of(out);
   const int64_t pairs = hidden / 2, blocks = (tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
@@ -79,7 +79,7 @@ bool gemm(const at::Tensor& x, const at::Tensor& weight, const float* bias, bool
 
 bool gemm_transposed(const at::Tensor& h, const at::Tensor& weight, const int32_t* ids, const at::Tensor& out) {
   const int64_t tokens = h.size(0), rows = h.size(1), columns = weight.size(1), stride = weight.stride(0);
-  if (!supported(h, weight)) return false;
+  if (!has_gemm(h, weight)) return false;
   const Kernels& isa = kernels();
   const auto* input = static_cast<const BFloat16*>(h.data_ptr());
   const auto* w = static_cast<const uint16_t*>(weight.data_ptr());

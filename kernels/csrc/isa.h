@@ -47,9 +47,9 @@ struct Kernels {
   // to = relu?(from + bias), rounded to nearest, ties to even; without a bias where that is null
   void (*finish)(const float* from, const float* bias, bool relu, void* to, Type type, int64_t n);
 
+  // What gemm.cpp needs besides; null where bf16 products are not native.
   // to[j * ld + i] = from[i * stride + j] for i < 16, j < 16: 32-bit elements.
   void (*transpose16)(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld);
-
   // The pairs (a[i], b[i]) of 16-bit elements, one after the other.
   void (*interleave)(const uint16_t* a, const uint16_t* b, uint16_t* to, int64_t n);
 };

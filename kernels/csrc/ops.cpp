@@ -339,8 +339,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bo
 // fc2 of many tokens: rows of neurons that came out 0 for all of them are left out where that is worth moving h together.
 Tensor many_tokens_fc2(const Tensor& h, const Tensor& fc2) {
   const int64_t tokens = h.size(0), ffn = h.size(1);
+  if (!has_gemm(h, fc2)) return at::mm(h, fc2);
   Tensor out = at::empty({tokens, fc2.size(1)}, h.options());
-  if (h.element_size() != 2) return at::mm(h, fc2);
   const auto* values = static_cast<const uint16_t*>(h.data_ptr());
   auto* any = scratch<ALIVE, uint16_t>(ffn);
   share_out(ffn, 512, [&](int64_t begin, int64_t end) {
@@ -356,7 +356,10 @@ Tensor many_tokens_fc2(const Tensor& h, const Tensor& fc2) {
   }
   if (m == 0) return out.zero_();
   const int64_t padded = (m + 31) / 32 * 32;
-  if (padded > WORTH_MOVING * ffn) return gemm_transposed(h, fc2, nullptr, out) ? out : at::mm(h, fc2);
+  if (padded > WORTH_MOVING * ffn) {
+    gemm_transposed(h, fc2, nullptr, out);
+    return out;
+  }
   std::fill(survivors + m, survivors + padded, survivors[m - 1]);  // times 0
   Tensor kept = at::empty({tokens, padded}, h.options());
   auto* to = static_cast<uint16_t*>(kept.data_ptr());
@@ -366,7 +369,8 @@ Tensor many_tokens_fc2(const Tensor& h, const Tensor& fc2) {
       std::fill(to + t * padded + m, to + (t + 1) * padded, 0);
     }
   });
-  return gemm_transposed(kept, fc2, survivors, out) ? out : at::mm(h, fc2);
+  gemm_transposed(kept, fc2, survivors, out);
+  return out;
 }
 
 // The MLP over all neurons, but fc2's rows of neurons that came out 0 for all tokens: that changes nothing but the time.

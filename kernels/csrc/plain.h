@@ -1,4 +1,4 @@
-// Conversions without vector instructions, and what only AVX-512 has instructions for. After types.h.
+// Conversions without vector instructions. After types.h.
 inline float widen_one(float x) { return x; }
 inline float widen_one(int8_t x) { return x; }
 inline float widen_one(BFloat x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
@@ -22,16 +22,4 @@ inline void narrow_one(float x, Half* p) {
   else if (rest < 0x38800000) half = bits_of(float_of(rest) + 0.5f) - 0x3f000000;  // subnormal: the addition rounds
   else half = (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13;
   p->bits = static_cast<uint16_t>(sign | half);
-}
-
-void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) to[j * ld + i] = from[i * stride + j];
-}
-
-void interleave(const uint16_t* a, const uint16_t* b, uint16_t* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    to[2 * i] = a[i];
-    to[2 * i + 1] = b[i];
-  }
 }

@@ -327,7 +327,9 @@ struct WidenDot {
   static Vec mad(Vec acc, Vec w, Vec x) { return Vec::fma(w, x, acc); }
 };
 
-void dot_widened(const Rows& rows, int64_t begin, int64_t end, const void* x, int64_t ldx, int64_t tokens, const Segment* segments,
+inline Type input_widened(Type, Type) { return Type::f32; }
+
+void dot_widened(const Rows& rows, int64_t begin, int64_t end, const void* x, Type, int64_t ldx, int64_t tokens, const Segment* segments,
                  int64_t num_segments, float* out, int64_t ldo) {
   switch (rows.type) {
     case Type::f32: return dot_rows<WidenDot<float>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
