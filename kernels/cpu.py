@@ -137,8 +137,13 @@ def dense_mlp(
     return torch.ops.dejavu_cpu.dense_mlp(x, fc1_weight, fc1_bias, fc2_weight_t)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.dejavu_cpu.linear(x, weight, bias)
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
+) -> torch.Tensor:
+    if output is None:
+        output = x.new_empty(x.shape[0], weight.shape[0])
+    torch.ops.dejavu_cpu.linear(x, weight, bias, output)
+    return output
 
 
 def sparse_qkv(

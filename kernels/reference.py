@@ -196,9 +196,12 @@ def dense_mlp(
     return ACTIVATIONS[activation](linear(x, fc1_weight, fc1_bias)) @ fc2_weight_t
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[num_tokens, in] -> [num_tokens, out], in the dtype of x; weight: [out, in]."""
-    return F.linear(x, weight, bias)
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[num_tokens, in] -> [num_tokens, out], in the dtype of x; weight: [out, in]. `output`, if given, is filled and returned."""
+    result = F.linear(x, weight, bias)
+    return result if output is None else output.copy_(result)
 
 
 def sparse_qkv(

@@ -379,23 +379,23 @@ class DejaVuSelfAttention(_GatedBlock):
         )
         impl.sparse_out_proj(attn, self.out_proj.weight, head_scores, output, self.workspace)
 
-    def project(self, impl: ModuleType, attn: torch.Tensor) -> torch.Tensor:
-        """Dense out_proj of this rank without bias: [T, units, head_dim] -> [T, hidden]."""
+    def project(self, impl: ModuleType, attn: torch.Tensor, output: torch.Tensor) -> None:
+        """Dense out_proj of this rank without bias: [T, units, head_dim] -> `output` [T, hidden]."""
         self.count_dense(attn.shape[0], attn.device)
-        return impl.linear(attn.flatten(1), self.out_proj.weight)
+        impl.linear(attn.flatten(1), self.out_proj.weight, None, output)
 
     def sparse(self, impl: ModuleType, attn: torch.Tensor, head_scores: torch.Tensor, row_lens: torch.Tensor, output: torch.Tensor) -> None:
         """Keep the selected heads of `attn` [T, units, head_dim], computed for all, and project them into `output`."""
-        valid = row_lens > 0
         if self.needs_contributions:
+            valid = row_lens > 0
             if self.grams is None:
                 self.grams = selection.head_grams(self.out_proj.weight, self.units)
             active = selection.head_contributions(attn, self.grams) > self.threshold
             if self.settings.mode == "oracle":
                 head_scores = _scores_of(active & valid[:, None])
             self.gate.count(head_scores > 0, valid, active)
-        else:
-            self.gate.observe(head_scores > 0, valid)
+        elif self.gate.recorder is not None:
+            self.gate.observe(head_scores > 0, row_lens > 0)
         impl.sparse_out_proj(impl.mask_heads(attn, head_scores), self.out_proj.weight, head_scores, output, self.workspace)
 
 

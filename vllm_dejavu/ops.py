@@ -43,24 +43,33 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """How the current forward pass runs.
 
     Attributes:
         reason: "sparse", or why it is dense (metrics.STEP_REASONS).
         metadata: attention metadata of the layer asked about.
+        sparse: whether the reason is "sparse".
     """
 
     reason: str
     metadata: Any
 
-    @property
-    def sparse(self) -> bool:
-        return self.reason == "sparse"
+    def __post_init__(self) -> None:
+        self.sparse = self.reason == "sparse"
+        self._row_lens: torch.Tensor | None = None
 
     def row_lens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """[num_tokens], int32: 0 for rows that only pad the batch. vLLM's own buffer wherever that has the rows."""
+        """[num_tokens], int32: 0 for rows that only pad the batch. vLLM's own buffer wherever that has the rows.
+
+        Made once a pass: its ops are called several times a layer, always with as many tokens.
+        """
+        if self._row_lens is None or self._row_lens.shape[0] != num_tokens:
+            self._row_lens = self._make_row_lens(num_tokens, device)
+        return self._row_lens
+
+    def _make_row_lens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         if self.metadata.max_query_len != 1:
             return (torch.arange(num_tokens, device=device) < self.metadata.num_actual_tokens).int()
         seq_lens = self.metadata.seq_lens[:num_tokens]
@@ -85,11 +94,15 @@ def current_step(attention_name: str, apply_to: str) -> Step | None:
     metadata = context.attn_metadata.get(attention_name)
     if metadata is None:
         return None
-    if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
-        return Step("piecewise_graph", metadata)
-    if apply_to == "all" or metadata.max_query_len == 1:
-        return Step("sparse", metadata)
-    return Step("prefill_or_mixed", metadata)
+    steps = context.additional_kwargs.setdefault(__name__, {})  # of this pass, by metadata, which layers share
+    step = steps.get(id(metadata))
+    if step is None:
+        if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+            reason = "piecewise_graph"
+        else:
+            reason = "sparse" if apply_to == "all" or metadata.max_query_len == 1 else "prefill_or_mixed"
+        step = steps[id(metadata)] = Step(reason, metadata)
+    return step
 
 
 def _block(layer_name: LayerNameType) -> Any:
@@ -246,11 +259,13 @@ def _attention(
         impl = implementation(query.device.type)
         block.paged(impl, query, kv_cache, metadata.block_table, metadata.seq_lens[:num_tokens], head_scores, output)
         return
-    # [num_tokens, heads, head_size]; rows that pad the batch are not written by the backend
-    attn = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    attn = torch.empty_like(query, memory_format=torch.contiguous_format)  # [num_tokens, heads, head_size]
+    written = 0 if metadata is None else metadata.num_actual_tokens  # by the backend: not what pads the batch
+    if written < num_tokens:
+        attn[written:].zero_()
     layer.impl.forward(layer, query, key, value, kv_cache, metadata, output=attn)
     if step is None:
-        output.copy_(block.project(implementation(query.device.type), attn))
+        block.project(implementation(query.device.type), attn, output)
         return
     row_lens = step.row_lens(num_tokens, query.device)
     block.sparse(implementation(query.device.type), attn, head_scores, row_lens, output)

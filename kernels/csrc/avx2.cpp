@@ -63,11 +63,11 @@ inline void store_as(Vec a, E* p) {
   for (int i = 0; i < Vec::WIDTH; ++i) narrow_one(lanes[i], p + i);
 }
 
-constexpr int MAX_TOKENS = 2;
+constexpr int MAX_TOKENS = 2, ACCUMULATE_TOKENS = 5, MANY_TOKENS = 5;
 #include "tiles.h"
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", input_widened, dot_widened, accumulate_widened, widen_any, finish_any, nullptr, nullptr};
+const Kernels avx2_kernels = {"avx2", input_widened, dot_widened, accumulate_widened, nullptr, nullptr, activate, widen_any, finish_any};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

@@ -10,11 +10,11 @@ namespace dejavu {
 namespace {
 #include "types.h"
 #include "vec_avx512.h"
-constexpr int MAX_TOKENS = 6;
+constexpr int MAX_TOKENS = 6, ACCUMULATE_TOKENS = 12, MANY_TOKENS = 8;
 #include "tiles.h"
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", input_widened, dot_widened, accumulate_widened, widen_any, finish_any, nullptr, nullptr};
+const Kernels avx512_kernels = {"avx512", input_widened, dot_widened, accumulate_widened, nullptr, nullptr, activate, widen_any, finish_any};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

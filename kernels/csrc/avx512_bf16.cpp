@@ -10,7 +10,7 @@ namespace dejavu {
 namespace {
 #include "types.h"
 #include "vec_avx512.h"
-constexpr int MAX_TOKENS = 6;
+constexpr int MAX_TOKENS = 6, ACCUMULATE_TOKENS = 12, MANY_TOKENS = 8;
 #include "tiles.h"
 
 inline __m512bh as_bf16(__m512i v) { return reinterpret_cast<__m512bh>(v); }
@@ -28,94 +28,45 @@ struct PairDot {
   static Vec mad(Vec acc, __m512i w, __m512i x) { return {_mm512_dpbf16_ps(acc.v, as_bf16(w), as_bf16(x))}; }
 };
 
+struct Pair {
+  __m512i low, high;  // of columns 0 to 15 and 16 to 31
+};
+
+inline Pair paired(__m512i a, __m512i b) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  return {_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)};
+}
+
 // Two rows at a time, interleaved; h is rounded to bf16, as dense vLLM does between fc1 and fc2.
 struct PairAccumulate {
   using W = BFloat;
   using H = BFloat;
-  static constexpr int GROUP = 2;
-  static constexpr int GROUPS = 2;  // of 32 columns
-  static constexpr int64_t COLUMNS = 32 * GROUPS;
-
-  static void pack(const float* h, int64_t n, BFloat* to) {
-    for (int64_t i = 0; i < n; i += Vec::WIDTH)  // zeros up to a whole vector, which PANEL_ROWS has room for
-      store_as(n - i < Vec::WIDTH ? Vec::load_n(h + i, n - i) : Vec::load(h + i), to + i);
-  }
-
-  struct Pairs {
-    __m512i of[2 * GROUPS];
-  };
+  using WVec = __m512i;
+  using HVec = __m512bh;
+  static constexpr int GROUP = 2, VECTORS = 2;
+  static constexpr int64_t COLUMNS = 32;
 
   // Rows i and i + 1; an odd last row meets itself, times 0.
-  static Pairs pairs(const BFloat* const* w, int64_t i, int64_t n, int64_t column, int64_t width) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  static void load(const BFloat* const* w, int64_t i, int64_t n, int64_t column, int64_t width, __m512i* to) {
     const BFloat *a = w[i] + column, *b = w[i + 1 < n ? i + 1 : i] + column;
-    Pairs pairs;
-    for (int g = 0; g < GROUPS; ++g) {
-      __m512i x, y;
-      if (width == COLUMNS) {
-        x = _mm512_loadu_si512(a + 32 * g);
-        y = _mm512_loadu_si512(b + 32 * g);
-      } else {
-        const int64_t left = width - 32 * g;
-        const __mmask32 mask = first32(left < 0 ? 0 : left < 32 ? left : 32);
-        x = _mm512_maskz_loadu_epi16(mask, a + 32 * g);
-        y = _mm512_maskz_loadu_epi16(mask, b + 32 * g);
-      }
-      pairs.of[2 * g] = _mm512_permutex2var_epi16(x, low, y);
-      pairs.of[2 * g + 1] = _mm512_permutex2var_epi16(x, high, y);
-    }
-    return pairs;
+    const __mmask32 mask = first32(width);
+    const Pair pair = width == COLUMNS ? paired(_mm512_loadu_si512(a), _mm512_loadu_si512(b))
+                                       : paired(_mm512_maskz_loadu_epi16(mask, a), _mm512_maskz_loadu_epi16(mask, b));
+    to[0] = pair.low;
+    to[1] = pair.high;
   }
-
-  static void fill(const BFloat* const* w, int64_t i, int64_t n, int64_t column, int64_t width, BFloat* to) {
-    const Pairs both = pairs(w, i, n, column, width);
-    for (int g = 0; g < 2 * GROUPS; ++g) _mm512_storeu_si512(to + 32 * g, both.of[g]);
+  static __m512bh value(const BFloat* h) {
+    int32_t pair;
+    __builtin_memcpy(&pair, h, 4);
+    return as_bf16(_mm512_set1_epi32(pair));
   }
-
-  template <int T>
-  static void from_panel(const BFloat* panel, int64_t n, const BFloat* h, float* sums, const Later& later) {
-    tile<T>(
-        [&](int64_t i) {
-          later.prefetch_at(i, 2);
-          Pairs both;
-          for (int g = 0; g < 2 * GROUPS; ++g) both.of[g] = _mm512_loadu_si512(panel + i * COLUMNS + 32 * g);
-          return both;
-        },
-        n, h, sums);
-  }
-
-  template <int T>
-  static void from_rows(const BFloat* const* w, const BFloat* const* ahead, int64_t n, int64_t column, int64_t width, const BFloat* h, float* sums) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int g = 0; g < GROUPS; ++g) prefetch(ahead[i] + 32 * g);
-    if (width == COLUMNS) tile<T>([&](int64_t i) { return pairs(w, i, n, column, COLUMNS); }, n, h, sums);
-    else tile<T>([&](int64_t i) { return pairs(w, i, n, column, width); }, n, h, sums);
-  }
-
- private:
-  template <int T, class Source>
-  static void tile(const Source& weights, int64_t n, const BFloat* h, float* sums) {
-    Vec acc[T][2 * GROUPS];
-    for (int t = 0; t < T; ++t)
-      for (int g = 0; g < 2 * GROUPS; ++g) acc[t][g] = Vec::load(sums + t * COLUMNS + 16 * g);
-    for (int64_t i = 0; i < n; i += 2) {
-      const Pairs both = weights(i);
-      for (int t = 0; t < T; ++t) {
-        int32_t pair;
-        __builtin_memcpy(&pair, h + t * PANEL_ROWS + i, 4);
-        const __m512bh value = as_bf16(_mm512_set1_epi32(pair));
-        for (int g = 0; g < 2 * GROUPS; ++g) acc[t][g].v = _mm512_dpbf16_ps(acc[t][g].v, as_bf16(both.of[g]), value);
-      }
-    }
-    for (int t = 0; t < T; ++t)
-      for (int g = 0; g < 2 * GROUPS; ++g) acc[t][g].store(sums + t * COLUMNS + 16 * g);
-  }
+  static Vec mad(Vec acc, __m512i w, __m512bh value) { return {_mm512_dpbf16_ps(acc.v, as_bf16(w), value)}; }
 };
 
-void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
+// 16 rows of 16 32-bit elements become 16 columns.
+inline void transpose(__m512i* r) {
+  __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -136,22 +87,84 @@ void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld)
     r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
   }
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * ld, r[i]);
 }
 
-void interleave(const uint16_t* a, const uint16_t* b, uint16_t* to, int64_t n) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    const __m512i x = _mm512_loadu_si512(a + i), y = _mm512_loadu_si512(b + i);
-    _mm512_storeu_si512(to + 2 * i, _mm512_permutex2var_epi16(x, low, y));
-    _mm512_storeu_si512(to + 2 * i + 32, _mm512_permutex2var_epi16(x, high, y));
+void pack_lanes(const void* x, int64_t ldx, int64_t tokens, int64_t columns, void* to) {
+  const auto* input = static_cast<const BFloat*>(x);
+  auto* out = static_cast<int32_t*>(to);
+  const int64_t width = lane_width(tokens);
+  for (int64_t first = 0; first < width; first += 16)
+    for (int64_t c = 0; c < columns; c += 32) {
+      __m512i rows[16];
+      for (int64_t t = 0; t < 16; ++t)
+        rows[t] = first + t < tokens ? _mm512_loadu_si512(input + (first + t) * ldx + c) : _mm512_setzero_si512();
+      transpose(rows);
+      for (int64_t pair = 0; pair < 16; ++pair) _mm512_storeu_si512(out + (c / 2 + pair) * width + first, rows[pair]);
+    }
+}
+
+// R rows by V vectors of tokens. A pair of a row's elements is broadcast to all tokens: a row is read once for 16 V of them.
+template <int R, int V>
+void lane_tile(const BFloat* const* w, const BFloat* const* next, const int32_t* x, int64_t tokens, const Segment* segments,
+               int64_t num_segments, float* out, int64_t ldo) {
+  constexpr int UNROLL = 4;
+  constexpr int64_t LINE_PAIRS = 16;
+  Vec acc[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec::zero();
+  const auto add = [&](int64_t pair, auto count) {
+    __m512i values[count.value][V];
+    for (int u = 0; u < count.value; ++u)
+      for (int v = 0; v < V; ++v) values[u][v] = _mm512_loadu_si512(x + ((pair + u) * V + v) * 16);
+    for (int r = 0; r < R; ++r)
+      for (int u = 0; u < count.value; ++u) {
+        const __m512bh weights = PairAccumulate::value(w[r] + 2 * (pair + u));
+        for (int v = 0; v < V; ++v) acc[r][v].v = _mm512_dpbf16_ps(acc[r][v].v, as_bf16(values[u][v]), weights);
+      }
+  };
+  for (int64_t s = 0; s < num_segments; ++s) {
+    int64_t pair = segments[s].begin / 2;
+    const int64_t end = segments[s].end / 2;
+    for (; pair + UNROLL <= end; pair += UNROLL) {
+      if (next != nullptr && pair % LINE_PAIRS < UNROLL)
+        for (int r = 0; r < R; ++r) prefetch(next[r] + 2 * pair);
+      add(pair, Number<UNROLL>());
+    }
+    for (; pair < end; ++pair) add(pair, Number<1>());
   }
-  for (; i < n; ++i) {
-    to[2 * i] = a[i];
-    to[2 * i + 1] = b[i];
+  for (int v = 0; v < V; ++v) {
+    __m512i lanes[16];
+    for (int r = 0; r < 16; ++r) lanes[r] = r < R ? _mm512_castps_si512(acc[r < R ? r : 0][v].v) : _mm512_setzero_si512();
+    transpose(lanes);
+    for (int t = 0; t < 16 && 16 * v + t < tokens; ++t) _mm512_mask_storeu_epi32(out + (16 * v + t) * ldo, Vec::first(R), lanes[t]);
   }
+}
+
+template <int R, int V>
+void lane_group(const Rows& rows, int64_t i, int64_t last, const int32_t* x, int64_t tokens, const Segment* segments, int64_t num_segments,
+                float* out, int64_t ldo, bool prefetch) {
+  const BFloat *w[R], *next[R];
+  for (int r = 0; r < R; ++r) {
+    w[r] = row<BFloat>(rows, i + r);
+    next[r] = row<BFloat>(rows, i + r + R < last ? i + r + R : last - 1);
+  }
+  lane_tile<R, V>(w, prefetch ? next : nullptr, x, tokens, segments, num_segments, out, ldo);
+}
+
+template <int V>
+void lane_rows(const Rows& rows, int64_t begin, int64_t end, int64_t last, const int32_t* x, int64_t tokens, const Segment* segments,
+               int64_t num_segments, float* out, int64_t ldo, bool prefetch) {
+  constexpr int R = 8;
+  int64_t i = begin;
+  for (; i + R <= end; i += R) lane_group<R, V>(rows, i, last, x, tokens, segments, num_segments, out + i - begin, ldo, prefetch);
+  for (; i < end; ++i) lane_group<1, V>(rows, i, last, x, tokens, segments, num_segments, out + i - begin, ldo, prefetch);
+}
+
+void dot_lanes(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x, int64_t tokens, const Segment* segments,
+               int64_t num_segments, float* out, int64_t ldo, bool prefetch) {
+  const auto* input = static_cast<const int32_t*>(x);
+  if (lane_width(tokens) == 16) lane_rows<1>(rows, begin, end, last, input, tokens, segments, num_segments, out, ldo, prefetch);
+  else lane_rows<2>(rows, begin, end, last, input, tokens, segments, num_segments, out, ldo, prefetch);
 }
 
 Type dot_input(Type weights, Type inputs) { return weights == Type::bf16 && inputs == Type::bf16 ? Type::bf16 : Type::f32; }
@@ -162,14 +175,14 @@ void dot(const Rows& rows, int64_t begin, int64_t end, const void* x, Type x_typ
   else dot_widened(rows, begin, end, x, x_type, ldx, tokens, segments, num_segments, out, ldo);
 }
 
-void accumulate(const Rows& rows, int64_t begin, int64_t end, const float* h, int64_t ldh, const int32_t* places, int64_t tokens, int64_t column_begin,
+void accumulate(const Rows& rows, int64_t begin, int64_t end, const void* h, Type h_type, int64_t ldh, const int32_t* places, int64_t tokens, int64_t column_begin,
                 int64_t column_end, float* out, int64_t ldo, char* scratch) {
-  if (rows.type == Type::bf16) accumulate_rows<PairAccumulate>(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
-  else accumulate_widened(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
+  if (h_type == Type::bf16) accumulate_rows<PairAccumulate>(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
+  else accumulate_widened(rows, begin, end, h, h_type, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
 }
 }  // namespace
 
-const Kernels avx512_bf16_kernels = {"avx512_bf16", dot_input, dot, accumulate, widen_any, finish_any, transpose16, interleave};
+const Kernels avx512_bf16_kernels = {"avx512_bf16", dot_input, dot, accumulate, dot_lanes, pack_lanes, activate, widen_any, finish_any};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

@@ -42,7 +42,7 @@ T* scratch(int64_t count) {
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
 }
 
-enum Purpose { INPUT, BIAS, LIST, HIDDEN, ALIVE, ALIVE_LIST, PARTIALS, TILE, PACKED, PANEL, TURNED };
+enum Purpose { INPUT, BIAS, LIST, HIDDEN, ALIVE, ALIVE_LIST, PARTIALS, TILE, ADDED };
 
 // f(begin, end) for even shares of [0, n), in multiples of `unit`, on PyTorch's own threads: those that vLLM has bound to cores.
 template <class F>
@@ -56,12 +56,5 @@ void share_out(int64_t n, int64_t unit, const F& f) {
     }
   });
 }
-
-// Linear layers over all rows for many tokens; gemm.cpp. Both return false where there is no such kernel for this CPU, type or size.
-bool has_gemm(const at::Tensor& x, const at::Tensor& weight);
-// out [tokens, rows] = relu?(x [tokens, hidden] * weight [rows, hidden]^T + bias), of any float dtype
-bool gemm(const at::Tensor& x, const at::Tensor& weight, const float* bias, bool relu, const at::Tensor& out);
-// out [tokens, columns] = h [tokens, n] * rows of weight [rows, columns]: those of `ids`, or all n where that is null
-bool gemm_transposed(const at::Tensor& h, const at::Tensor& weight, const int32_t* ids, const at::Tensor& out);
 
 }  // namespace dejavu

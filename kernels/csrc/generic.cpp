@@ -63,11 +63,11 @@ inline void store_as(Vec a, E* p) {
   for (int i = 0; i < Vec::WIDTH; ++i) narrow_one(a.v[i], p + i);
 }
 
-constexpr int MAX_TOKENS = 2;
+constexpr int MAX_TOKENS = 2, ACCUMULATE_TOKENS = 5, MANY_TOKENS = 5;
 #include "tiles.h"
 }  // namespace
 
-const Kernels generic_kernels = {"generic", input_widened, dot_widened, accumulate_widened, widen_any, finish_any, nullptr, nullptr};
+const Kernels generic_kernels = {"generic", input_widened, dot_widened, accumulate_widened, nullptr, nullptr, activate, widen_any, finish_any};
 
 const Kernels* const* supported(int* count) {
   static const Kernels* list[4];

@@ -21,9 +21,13 @@ struct Rows {
   Type type;
 };
 
+// Tokens of a block of dot_lanes: one lane each, in one or two vectors.
+constexpr int64_t LANE_BLOCK = 32;
+constexpr int64_t lane_width(int64_t tokens) { return tokens > 16 ? 32 : 16; }
+
 constexpr int64_t accumulate_scratch(int64_t tokens, int64_t columns) {
-  constexpr int64_t MOST_COLUMNS = 64, MOST_ROWS = 64;  // of a tile; of panels
-  return 4 * (tokens * (columns + MOST_COLUMNS) + tokens * MOST_ROWS + MOST_ROWS * (columns + MOST_COLUMNS));
+  constexpr int64_t MOST_COLUMNS = 64, MOST_ROWS = 128;  // of a tile; of a block
+  return 4 * (tokens * (columns + MOST_COLUMNS) + MOST_ROWS * MOST_COLUMNS + tokens * MOST_ROWS);
 }
 
 struct Kernels {
@@ -38,20 +42,23 @@ struct Kernels {
               const Segment* segments, int64_t num_segments, float* out, int64_t ldo);
 
   // out[t * ldo + c - column_begin] = sum over rows begin <= i < end of h[t * ldh + places[i]] * row_i[c], for columns
-  // column_begin <= c < column_end; the order of the sum does not depend on the columns. `scratch`, aligned to 64 bytes,
-  // has accumulate_scratch(tokens, columns) bytes.
-  void (*accumulate)(const Rows& rows, int64_t begin, int64_t end, const float* h, int64_t ldh, const int32_t* places,
+  // column_begin <= c < column_end; the order of the sum does not depend on the columns. h is in dot_input's type. `scratch`,
+  // aligned to 64 bytes, has accumulate_scratch(tokens, columns) bytes.
+  void (*accumulate)(const Rows& rows, int64_t begin, int64_t end, const void* h, Type h_type, int64_t ldh, const int32_t* places,
                      int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo, char* scratch);
 
+  // `dot` for bf16 weights, bf16 inputs and many tokens, of which one block is multiplied: `x` as pack_lanes left it, segments
+  // of even columns. Rows up to `last` are prefetched where `prefetch` says so. Null where bf16 products are not native.
+  void (*dot_lanes)(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x, int64_t tokens, const Segment* segments,
+                    int64_t num_segments, float* out, int64_t ldo, bool prefetch);
+  // A block of tokens [tokens][ldx] for dot_lanes: pairs of columns, each of lane_width(tokens) tokens; `columns` is a multiple of 32.
+  void (*pack_lanes)(const void* x, int64_t ldx, int64_t tokens, int64_t columns, void* to);
+
+  // to = ReLU(values + bias), NaN as it is, of which `alive` gets the sums
+  void (*activate)(const float* values, const float* bias, float* alive, void* to, Type type, int64_t n);
   void (*widen)(const void* from, Type type, float* to, int64_t n);
   // to = relu?(from + bias), rounded to nearest, ties to even; without a bias where that is null
   void (*finish)(const float* from, const float* bias, bool relu, void* to, Type type, int64_t n);
-
-  // What gemm.cpp needs besides; null where bf16 products are not native.
-  // to[j * ld + i] = from[i * stride + j] for i < 16, j < 16: 32-bit elements.
-  void (*transpose16)(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld);
-  // The pairs (a[i], b[i]) of 16-bit elements, one after the other.
-  void (*interleave)(const uint16_t* a, const uint16_t* b, uint16_t* to, int64_t n);
 };
 
 // Of this CPU, best first; never empty: "generic" is plain C++.

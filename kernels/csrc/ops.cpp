@@ -22,14 +22,15 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t SEGMENT = 128;  // of a neuron list; as in kernels/reference.py
 enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED };
-constexpr int64_t ROW_UNIT = 4;         // rows that a dot tile takes at once
+constexpr int64_t ROW_UNIT = 8;         // rows that a dot tile takes at once, at most
 constexpr int64_t COLUMN_UNIT = 64;     // columns that an accumulate tile takes at once
 constexpr int64_t LEAST_COLUMNS = 256;  // of a task of fc2: narrower pieces of rows would waste prefetches
 constexpr int64_t LEAST_ROWS = 64;
 constexpr int64_t CACHE_LINE = 64, ALIASING_BYTES = 1024;
-// From so many tokens on dense layers go through gemm.cpp: where it overtakes the tiles (Zen 4, OPT-1.3B's layers, bf16).
-constexpr int64_t GEMM_TOKENS = 16, GEMM_FC2_TOKENS = 80;
-constexpr double WORTH_MOVING = 0.9;  // share of neurons up to which h is moved together for fc2
+constexpr int64_t LANES_TOKENS = 13;         // from which on dot_lanes overtakes dot (Zen 4, OPT-125M's and 1.3B's layers)
+constexpr int64_t CHUNK_BYTES = 256 << 10;  // of rows that all blocks of tokens are multiplied with: in the second cache beside a block
+constexpr int64_t MLP_TOKENS = 256;         // at once: what is between fc1 and fc2 stays in the caches
+constexpr int64_t PLAIN_TOKENS = 16;        // from which on PyTorch's linears overtake dot where there is no dot_lanes
 
 std::atomic<const Kernels*> chosen{nullptr};
 
@@ -80,28 +81,59 @@ void count(const MaybeTensor& counters, Counter which, int64_t amount) {
   if (counters) counters->data_ptr<int64_t>()[which] += amount;
 }
 
-// Inputs in the type that `dot` takes beside weights of a type: as they are, or copied into scratch memory. Rows of a
-// power of two of bytes would fall into the same few sets of the first cache: one line more sets them apart.
+// Inputs as products with weights of a type take them, in scratch memory where that is not as they are: many tokens for
+// dot_lanes; else in dot's type. There, rows of a power of two of bytes would fall into the same few sets of the first cache:
+// one line more sets them apart.
 struct Inputs {
   const void* data;
   Type type;
-  int64_t stride, tokens;
+  int64_t stride, tokens, columns;
+  bool lanes;
 
-  Inputs(const Tensor& x, Type weights) : stride(x.size(1)), tokens(x.size(0)) {
+  // even: rows are read from even columns on only
+  Inputs(const Tensor& x, Type weights, bool even = true) : stride(x.size(1)), tokens(x.size(0)), columns(x.size(1)) {
+    const Kernels& isa = kernels();
     const Type from = type_of(x);
-    type = kernels().dot_input(weights, from);
+    type = isa.dot_input(weights, from);
     data = x.data_ptr();
-    const int64_t size = size_of(type), width = stride;
-    const bool aliased = tokens > 1 && width * size % ALIASING_BYTES == 0;
+    const int64_t size = size_of(type);
+    lanes = isa.dot_lanes != nullptr && type == Type::bf16 && tokens >= LANES_TOKENS && columns % 32 == 0 && even;
+    if (lanes) {
+      char* packed = scratch<INPUT, char>(blocks() * block_bytes());
+      share_out(blocks(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          kernels().pack_lanes(at_element(x, i * LANE_BLOCK * columns), columns, block_tokens(i), columns, packed + i * block_bytes());
+      });
+      data = packed;
+      return;
+    }
+    const bool aliased = tokens > 1 && columns * size % ALIASING_BYTES == 0;
     if (type == from && !aliased) return;
     if (aliased) stride += CACHE_LINE / size;
     char* copy = scratch<INPUT, char>(tokens * stride * size);
     for (int64_t t = 0; t < tokens; ++t) {
       char* to = copy + t * stride * size;
-      if (type == from) std::memcpy(to, at_element(x, t * width), width * size);
-      else kernels().widen(at_element(x, t * width), from, reinterpret_cast<float*>(to), width);
+      if (type == from) std::memcpy(to, at_element(x, t * columns), columns * size);
+      else isa.widen(at_element(x, t * columns), from, reinterpret_cast<float*>(to), columns);
     }
     data = copy;
+  }
+
+  // Blocks of tokens that are multiplied one after the other: one where dot is used.
+  int64_t blocks() const { return lanes ? (tokens + LANE_BLOCK - 1) / LANE_BLOCK : 1; }
+  int64_t block_tokens(int64_t i) const { return lanes ? std::min(LANE_BLOCK, tokens - i * LANE_BLOCK) : tokens; }
+  int64_t block_bytes() const { return LANE_BLOCK * columns * 2; }
+  // Rows of weights that are multiplied with all blocks before the next.
+  int64_t chunk(int64_t rows, int64_t row_bytes) const {
+    return lanes ? std::clamp<int64_t>(CHUNK_BYTES / row_bytes / ROW_UNIT * ROW_UNIT, ROW_UNIT, 128) : std::max<int64_t>(rows, 1);
+  }
+
+  // As Kernels::dot, for the tokens of a block; rows up to `last` come next.
+  void multiply(const Rows& rows, int64_t begin, int64_t end, int64_t last, int64_t block, const Segment* segments, int64_t num_segments, float* out, int64_t ldo) const {
+    if (lanes)
+      kernels().dot_lanes(rows, begin, end, last, static_cast<const char*>(data) + block * block_bytes(), block_tokens(block), segments, num_segments,
+                          out, ldo, block == 0);
+    else kernels().dot(rows, begin, end, data, type, stride, tokens, segments, num_segments, out, ldo);
   }
 };
 
@@ -114,21 +146,27 @@ const float* widened(const MaybeTensor& bias, int64_t size) {
 }
 
 // out[t, id of row i] = relu?(dot of row i with x[t] over the segments + bias[id]) for rows i < n, ids of which ascend.
-void project(const Rows& rows, int64_t n, const Inputs& x, const std::vector<Segment>& segments, const float* bias, bool relu, const Tensor& out) {
+void project(const Rows& rows, int64_t n, const Inputs& x, const std::vector<Segment>& segments, const float* bias, const Tensor& out) {
   const Type type = type_of(out);
   const int64_t width = out.size(1), size = out.element_size();
   char* to = static_cast<char*>(out.data_ptr());
-  share_out(n, ROW_UNIT, [&](int64_t begin, int64_t end) {
+  share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
     const Kernels& isa = kernels();
-    const int64_t mine = end - begin;
-    float* values = scratch<TILE, float>(x.tokens * mine);
-    isa.dot(rows, begin, end, x.data, x.type, x.stride, x.tokens, segments.data(), static_cast<int64_t>(segments.size()), values, mine);
     const auto id = [&](int64_t i) { return rows.ids ? static_cast<int64_t>(rows.ids[i]) : i; };
-    for (int64_t i = begin, next; i < end; i = next) {  // runs of consecutive rows
-      next = i + 1;
-      while (next < end && id(next) == id(next - 1) + 1) ++next;
-      for (int64_t t = 0; t < x.tokens; ++t)
-        isa.finish(values + t * mine + i - begin, bias ? bias + id(i) : bias, relu, to + (t * width + id(i)) * size, type, next - i);
+    const int64_t chunk = x.chunk(last - first, rows.stride * size_of(rows.type));
+    float* values = scratch<TILE, float>(x.block_tokens(0) * chunk);
+    for (int64_t begin = first; begin < last; begin += chunk) {
+      const int64_t end = std::min(last, begin + chunk), mine = end - begin;
+      for (int64_t block = 0; block < x.blocks(); ++block) {
+        x.multiply(rows, begin, end, last, block, segments.data(), static_cast<int64_t>(segments.size()), values, mine);
+        for (int64_t i = begin, next; i < end; i = next) {  // runs of consecutive rows
+          next = i + 1;
+          while (next < end && id(next) == id(next - 1) + 1) ++next;
+          for (int64_t t = 0; t < x.block_tokens(block); ++t)
+            isa.finish(values + t * mine + i - begin, bias ? bias + id(i) : bias, false, to + ((block * LANE_BLOCK + t) * width + id(i)) * size, type,
+                       next - i);
+        }
+      }
     }
   });
 }
@@ -156,7 +194,7 @@ Tensor score_heads(const Tensor& x, const Tensor& weight, const Tensor& bias, co
   Tensor scores = at::empty({some.size(0), weight.size(0)}, x.options().dtype(at::kFloat));
   // Predictors are multiplied in fp32 whatever their type: a selection must not depend on the instruction set.
   const Tensor wide = some.to(at::kFloat);
-  project(rows_of(weight), weight.size(0), Inputs(wide, type_of(weight)), {{0, x.size(1)}}, bias.data_ptr<float>(), false, scores);
+  project(rows_of(weight), weight.size(0), Inputs(wide, type_of(weight)), {{0, x.size(1)}}, bias.data_ptr<float>(), scores);
   if (some.size(0) == x.size(0)) return scores;
   return at::full({x.size(0), weight.size(0)}, -1.0, scores.options()).index_copy_(0, at::tensor(valid, at::kLong), scores);
 }
@@ -175,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(const Tensor& x, const
   const int64_t tokens = static_cast<int64_t>(valid.size());
   const Tensor wide = rows_at(x, valid).to(at::kFloat);
   Tensor low = at::empty({tokens, rank}, wide.options());
-  project(rows_of(down), rank, Inputs(wide, type_of(down)), {{0, x.size(1)}}, nullptr, false, low);
+  project(rows_of(down), rank, Inputs(wide, type_of(down)), {{0, x.size(1)}}, nullptr, low);
 
   Tensor ids = at::empty({ffn}, x.options().dtype(at::kInt)), counts = at::empty({segments}, ids.options());
   Tensor mask = at::zeros({with_row_mask ? x.size(0) : 0, ffn}, x.options().dtype(at::kBool));
@@ -224,26 +262,29 @@ void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tenso
   const int64_t tokens = x.size(0), hidden = x.size(1), ffn = fc1.size(0), columns = fc2.size(1);
   const Inputs inputs(x, type_of(fc1));
   const Rows rows = rows_of(fc1, list);
-  float* h = scratch<HIDDEN, float>(tokens * n);  // [tokens][n]
-  auto* alive = scratch<ALIVE, uint8_t>(n);
-  const bool whole = list == nullptr && tokens >= GEMM_TOKENS && gemm(x, fc1, bias, false, at::from_blob(h, {tokens, n}, at::kFloat));
-  share_out(n, ROW_UNIT, [&](int64_t begin, int64_t end) {
+  const int64_t width = (n + 15) / 16 * 16 + CACHE_LINE / 4;  // a line more, as in Inputs
+  const int64_t h_size = size_of(inputs.type);
+  char* h = scratch<HIDDEN, char>(tokens * width * h_size);   // [tokens][width]
+  float* alive = scratch<ALIVE, float>(n);        // sums over tokens: 0 where none is positive
+  share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
     const Segment all{0, hidden};
-    const int64_t mine = end - begin;
-    if (!whole) kernels().dot(rows, begin, end, inputs.data, inputs.type, inputs.stride, tokens, &all, 1, h + begin, n);
-    float* added = scratch<TILE, float>(mine);
-    for (int64_t i = 0; i < mine; ++i) added[i] = bias && !whole ? bias[list ? list[begin + i] : begin + i] : 0;
-    uint8_t* living = alive + begin;
-    std::fill_n(living, mine, 0);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* values = h + t * n + begin;
-      if (row_mask)
-        for (int64_t i = 0; i < mine; ++i)
-          if (!row_mask[t * ffn + (list ? list[begin + i] : begin + i)]) values[i] = -INFINITY;
-      for (int64_t i = 0; i < mine; ++i) {
-        const float value = values[i] + added[i];
-        values[i] = value < 0 ? 0 : value;  // NaN stays, as in PyTorch
-        living[i] |= !(value <= 0);
+    const auto id = [&](int64_t i) { return list ? static_cast<int64_t>(list[i]) : i; };
+    const int64_t chunk = inputs.chunk(last - first, rows.stride * size_of(rows.type));
+    float* added = scratch<ADDED, float>(chunk);
+    float* values = scratch<TILE, float>(inputs.block_tokens(0) * chunk);
+    for (int64_t begin = first; begin < last; begin += chunk) {
+      const int64_t end = std::min(last, begin + chunk), mine = end - begin;
+      for (int64_t i = 0; i < mine; ++i) added[i] = bias ? bias[id(begin + i)] : 0;
+      std::fill_n(alive + begin, mine, 0);
+      for (int64_t block = 0; block < inputs.blocks(); ++block) {
+        inputs.multiply(rows, begin, end, last, block, &all, 1, values, mine);
+        for (int64_t i = 0; i < inputs.block_tokens(block); ++i) {
+          const int64_t t = block * LANE_BLOCK + i;
+          if (row_mask)
+            for (int64_t j = 0; j < mine; ++j)
+              if (!row_mask[t * ffn + id(begin + j)]) values[i * mine + j] = -INFINITY;
+          kernels().activate(values + i * mine, added, alive + begin, h + (t * width + begin) * h_size, inputs.type, mine);
+        }
       }
     }
   });
@@ -253,7 +294,7 @@ void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tenso
   for (int64_t i = 0; i < n; ++i) {
     survivors[m] = list ? list[i] : static_cast<int32_t>(i);
     places[m] = static_cast<int32_t>(i);
-    m += alive[i];
+    m += alive[i] != 0;
   }
   count(counters, SURVIVED, m);
 
@@ -273,7 +314,7 @@ void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tenso
       const int64_t begin = units * place / column_tasks * COLUMN_UNIT, end = std::min(columns, units * (place + 1) / column_tasks * COLUMN_UNIT);
       if (begin >= end) continue;
       char* memory = scratch<TILE, char>(accumulate_scratch(tokens, end - begin));
-      kernels().accumulate(rows2, m * split / splits, m * (split + 1) / splits, h, n, places, tokens, begin, end,
+      kernels().accumulate(rows2, m * split / splits, m * (split + 1) / splits, h, inputs.type, width, places, tokens, begin, end,
                            partials + split * tokens * columns + begin, columns, memory);
       if (splits == 1)
         for (int64_t t = 0; t < tokens; ++t) finish(t, begin, end);
@@ -320,68 +361,40 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bia
   return at::zeros({x.size(0), fc2.size(1)}, x.options()).index_copy_(0, at::tensor(valid, at::kLong), out);
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool relu) {
+// Whether PyTorch's own linears are faster: many tokens without dot_lanes.
+bool better_plain(const Tensor& x, const Tensor& weight) {
+  return x.size(0) >= PLAIN_TOKENS && (kernels().dot_lanes == nullptr || weight.scalar_type() != at::kBFloat16);
+}
+
+void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& output) {
   check_matrix(x, -1, weight.size(1), "x");
   check_matrix(weight, -1, x.size(1), "weight");
-  TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "dejavu: x and weight must have one dtype, got ", x.scalar_type(), ", ", weight.scalar_type());
-  const Tensor input = x.contiguous();
-  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  check_matrix(output, x.size(0), weight.size(0), "output");
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && x.scalar_type() == output.scalar_type() && output.is_contiguous(),
+              "dejavu: x, weight and output must have one dtype, and output must be contiguous; got ", x.scalar_type(), ", ",
+              weight.scalar_type(), ", ", output.scalar_type(), ", output's strides ", output.strides());
   const float* wide = widened(bias, weight.size(0));
-  if (x.size(0) >= GEMM_TOKENS) {
-    if (gemm(input, weight, wide, relu, out)) return out;
-    out = at::linear(x, weight, bias);
-    return relu ? out.relu_() : out;
+  if (better_plain(x, weight)) {
+    Tensor out = output;
+    at::linear_out(out, x, weight, bias);
+    return;
   }
-  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), {{0, x.size(1)}}, wide, relu, out);
-  return out;
+  const Tensor input = x.contiguous();
+  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), {{0, x.size(1)}}, wide, output);
 }
 
-// fc2 of many tokens: rows of neurons that came out 0 for all of them are left out where that is worth moving h together.
-Tensor many_tokens_fc2(const Tensor& h, const Tensor& fc2) {
-  const int64_t tokens = h.size(0), ffn = h.size(1);
-  if (!has_gemm(h, fc2)) return at::mm(h, fc2);
-  Tensor out = at::empty({tokens, fc2.size(1)}, h.options());
-  const auto* values = static_cast<const uint16_t*>(h.data_ptr());
-  auto* any = scratch<ALIVE, uint16_t>(ffn);
-  share_out(ffn, 512, [&](int64_t begin, int64_t end) {
-    std::fill(any + begin, any + end, 0);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = begin; i < end; ++i) any[i] |= values[t * ffn + i];
-  });
-  auto* survivors = scratch<ALIVE_LIST, int32_t>(ffn + 32);
-  int64_t m = 0;
-  for (int64_t i = 0; i < ffn; ++i) {
-    survivors[m] = static_cast<int32_t>(i);
-    m += any[i] != 0;
-  }
-  if (m == 0) return out.zero_();
-  const int64_t padded = (m + 31) / 32 * 32;
-  if (padded > WORTH_MOVING * ffn) {
-    gemm_transposed(h, fc2, nullptr, out);
-    return out;
-  }
-  std::fill(survivors + m, survivors + padded, survivors[m - 1]);  // times 0
-  Tensor kept = at::empty({tokens, padded}, h.options());
-  auto* to = static_cast<uint16_t*>(kept.data_ptr());
-  share_out(tokens, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = 0; i < m; ++i) to[t * padded + i] = values[t * ffn + survivors[i]];
-      std::fill(to + t * padded + m, to + (t + 1) * padded, 0);
-    }
-  });
-  gemm_transposed(kept, fc2, survivors, out);
-  return out;
-}
-
-// The MLP over all neurons, but fc2's rows of neurons that came out 0 for all tokens: that changes nothing but the time.
+// The MLP over all neurons, but fc2's rows of neurons that came out 0 for all tokens of a chunk: that changes nothing but the time.
 Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bias, const Tensor& fc2) {
   check_mlp(x, fc1, fc2);
+  const float* bias = widened(fc1_bias, fc1.size(0));
+  if (better_plain(x, fc1)) return at::mm(at::linear(x, fc1, fc1_bias).relu_(), fc2);
   const Tensor input = x.contiguous();
-  if (x.size(0) >= GEMM_FC2_TOKENS) {
-    return many_tokens_fc2(linear(input, fc1, fc1_bias, true), fc2);
+  const int64_t tokens = x.size(0), chunks = std::max<int64_t>(1, (tokens + MLP_TOKENS - 1) / MLP_TOKENS);
+  Tensor out = at::empty({tokens, fc2.size(1)}, x.options());
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t begin = tokens * i / chunks, count = tokens * (i + 1) / chunks - begin;
+    mlp_rows(input.narrow(0, begin, count), fc1, bias, fc2, nullptr, fc1.size(0), nullptr, std::nullopt, out.narrow(0, begin, count));
   }
-  Tensor out = at::empty({x.size(0), fc2.size(1)}, x.options());
-  mlp_rows(input, fc1, widened(fc1_bias, fc1.size(0)), fc2, nullptr, fc1.size(0), nullptr, std::nullopt, out);
   return out;
 }
 
@@ -426,7 +439,7 @@ Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& bias
       for (int64_t t = 0; t < tokens; ++t) std::fill_n(at_element(out, t * all + head * head_size), head_size * out.element_size(), 0);
   }
   for (int64_t row = queries; row < all; ++row) list[n++] = static_cast<int32_t>(row);
-  project(rows_of(weight, list), n, Inputs(input, type_of(weight)), {{0, x.size(1)}}, widened(bias, all), false, out);
+  project(rows_of(weight, list), n, Inputs(input, type_of(weight)), {{0, x.size(1)}}, widened(bias, all), out);
   if (counters) {
     count(counters, STEPS, 1);
     count(counters, Counter::ROWS, static_cast<int64_t>(valid_rows(row_lens).size()));
@@ -465,7 +478,7 @@ void sparse_out_proj(const Tensor& attn, const Tensor& weight, const Tensor& hea
     else segments.push_back({begin, begin + head_size});
   }
   const Tensor input = attn.contiguous().view({tokens, heads * head_size});
-  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), segments, nullptr, false, output);
+  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight), head_size % 2 == 0), segments, nullptr, output);
 }
 
 void use_huge_pages(const Tensor& t) {
@@ -500,7 +513,7 @@ TORCH_LIBRARY(dejavu_cpu, m) {
   m.def("sparse_qkv(Tensor x, Tensor weight, Tensor? bias, Tensor head_scores, Tensor row_lens, int head_size, Tensor(a!)? counters) -> Tensor");
   m.def("sparse_out_proj(Tensor attn, Tensor weight, Tensor head_scores, Tensor(a!) output) -> ()");
   m.def("mask_heads(Tensor attn, Tensor head_scores) -> Tensor");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu=False) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) output) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dejavu_cpu, CPU, m) {

@@ -4,11 +4,16 @@
 //   widen, widen_n  WIDTH elements of a type as a Vec; the first n, then zeros
 //   Dot<W, X>       how weights W and inputs X are multiplied: STEP, load_w, load_x (and _n), mad
 //   MAX_TOKENS      tokens whose accumulators fit the registers beside four rows
+//   ACCUMULATE_TOKENS  likewise, two vectors of columns each, beside these of a row; MANY_TOKENS: of a tile when there are more
 
 constexpr int ROWS = 4;  // of a dot tile: enough independent chains to hide the latency of a multiply-add
-constexpr int64_t DIRECT_ROWS = 8;  // of accumulate, at once, where they lie
-constexpr int64_t PANEL_ROWS = 64;  // copied at once: a panel of them fits the first cache, all panels the second
+constexpr int64_t FEW_ROWS = 32, MANY_ROWS = 128;  // of accumulate at once: up to ACCUMULATE_TOKENS, and beyond
 constexpr int64_t LINE = 64;
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
 
 template <class E>
 inline const E* row(const Rows& rows, int64_t i) {
@@ -101,169 +106,140 @@ void dot_rows(const Rows& rows, int64_t begin, int64_t end, const void* x, int64
   for (; i < end; ++i) dot_group<D, 1>(rows, i, end, input, ldx, tokens, segments, num_segments, out + i - begin, ldo);
 }
 
-// Pieces of one or two rows that are needed later, to be prefetched while n rows are worked through.
-struct Later {
-  const char *first, *last;
-  int64_t bytes, n;
+// Rows that are needed later, to be prefetched piece by piece along the rows, as memory likes it.
+struct Ahead {
+  const char* const* rows;
+  int64_t n, bytes;  // of each row
+  int64_t row = 0, at = 0;
 
-  void prefetch_at(int64_t i, int64_t rows) const {
-    for (int64_t b = bytes * i / n / LINE * LINE; b < bytes * (i + rows) / n; b += LINE) {
-      prefetch(first + b);
-      if (last != first) prefetch(last + b);
+  template <int64_t BYTES>
+  void step() {
+    for (int64_t b = 0; b < BYTES && row < n; b += LINE) {
+      prefetch(rows[row] + at);
+      at += BYTES < LINE ? BYTES : LINE;
+      if (at >= bytes) {
+        at = 0;
+        ++row;
+      }
     }
   }
 };
 
-// Accumulate adds blocks of rows to sums of COLUMNS columns at a time. A few tokens read the rows where they lie; more read
-// them several times, so that the block is first copied into panels: rows of a power of two of bytes would fall into the
-// same few sets of the first cache. A is Accumulate<E> below or an instruction set's own:
-//   GROUP                 rows that are multiplied together
-//   pack(h, n, to)        n values of h, of one token
-//   fill(rows, i, n, to)  GROUP rows from the i-th of n, COLUMNS columns (`width` of them, then zeros), for a panel
-//   from_panel, from_rows add n rows to the sums of T tokens
+// What accumulate adds up: rows of type E, widened. An instruction set may have another one:
+//   GROUP          rows that are multiplied together
+//   COLUMNS        columns of a tile, in VECTORS vectors of sums
+//   load           GROUP rows from the i-th of n, COLUMNS columns (`width` of them, then zeros)
+//   mad            acc + rows * values of h
 template <class E>
 struct Accumulate {
   using W = E;
   using H = float;
-  static constexpr int GROUP = 1;
-  static constexpr int VECTORS = 4;
+  using WVec = Vec;
+  using HVec = Vec;
+  static constexpr int GROUP = 1, VECTORS = 2;
   static constexpr int64_t COLUMNS = VECTORS * Vec::WIDTH;
 
-  static void pack(const float* h, int64_t n, H* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = h[i];
-  }
-
-  static void fill(const E* const* w, int64_t i, int64_t, int64_t column, int64_t width, E* to) {
-    const E* from = w[i] + column;
-    if (width == COLUMNS) __builtin_memcpy(to, from, COLUMNS * sizeof(E));
-    else
-      for (int64_t c = 0; c < COLUMNS; ++c) to[c] = c < width ? from[c] : E{};
-  }
-
-  template <int T>
-  static void from_panel(const E* panel, int64_t n, const H* h, float* sums, const Later& later) {
-    tile<T>(
-        [&](int64_t i, int v) {
-          if (v == 0) later.prefetch_at(i, 1);
-          return widen(panel + i * COLUMNS + v * Vec::WIDTH);
-        },
-        n, h, sums);
-  }
-
-  template <int T>
-  static void from_rows(const E* const* w, const E* const* ahead, int64_t n, int64_t column, int64_t width, const H* h, float* sums) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t b = 0; b < int64_t(COLUMNS * sizeof(E)); b += LINE) prefetch(reinterpret_cast<const char*>(ahead[i]) + b);
-    if (width == COLUMNS)
-      tile<T>([&](int64_t i, int v) { return widen(w[i] + column + v * Vec::WIDTH); }, n, h, sums);
-    else
-      tile<T>(
-          [&](int64_t i, int v) {
-            const int64_t left = width - v * Vec::WIDTH;
-            return left <= 0 ? Vec::zero() : widen_n(w[i] + column + v * Vec::WIDTH, left < Vec::WIDTH ? left : Vec::WIDTH);
-          },
-          n, h, sums);
-  }
-
- private:
-  template <int T, class Source>
-  static void tile(const Source& weights, int64_t n, const H* h, float* sums) {
-    Vec acc[T][VECTORS];
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < VECTORS; ++v) acc[t][v] = Vec::load(sums + t * COLUMNS + v * Vec::WIDTH);
-    for (int64_t i = 0; i < n; ++i) {
-      Vec w[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) w[v] = weights(i, v);
-      for (int t = 0; t < T; ++t) {
-        const Vec value = Vec::set1(h[t * PANEL_ROWS + i]);
-        for (int v = 0; v < VECTORS; ++v) acc[t][v] = Vec::fma(w[v], value, acc[t][v]);
-      }
+  static void load(const E* const* w, int64_t i, int64_t, int64_t column, int64_t width, WVec* to) {
+    for (int v = 0; v < VECTORS; ++v) {
+      const E* from = w[i] + column + v * Vec::WIDTH;
+      const int64_t left = width - v * Vec::WIDTH;
+      to[v] = left >= Vec::WIDTH ? widen(from) : left > 0 ? widen_n(from, left) : Vec::zero();
     }
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < VECTORS; ++v) acc[t][v].store(sums + t * COLUMNS + v * Vec::WIDTH);
   }
+  static HVec value(const H* h) { return Vec::set1(*h); }
+  static Vec mad(Vec acc, WVec w, HVec value) { return Vec::fma(w, value, acc); }
 };
 
-template <class A>
-void add_panel(int tokens, const typename A::W* panel, int64_t n, const typename A::H* h, float* sums, const Later& later) {
-  switch (tokens) {
-    case 1: return A::template from_panel<1>(panel, n, h, sums, later);
-    case 2: return A::template from_panel<2>(panel, n, h, sums, later);
-    case 3: if constexpr (MAX_TOKENS >= 3) return A::template from_panel<3>(panel, n, h, sums, later);
-    case 4: if constexpr (MAX_TOKENS >= 4) return A::template from_panel<4>(panel, n, h, sums, later);
-    case 5: if constexpr (MAX_TOKENS >= 5) return A::template from_panel<5>(panel, n, h, sums, later);
-    case 6: if constexpr (MAX_TOKENS >= 6) return A::template from_panel<6>(panel, n, h, sums, later);
+// Adds n rows, given by source(i, WVec*), times h [T][ldh] to the sums [T][COLUMNS].
+template <class A, int T, class Source>
+void accumulate_tile(const Source& source, int64_t n, const typename A::H* h, int64_t ldh, float* sums) {
+  Vec acc[T][A::VECTORS];
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < A::VECTORS; ++v) acc[t][v] = Vec::load(sums + t * A::COLUMNS + v * Vec::WIDTH);
+  for (int64_t i = 0; i < n; i += A::GROUP) {
+    typename A::WVec w[A::VECTORS];
+    source(i, w);
+    for (int t = 0; t < T; ++t) {
+      const auto value = A::value(h + t * ldh + i);
+      for (int v = 0; v < A::VECTORS; ++v) acc[t][v] = A::mad(acc[t][v], w[v], value);
+    }
   }
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < A::VECTORS; ++v) acc[t][v].store(sums + t * A::COLUMNS + v * Vec::WIDTH);
 }
 
-template <class A>
-void add_rows(int tokens, const typename A::W* const* w, const typename A::W* const* ahead, int64_t n, int64_t column, int64_t width,
-              const typename A::H* h, float* sums) {
-  switch (tokens) {
-    case 1: return A::template from_rows<1>(w, ahead, n, column, width, h, sums);
-    case 2: return A::template from_rows<2>(w, ahead, n, column, width, h, sums);
-    case 3: if constexpr (MAX_TOKENS >= 3) return A::template from_rows<3>(w, ahead, n, column, width, h, sums);
-    case 4: if constexpr (MAX_TOKENS >= 4) return A::template from_rows<4>(w, ahead, n, column, width, h, sums);
-    case 5: if constexpr (MAX_TOKENS >= 5) return A::template from_rows<5>(w, ahead, n, column, width, h, sums);
-    case 6: if constexpr (MAX_TOKENS >= 6) return A::template from_rows<6>(w, ahead, n, column, width, h, sums);
-  }
+template <class A, int T = ACCUMULATE_TOKENS, class Source>
+void accumulate_tokens(int64_t tokens, const Source& source, int64_t n, const typename A::H* h, int64_t ldh, float* sums) {
+  if constexpr (T > 1)
+    if (tokens < T) return accumulate_tokens<A, T - 1>(tokens, source, n, h, ldh, sums);
+  accumulate_tile<A, T>(source, n, h, ldh, sums);
 }
 
-// In `scratch`: sums [tiles][tokens][COLUMNS], packed h [tokens][PANEL_ROWS], panels [tiles][PANEL_ROWS][COLUMNS].
+// Block by block of rows, tile by tile of columns. A few tokens read the rows where they lie; more read them several times,
+// so that the first tile of tokens keeps them as it multiplied them. While a block is worked through, the next is prefetched.
+// In `scratch`: sums [tiles][tokens][COLUMNS], kept rows [MANY_ROWS / GROUP][VECTORS], h of rows that are not neighbours.
 template <class A>
-void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const float* h, int64_t ldh, const int32_t* places, int64_t tokens, int64_t column_begin,
+void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h, int64_t ldh, const int32_t* places, int64_t tokens, int64_t column_begin,
                      int64_t column_end, float* out, int64_t ldo, char* scratch) {
   using W = typename A::W;
+  using H = typename A::H;
+  using WVec = typename A::WVec;
+  constexpr int64_t STEP_BYTES = A::GROUP * A::COLUMNS * int64_t(sizeof(W));
   const int64_t columns = column_end - column_begin, tiles = (columns + A::COLUMNS - 1) / A::COLUMNS;
   float* sums = reinterpret_cast<float*>(scratch);
-  auto* packed = reinterpret_cast<typename A::H*>(sums + tiles * tokens * A::COLUMNS);
-  W* panels = reinterpret_cast<W*>(packed + tokens * PANEL_ROWS);
+  auto* kept = reinterpret_cast<WVec*>(sums + tiles * tokens * A::COLUMNS);
+  auto* gathered = reinterpret_cast<H*>(kept + MANY_ROWS / A::GROUP * A::VECTORS);
   for (int64_t i = 0; i < tiles * tokens * A::COLUMNS; ++i) sums[i] = 0;
-  const bool direct = tokens <= MAX_TOKENS;
-  const int64_t block = direct ? DIRECT_ROWS : PANEL_ROWS;
-  const W *w[PANEL_ROWS], *next[PANEL_ROWS], *ahead[DIRECT_ROWS];
-  const auto width = [&](int64_t tile) { return columns - tile * A::COLUMNS < A::COLUMNS ? columns - tile * A::COLUMNS : A::COLUMNS; };
+  const bool few = tokens <= ACCUMULATE_TOKENS;
+  const int64_t block = few ? FEW_ROWS : MANY_ROWS;
+  const W* w[MANY_ROWS];
+  const char* next[MANY_ROWS];
   for (int64_t first = begin; first < end; first += block) {
     const int64_t n = end - first < block ? end - first : block;
-    for (int64_t i = 0; i < n; ++i) {
-      w[i] = row<W>(rows, first + i);
-      next[i] = row<W>(rows, first + n + i < end ? first + n + i : end - 1);
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-      float values[PANEL_ROWS];
-      for (int64_t i = 0; i < n; ++i) values[i] = h[t * ldh + places[first + i]];
-      A::pack(values, n, packed + t * PANEL_ROWS);
-    }
-    if (direct) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t column = column_begin + tile * A::COLUMNS;
-        for (int64_t i = 0; i < n; ++i) ahead[i] = next[i] + column;
-        add_rows<A>(static_cast<int>(tokens), w, ahead, n, column, width(tile), packed, sums + tile * tokens * A::COLUMNS);
+    const int64_t later = end - first - n < block ? end - first - n : block;
+    for (int64_t i = 0; i < n; ++i) w[i] = row<W>(rows, first + i);
+    for (int64_t i = 0; i < later; ++i) next[i] = reinterpret_cast<const char*>(row<W>(rows, first + n + i) + column_begin);
+    Ahead ahead{next, later, columns * int64_t(sizeof(W))};
+    const H* values = static_cast<const H*>(h) + places[first];
+    int64_t ldv = ldh;
+    if (n % A::GROUP || places[first + n - 1] - places[first] != n - 1) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t i = 0; i < n; ++i) gathered[t * MANY_ROWS + i] = static_cast<const H*>(h)[t * ldh + places[first + i]];
+        for (int64_t i = n; i % A::GROUP; ++i) gathered[t * MANY_ROWS + i] = H{};
       }
-      continue;
+      values = gathered;
+      ldv = MANY_ROWS;
     }
-    for (int64_t i = 0; i < n; i += A::GROUP)  // along the rows, as memory likes it
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        A::fill(w, i, n, column_begin + tile * A::COLUMNS, width(tile), panels + (tile * PANEL_ROWS + i) * A::COLUMNS);
-    // While panels are multiplied, the next block's rows are prefetched: some in each call.
-    const int64_t groups = (tokens + MAX_TOKENS - 1) / MAX_TOKENS, calls = tiles * groups;
-    for (int64_t call = 0, tile = 0; tile < tiles; ++tile)
-      for (int64_t t = 0; t < tokens; ++call) {
-        const int count = share(tokens - t, MAX_TOKENS);
-        const int64_t from = n * call / calls, to = n * (call + 1) / calls;
-        Later later{nullptr, nullptr, 0, n};
-        if (from < to) {
-          later.first = reinterpret_cast<const char*>(next[from] + column_begin);
-          later.last = reinterpret_cast<const char*>(next[to - 1] + column_begin);
-          later.bytes = columns * int64_t(sizeof(W));
-        }
-        add_panel<A>(count, panels + tile * PANEL_ROWS * A::COLUMNS, n, packed + t * PANEL_ROWS, sums + (tile * tokens + t) * A::COLUMNS, later);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t column = tile * A::COLUMNS, left = columns - column, width = left < A::COLUMNS ? left : A::COLUMNS;
+      float* sum = sums + column * tokens;
+      const auto lying = [&](int64_t i, WVec* to) {
+        ahead.template step<STEP_BYTES>();
+        if (width == A::COLUMNS) A::load(w, i, n, column_begin + column, A::COLUMNS, to);
+        else A::load(w, i, n, column_begin + column, width, to);
+      };
+      const auto keep = [&](int64_t i, WVec* to) {
+        lying(i, to);
+        for (int v = 0; v < A::VECTORS; ++v) kept[i / A::GROUP * A::VECTORS + v] = to[v];
+      };
+      const auto again = [&](int64_t i, WVec* to) {
+        for (int v = 0; v < A::VECTORS; ++v) to[v] = kept[i / A::GROUP * A::VECTORS + v];
+      };
+      if (few) {
+        accumulate_tokens<A>(tokens, lying, n, values, ldv, sum);
+        continue;
+      }
+      for (int64_t t = 0; t < tokens;) {
+        const int64_t count = share(tokens - t, MANY_TOKENS);
+        if (t == 0) accumulate_tokens<A, MANY_TOKENS>(count, keep, n, values, ldv, sum);
+        else accumulate_tokens<A, MANY_TOKENS>(count, again, n, values + t * ldv, ldv, sum + t * A::COLUMNS);
         t += count;
       }
+    }
   }
   for (int64_t tile = 0; tile < tiles; ++tile)
     for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t column = tile * A::COLUMNS, left = column_end - column_begin - column;
+      const int64_t column = tile * A::COLUMNS, left = columns - column;
       const float* from = sums + (tile * tokens + t) * A::COLUMNS;
       float* to = out + t * ldo + column;
       for (int64_t c = 0; c < (left < A::COLUMNS ? left : A::COLUMNS); ++c) to[c] = from[c];
@@ -293,6 +269,30 @@ void finish_all(const float* from, const float* bias, bool relu, void* to, int64
     store_as(finished(Vec::load_n(from + i, n - i), bias ? bias + i : bias, relu, n - i), last);
     for (int64_t j = 0; i + j < n; ++j) p[i + j] = last[j];
   }
+}
+
+template <class E>
+void activate_all(const float* values, const float* bias, float* alive, void* to, int64_t n) {
+  const Vec one = Vec::set1(1);
+  E* p = static_cast<E*>(to);
+  int64_t i = 0;
+  for (; i + Vec::WIDTH <= n; i += Vec::WIDTH) {
+    const Vec value = finished(Vec::load(values + i), bias + i, true, Vec::WIDTH);
+    Vec::fma(one, value, Vec::load(alive + i)).store(alive + i);
+    store_as(value, p + i);
+  }
+  if (i < n) {
+    const Vec value = finished(Vec::load_n(values + i, n - i), bias + i, true, n - i);
+    Vec::fma(one, value, Vec::load_n(alive + i, n - i)).store_n(alive + i, n - i);
+    E last[Vec::WIDTH];
+    store_as(value, last);
+    for (int64_t j = 0; i + j < n; ++j) p[i + j] = last[j];
+  }
+}
+
+void activate(const float* values, const float* bias, float* alive, void* to, Type type, int64_t n) {
+  if (type == Type::bf16) activate_all<BFloat>(values, bias, alive, to, n);
+  else activate_all<float>(values, bias, alive, to, n);
 }
 
 void widen_any(const void* from, Type type, float* to, int64_t n) {
@@ -339,7 +339,7 @@ void dot_widened(const Rows& rows, int64_t begin, int64_t end, const void* x, Ty
   }
 }
 
-void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const float* h, int64_t ldh, const int32_t* places, int64_t tokens,
+void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const void* h, Type, int64_t ldh, const int32_t* places, int64_t tokens,
                         int64_t column_begin, int64_t column_end, float* out, int64_t ldo, char* scratch) {
   switch (rows.type) {
     case Type::f32: return accumulate_rows<Accumulate<float>>(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
