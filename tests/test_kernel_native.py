@@ -662,7 +662,7 @@ REFUSED = [
     ("dense_mlp", "fc2_weight_t", one_less, r"fc2's transposed weight must be a CPU tensor \[300, 100\], got \[299, 100\]"),
     ("linear", "x", one_dimension, "x must be a CPU tensor"),
     ("linear", "x", narrower, r"x must be a CPU tensor \[rows, 100\], got \[20, 99\]"),
-    ("linear", "weight", as_half, "x, weight and output must have one dtype, got Float, Half"),
+    ("linear", "weight", as_half, "x, weight and output must have one dtype, and output must be contiguous; got Float, Half"),
     ("linear", "weight", column_major, "rows of weight must be contiguous"),
     ("linear", "bias", one_less, r"bias must have 300 contiguous elements, got \[299\]"),
     ("sparse_qkv", "weight", as_half, "weight must have x's dtype Float and at least 64 rows, got Half and 128"),

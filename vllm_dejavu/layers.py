@@ -57,6 +57,10 @@ class Gate(nn.Module):
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
         self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
         self.register_buffer("counters", metrics.new_gate_counters(device), persistent=False)
+        # What a dense pass adds to the counters: once, and for each row.
+        everything = {"steps": 1, "read": units, "survived": units}, {"rows": 1, "selected": units}
+        for name, counts in zip(("dense_step", "dense_row"), everything, strict=True):
+            self.register_buffer(name, torch.tensor([counts.get(c, 0) for c in metrics.GATE_COUNTERS], device=device), persistent=False)
         self.recorder: Recorder | None = None
 
     def select(self, positions: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
@@ -132,9 +136,7 @@ class _GatedBlock(nn.Module):
         if gate.recorder is not None:
             gate.recorder(gate.layer, gate.block, None, None)
         if step.sparse:
-            rows = (step.row_lens(num_tokens, device) > 0).sum()
-            one, units = torch.ones_like(rows), torch.full_like(rows, self.units)
-            gate.counters += torch.stack([one, rows, rows * units, units, units, 0 * rows, 0 * rows])
+            gate.counters += torch.addcmul(gate.dense_step, step.rows(num_tokens, device), gate.dense_row)
 
     def register(self, vllm_config: VllmConfig, name: str) -> None:
         """Make this block findable by the ops."""

@@ -67,7 +67,7 @@ constexpr int MAX_TOKENS = 2, ACCUMULATE_TOKENS = 5, MANY_TOKENS = 5;
 #include "tiles.h"
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", input_widened, dot_widened, accumulate_widened, nullptr, nullptr, activate, widen_any, finish_any};
+const Kernels avx2_kernels = {"avx2", input_widened, dot_widened, accumulate_widened, nullptr, nullptr, threshold, activate, widen_any, finish_any};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

@@ -182,7 +182,7 @@ void accumulate(const Rows& rows, int64_t begin, int64_t end, const void* h, Typ
 }
 }  // namespace
 
-const Kernels avx512_bf16_kernels = {"avx512_bf16", dot_input, dot, accumulate, dot_lanes, pack_lanes, activate, widen_any, finish_any};
+const Kernels avx512_bf16_kernels = {"avx512_bf16", dot_input, dot, accumulate, dot_lanes, pack_lanes, threshold, activate, widen_any, finish_any};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

@@ -54,6 +54,8 @@ struct Kernels {
   // A block of tokens [tokens][ldx] for dot_lanes: pairs of columns, each of lane_width(tokens) tokens; `columns` is a multiple of 32.
   void (*pack_lanes)(const void* x, int64_t ldx, int64_t tokens, int64_t columns, void* to);
 
+  // How many scores[i] + bias[i] are positive; any[i] becomes 1 where that one is.
+  int64_t (*threshold)(const float* scores, const float* bias, int32_t* any, int64_t n);
   // to = ReLU(values + bias), NaN as it is, of which `alive` gets the sums
   void (*activate)(const float* values, const float* bias, float* alive, void* to, Type type, int64_t n);
   void (*widen)(const void* from, Type type, float* to, int64_t n);

@@ -229,17 +229,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(const Tensor& x, const
     for (int64_t s = first; s < last; ++s) {
       const int64_t begin = s * SEGMENT, n = std::min(SEGMENT, ffn - begin);
       kernels().dot(rows, begin, begin + n, scores_in, Type::f32, rank, tokens, &all, 1, scores, SEGMENT);
-      bool any[SEGMENT] = {};
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t j = 0; j < n; ++j) {
-          const bool yes = scores[t * SEGMENT + j] + threshold[begin + j] > 0;
-          any[j] |= yes;
-          mine += yes;
-          if (chosen_by) chosen_by[valid[t] * ffn + begin + j] = yes;
-        }
+      int32_t any[SEGMENT] = {};
+      for (int64_t t = 0; t < tokens; ++t) {
+        mine += kernels().threshold(scores + t * SEGMENT, threshold + begin, any, n);
+        if (chosen_by)
+          for (int64_t j = 0; j < n; ++j) chosen_by[valid[t] * ffn + begin + j] = scores[t * SEGMENT + j] + threshold[begin + j] > 0;
+      }
       int32_t found = 0;
-      for (int64_t j = 0; j < n; ++j)
-        if (any[j]) id[begin + found++] = static_cast<int32_t>(begin + j);
+      for (int64_t j = 0; j < n; ++j) {
+        id[begin + found] = static_cast<int32_t>(begin + j);
+        found += any[j];
+      }
       number[s] = found;
       std::fill(id + begin + found, id + begin + n, static_cast<int32_t>(ffn));
     }

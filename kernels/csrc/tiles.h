@@ -271,6 +271,16 @@ void finish_all(const float* from, const float* bias, bool relu, void* to, int64
   }
 }
 
+int64_t threshold(const float* scores, const float* bias, int32_t* any, int64_t n) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {  // which the compiler makes vectors of
+    const int32_t yes = scores[i] + bias[i] > 0 ? 1 : 0;
+    any[i] |= yes;
+    count += yes;
+  }
+  return count;
+}
+
 template <class E>
 void activate_all(const float* values, const float* bias, float* alive, void* to, int64_t n) {
   const Vec one = Vec::set1(1);
