@@ -33,12 +33,12 @@ __all__ = [
     "sparse_qkv",
 ]
 
-# {block: {tokens: union density}} at which sparse and dense take equally long, prediction included, on one CPU (AMD Zen 4,
-# 2 cores, bf16, OPT-1.3B's layers; benchmarks/results/cpu/kernels-1.3b-bfloat16.csv, of neighbouring sizes the lowest; heads of fewer
-# than 8 tokens came within noise of 1, and at 32 the noise hid the place, so 64's stands there). Sizes in between take the next smaller one.
+# {block: {hidden size: {tokens: union density}}} at which sparse and dense take equally long, prediction included, on one CPU
+# (AMD Zen 4, 2 cores, bf16, layers of OPT-125M and OPT-1.3B; benchmarks/results/cpu/kernels-*.csv, of neighbouring batch sizes
+# the lowest; what came within noise of 1 is left out). Sizes in between take the next smaller one.
 CROSSOVERS = {
-    "mlp": {1: 0.92, 16: 0.85, 32: 0.76},
-    "attention": {8: 0.93, 16: 0.74, 32: 0.57},
+    "mlp": {768: {1: 0.86, 4: 0.81, 8: 0.69, 16: 0.59, 32: 0.48}, 2048: {1: 0.95, 4: 0.85, 16: 0.72}},
+    "attention": {768: {2: 0.95}, 2048: {4: 0.94}},
 }
 MISSING = (
     "The native CPU kernels are not built, so the PyTorch reference runs, which is slow: install vllm-dejavu again with a C++ compiler, "

@@ -23,9 +23,9 @@ SEGMENT = 128
 COUNTERS = ("steps", "rows", "selected", "read", "survived")
 
 
-# {block: {tokens: union density}} above which dense is faster than sparse, as measured for an implementation; here and where
-# nothing was measured, never.
-CROSSOVERS: dict[str, dict[int, float]] = {}
+# {block: {hidden size: {tokens: union density}}} above which dense is faster than sparse, as measured for an implementation;
+# here and where nothing was measured, never.
+CROSSOVERS: dict[str, dict[int, dict[int, float]]] = {}
 
 
 def describe() -> str:

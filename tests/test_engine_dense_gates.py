@@ -2,9 +2,10 @@
 import pytest
 from engine import engine, metrics_of, random_prompt, run_requests
 
+from vllm_dejavu import ops
 from vllm_dejavu.artifact import GateSpec
 from vllm_dejavu.kernels import cpu, gpu, reference
-from vllm_dejavu.layers import _largest_batch
+from vllm_dejavu.layers import _largest_batch, _of_size
 
 ARRIVALS = {0: {name: random_prompt(5 + i) for i, name in enumerate("abc")}}
 
@@ -36,36 +37,54 @@ UNION = {1: 0.1, 2: 0.2, 8: 0.5, 64: 0.9}
 
 
 @pytest.mark.parametrize(
-    ("block", "crossover", "measured", "expected"),
+    ("crossover", "measured", "expected"),
     [
-        pytest.param("mlp", 1.0, {"mlp": {1: 0.01}}, None, id="never"),
-        pytest.param("mlp", 0.5, {}, 63, id="given"),
-        pytest.param("mlp", 0.95, {}, 64, id="given-and-beyond-the-table"),
-        pytest.param("mlp", 0.05, {}, 0, id="given-always"),
-        pytest.param("mlp", None, {}, None, id="nothing-measured"),
-        pytest.param("mlp", None, {"attention": {1: 0.05}}, None, id="measured-for-another-block"),
-        pytest.param("mlp", None, {"mlp": {4: 0.4}}, 7, id="measured-for-a-smaller-batch"),
-        pytest.param("mlp", None, {"mlp": {1: 0.3, 8: 0.6, 32: 0.8}}, 63, id="measured"),
-        pytest.param("mlp", None, {"mlp": {100: 0.1}}, None, id="measured-for-larger-batches-only"),
+        pytest.param(1.0, {1: 0.01}, None, id="never"),
+        pytest.param(0.5, {}, 63, id="given"),
+        pytest.param(0.95, {}, 64, id="given-and-beyond-the-table"),
+        pytest.param(0.05, {}, 0, id="given-always"),
+        pytest.param(None, {}, None, id="nothing-measured"),
+        pytest.param(None, {4: 0.4}, 7, id="measured-for-a-smaller-batch"),
+        pytest.param(None, {1: 0.3, 8: 0.6, 32: 0.8}, 63, id="measured"),
+        pytest.param(None, {100: 0.1}, None, id="measured-for-larger-batches-only"),
     ],
 )
-def test_the_crossover_is_given_or_as_measured_for_the_kernels(block, crossover, measured, expected):
+def test_the_crossover_is_given_or_as_measured_for_the_kernels(crossover, measured, expected):
     """The largest batch that runs sparse, by the calibrated unions 0.1, 0.2, 0.5, 0.9 of batches 1, 2, 8 and 64."""
     spec = GateSpec(
         state="sparse", form="low_rank", lookahead="self", rank=4, density={"mean": 0.1, "upper": 0.1},
         union_density={str(batch): {"mean": d, "upper": d} for batch, d in UNION.items()},
     )  # fmt: skip
-    assert _largest_batch(spec, block, crossover, measured) == expected
+    assert _largest_batch(spec, crossover, measured) == expected
 
 
 def test_without_calibrated_unions_nothing_is_above_a_crossover():
     spec = GateSpec(state="sparse", form="low_rank", lookahead="self", rank=4, density={"mean": 0.1, "upper": 0.1})
-    assert _largest_batch(spec, "mlp", 0.01, {}) is None
+    assert _largest_batch(spec, 0.01, {}) is None
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(64, 768), (768, 768), (1024, 768), (2048, 2048), (12288, 2048)])
+def test_crossovers_are_those_of_the_next_smaller_hidden_size_measured(hidden, expected):
+    measured = {2048: {1: 0.9}, 768: {1: 0.8}}
+    assert _of_size(measured, hidden) == measured[expected]
+    assert _of_size({}, hidden) == {}
 
 
 @pytest.mark.parametrize("kernels", [reference, cpu, gpu], ids=["reference", "native", "triton"])
-def test_measured_crossovers_are_densities_by_block_and_batch(kernels):
+def test_measured_crossovers_are_densities_by_block_size_and_batch(kernels):
     """A typing error there would silently make layers dense."""
-    for block, table in kernels.CROSSOVERS.items():
-        assert block in ("mlp", "attention") and list(table) == sorted(table)
-        assert all(isinstance(tokens, int) and 0 < density <= 1 for tokens, density in table.items())
+    for block, sizes in kernels.CROSSOVERS.items():
+        assert block in ("mlp", "attention") and all(isinstance(hidden, int) for hidden in sizes)
+        for table in sizes.values():
+            assert list(table) == sorted(table)
+            assert all(isinstance(tokens, int) and 0 < density <= 1 for tokens, density in table.items())
+
+
+def test_a_gate_takes_the_crossovers_of_its_block_and_hidden_size(opt, predictors, monkeypatch):
+    """The tiny model's 64 columns are below every size of the table, so that the smallest one counts."""
+    model = opt()
+    artifact = predictors(model, union_density={str(batch): {"mean": d, "upper": d} for batch, d in UNION.items()})
+    monkeypatch.setattr(ops.implementation("cpu"), "CROSSOVERS", {"mlp": {768: {2: 0.15}, 2048: {}}, "attention": {2048: {8: 0.4}}})
+    with engine(model, dejavu={"predictor": artifact}) as llm:
+        gates = llm.apply_model(lambda model: [(gate.block, gate.max_tokens) for gate in model.gates])[0]
+    assert set(gates) == {("mlp", 1), ("attention", 7)}

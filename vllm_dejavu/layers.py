@@ -52,7 +52,8 @@ class Gate(nn.Module):
         self.predictor = Predictor(tensors, self.start, units, device)
         # The oracle looks at the block's own input: it asks what is truly active, not what can be foreseen.
         self.lookahead = "self" if settings.mode == "oracle" else spec.lookahead
-        self.max_tokens = _largest_batch(spec, block, settings.crossover, ops.implementation(device.type).CROSSOVERS)
+        measured = ops.implementation(device.type).CROSSOVERS.get(block, {})
+        self.max_tokens = _largest_batch(spec, settings.crossover, _of_size(measured, self.predictor.hidden))
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
         self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
@@ -89,18 +90,22 @@ class Gate(nn.Module):
             self.recorder(self.layer, self.block, mask, valid)
 
 
-def _largest_batch(spec: GateSpec, block: str, crossover: float | None, measured: dict[str, dict[int, float]]) -> int | None:
+def _of_size(measured: dict[int, dict[int, float]], hidden: int) -> dict[int, float]:
+    """Crossovers by tokens for a hidden size: those of the largest measured one that is not above it, else of the smallest."""
+    return measured[max((size for size in measured if size <= hidden), default=min(measured))] if measured else {}
+
+
+def _largest_batch(spec: GateSpec, crossover: float | None, measured: dict[int, float]) -> int | None:
     """Largest padded token count at which a gate's calibrated union density stays below the crossover; None: all do.
 
     Args:
-        crossover: the setting; None takes `measured`, {block: {tokens: density}} of the device's kernels.
+        crossover: the setting; None takes `measured`, {tokens: density}.
     """
 
     def limit(tokens: int) -> float:
         if crossover is not None:
             return crossover
-        table = measured.get(block, {})
-        return table.get(max((size for size in table if size <= tokens), default=-1), 1.0)
+        return measured.get(max((size for size in measured if size <= tokens), default=-1), 1.0)
 
     sizes = sorted(map(int, spec.union_density))
     if not sizes or all(limit(size) >= 1 for size in sizes):

@@ -92,6 +92,7 @@ class Predictor(torch.nn.Module):
     def __init__(self, tensors: dict[str, torch.Tensor], start: int = 0, size: int | None = None, device: torch.device | str | None = None):
         super().__init__()
         self.low_rank = "down" in tensors
+        self.hidden = tensors["down" if self.low_rank else "weight"].shape[1]
         for name, tensor in tensors.items():
             if name != "down" and size is not None:
                 tensor = tensor.narrow(0, start, size)
