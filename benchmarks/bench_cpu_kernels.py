@@ -110,6 +110,7 @@ def projection_rows(weights: Layers, x: torch.Tensor, heads: int, layers: int, n
     tokens, hidden = x.shape
     lens, size = torch.ones(tokens, dtype=torch.int32), hidden // heads
     attn, out = x.view(tokens, heads, size), torch.empty_like(x)
+    predictor, bias = torch.randint(-127, 128, (heads, hidden), dtype=torch.int8), torch.zeros(heads)
     rows = []
     for density in (0.5, 1.0) if tokens <= 64 else (1.0,):
         scores = torch.where(torch.rand(heads).argsort() < density * heads, 1.0, -1.0).expand(tokens, heads).contiguous()
@@ -118,15 +119,21 @@ def projection_rows(weights: Layers, x: torch.Tensor, heads: int, layers: int, n
             "dense": lambda i: (cpu.linear(x, weights.qkv[i], weights.qkv_bias), cpu.linear(x, weights.out[i])),
         }
         if tokens <= 64:
+            # what a dense attention block does not do: scores, and zeros for the heads of a row that others selected
+            sides["select"] = lambda i, s=scores: (cpu.score_heads(x, predictor, bias, lens), cpu.mask_heads(attn, s))
             sides["sparse"] = lambda i, s=scores: (
                 cpu.sparse_qkv(x, weights.qkv[i], weights.qkv_bias, s, lens, size),
                 cpu.sparse_out_proj(attn, weights.out[i], s, out),
             )
         times = rounds(sides, layers, number)
         whole = weights.qkv[0].nbytes + weights.out[0].nbytes
-        for side in sides if density == 1.0 else ("sparse",):
+        for side in ("stock", "dense", "sparse") if density == 1.0 else ("sparse",):
+            if side not in times:
+                continue
             read = whole if side != "sparse" else whole * (2 + 2 * density) / 4
             row = {"block": "qkv+out_proj", "side": side, "density": density, "ms": median(times[side]), "gbps": read / median(times[side]) / 1e6}
+            if side == "sparse":
+                row["predict_ms"] = median(times["select"])
             rows.append(row if side == "stock" else {**row, **ratio(times, "stock", side)})
     return rows
 

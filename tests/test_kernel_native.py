@@ -41,8 +41,8 @@ if not cpu.available():
 
 FUZZ = settings(max_examples=15 if EXACT else 100, deadline=None, derandomize=True)
 ISAS = cpu.isas()
-# One tile of tokens from both sides (2 or 6 of them), what dense layers do from 16 tokens on, blocks of 64 and 128.
-TOKENS = [1, 2, 5, 6, 7, 16, 17, 33, 64, 70, 130]
+# Tiles of tokens from both sides (2, 5, 6, 12 of them), tokens as lanes from 13 on, blocks of 16 and 32 of them.
+TOKENS = [1, 2, 5, 6, 7, 12, 13, 16, 17, 32, 33, 70, 130]
 some_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}-tokens")
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 CPU = torch.device("cpu")
@@ -201,8 +201,8 @@ def test_sparse_mlp_with_every_option(tokens, row_exact, with_bias, counted):
     ("hidden", "ffn"), [(1, 1), (37, 1), (37, 129), (64, 128), (80, 300), (190, 400)], ids=["all-one", "one-neuron", "odd", "tiled", "uneven", "large"]
 )
 def test_sparse_mlp_for_every_size(hidden, ffn, dtype, isa):
-    """Columns that end inside a tile of 32 or 64, an odd number of survivors, more of them than a panel holds."""
-    for tokens in (1, 5, 9):
+    """Columns that end inside a tile of 32, an odd number of survivors, more of them than a block holds."""
+    for tokens in (1, 5, 9, 14, 40):
         checks.sparse_mlp(tokens, hidden=hidden, ffn=ffn, dtype=dtype, density=0.6)
 
 
@@ -263,8 +263,8 @@ def test_sparse_qkv_for_every_density_and_padding(tokens, density, padding, isa)
 @pytest.mark.parametrize("head_size", [1, 8, 32, 80], ids=lambda n: f"head-size-{n}")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "grouped", "one-kv-head"])
 def test_sparse_qkv_for_every_head_shape_and_option(heads, kv_heads, head_size, with_bias, counted, isa):
-    for tokens in (1, 5):
-        checks.sparse_qkv(tokens, heads, kv_heads, head_size, hidden=37, with_bias=with_bias, counted=counted)
+    for tokens, hidden, dtype in ((1, 37, torch.float32), (5, 37, torch.float32), (20, 64, torch.bfloat16)):
+        checks.sparse_qkv(tokens, heads, kv_heads, head_size, hidden, dtype, with_bias=with_bias, counted=counted)
 
 
 @every_isa
@@ -286,11 +286,13 @@ def test_sparse_out_proj_for_every_density_and_padding(tokens, given_output, den
 @every_isa
 @every_dtype
 @pytest.mark.parametrize(
-    ("heads", "head_size", "hidden"), [(1, 8, 1), (5, 20, 37), (9, 7, 5), (2, 80, 64), (8, 16, 190)], ids=["one-head", "odd", "odder", "wide-heads", "large"]
+    ("heads", "head_size", "hidden"),
+    [(1, 8, 1), (5, 20, 37), (9, 7, 5), (2, 80, 64), (8, 16, 190), (32, 3, 40), (16, 6, 40)],
+    ids=["one-head", "odd", "odder", "wide-heads", "large", "odd-heads-in-even-rows", "heads-inside-a-line"],
 )
 def test_sparse_out_proj_for_every_size(heads, head_size, hidden, dtype, isa):
     """Selected heads side by side are one segment of columns; between them lie NaN."""
-    for tokens in (1, 5):
+    for tokens in (1, 5, 20):
         for density in (0.4, 0.8):
             checks.sparse_out_proj(tokens, heads, head_size, hidden, dtype, density)
 
@@ -353,7 +355,7 @@ def check_dense_mlp(tokens, hidden, ffn, dtype, with_bias=True):
 with_or_without_bias = pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 DENSE = [(1, 1), (37, 129), (64, 304), (160, 640), (96, 301), (192, 1056)]
 every_dense_size = pytest.mark.parametrize(
-    ("hidden", "rows"), DENSE, ids=["all-one", "odd", "tiled", "two-panels", "odd-rows", "three-panels"]
+    ("hidden", "rows"), DENSE, ids=["all-one", "odd", "tiled", "large", "odd-rows", "larger"]
 )
 
 
@@ -362,7 +364,7 @@ every_dense_size = pytest.mark.parametrize(
 @every_dense_size
 @with_or_without_bias
 def test_linear(hidden, rows, with_bias, dtype, isa):
-    """Sizes that only some of the ways through take: bf16's products of blocks ask for multiples of 32 and 16."""
+    """Sizes that only some of the ways through take: tokens as lanes ask for rows of a multiple of 32."""
     for tokens in TOKENS:
         check_linear(tokens, hidden, rows, dtype, with_bias)
 
@@ -372,18 +374,18 @@ def test_linear(hidden, rows, with_bias, dtype, isa):
 @every_dense_size
 @with_or_without_bias
 def test_dense_mlp(hidden, rows, with_bias, dtype, isa):
-    """Few tokens skip neurons that came out negative, more multiply whole blocks, 80 and more by two such layers."""
-    for tokens in (*TOKENS, 79, 80):
+    """Neurons that came out negative are skipped; from 257 tokens on in several chunks."""
+    for tokens in (*TOKENS, 256, 257):
         check_dense_mlp(tokens, hidden, rows, dtype, with_bias)
 
 
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0], ids=lambda share: f"{share}-alive")
-@pytest.mark.parametrize(("hidden", "ffn"), [(64, 96), (64, 640), (160, 301), (37, 1056)], ids=["one-panel", "two-panels", "odd-neurons", "odd-columns"])
+@pytest.mark.parametrize(("hidden", "ffn"), [(64, 96), (64, 640), (160, 301), (37, 1056)], ids=["one-block", "more-blocks", "odd-neurons", "odd-columns"])
 def test_dense_mlp_of_neurons_that_no_token_needs(hidden, ffn, share, dtype, isa):
-    """Their fc2 rows are left out, whose number is then rarely what blocks ask for; also when nothing is left."""
-    for tokens in (1, 7, 20, 79, 80, 130):
+    """Their fc2 rows are left out, whose number is then rarely even, and which are rarely neighbours; also when nothing is left."""
+    for tokens in (1, 7, 12, 13, 20, 130, 300):
         x, fc1 = rand(tokens, hidden, dtype=dtype), rand(ffn, hidden, seed=1, dtype=dtype, fan_in=hidden)
         bias = torch.where(checks.rand_mask(ffn, density=share), rand(ffn, seed=2), -50.0).to(dtype)
         fc2_t = rand(ffn, hidden, seed=3, dtype=dtype, fan_in=ffn)
@@ -394,7 +396,7 @@ def test_dense_mlp_of_neurons_that_no_token_needs(hidden, ffn, share, dtype, isa
 @pytest.mark.parametrize("number", [1, 3], ids=["one-thread", "three-threads"])
 @every_dtype
 def test_dense_layers_of_a_long_prompt(dtype, number):
-    """More tokens than are summed at once, the last block of them not full."""
+    """Several chunks of tokens, the last block of each not full."""
     with threads(number):
         check_linear(1030, 64, 48, dtype)
         check_dense_mlp(1030, 64, 96, dtype)
@@ -586,7 +588,7 @@ def test_inputs_and_16_bit_results_keep_every_value(dtype, hidden, isa):
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize("tokens", [1, 8], ids=["from-rows", "from-panels"])
+@pytest.mark.parametrize("tokens", [1, 13], ids=["from-rows", "kept-rows"])
 def test_fc2_weights_are_widened_exactly(tokens, dtype, isa):
     """One neuron that comes out as 1 gives its fc2 row; columns that fill tiles, and the last 37."""
     values = patterns(torch.float16 if dtype == torch.float32 else dtype).to(dtype)

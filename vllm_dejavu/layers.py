@@ -286,6 +286,9 @@ class DejaVuAttention(Attention):
     The plain `forward(query, key, value)` stays vLLM's, for layers that are not gated.
     """
 
+    # Whether our op writes keys and values to the cache itself. On a GPU vLLM's own op does, outside of what runs eagerly between
+    # the pieces of a graph; a CPU has no graphs, and an op costs more there than what it does.
+    updates_cache = False
     # Called once after the weights are in place, whatever the load format.
     after_loading: Callable[[], None] | None = None
 
@@ -298,7 +301,7 @@ class DejaVuAttention(Attention):
         """qkv: [T, 3 * heads * head_size]; returns out_proj's part [T, hidden] of this rank, without bias."""
         query, key, value = (t.view(-1, self.num_heads, self.head_size) for t in qkv.chunk(3, dim=-1))
         dep = None
-        if not self.attn_backend.forward_includes_kv_cache_update:
+        if not (self.attn_backend.forward_includes_kv_cache_update or self.updates_cache):
             dep = torch.ops.vllm.unified_kv_cache_update(key, value, encode_layer_name(self.layer_name))
         output = qkv.new_empty(qkv.shape[0], self.hidden_size)
         ops.attention(query, key, value, head_scores, output, encode_layer_name(block_name), dep)
@@ -323,6 +326,7 @@ class DejaVuSelfAttention(_GatedBlock):
             self.units, self.head_dim, scale=self.head_dim**-0.5, cache_config=vllm_config.cache_config, prefix=f"{prefix}.attn"
         )
         self.attn.hidden_size = hidden
+        self.attn.updates_cache = self.qkv_proj.weight.device.type == "cpu" and not self.attn.attn_backend.forward_includes_kv_cache_update
         self.attention_name = self.attn.layer_name
         backend = self.attn.attn_backend.get_name()
         self.reads_cache = ATTENTION_BACKENDS.get(backend, False)

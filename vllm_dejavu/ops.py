@@ -257,10 +257,12 @@ def _attention(
 ) -> None:
     """Attention over the paged cache and the output projection, into output [num_tokens, hidden] (no bias).
 
-    `kv_cache_dummy_dep` only orders this op behind the cache update.
+    `kv_cache_dummy_dep` only orders this op behind the cache update, where that is another op (`DejaVuAttention.updates_cache`).
     """
     block, num_tokens = _block(layer_name), query.shape[0]
-    metadata, layer, kv_cache, _ = get_attention_context(block.attn.layer_name)
+    metadata, layer, kv_cache, slot_mapping = get_attention_context(block.attn.layer_name)
+    if layer.updates_cache and slot_mapping is not None:
+        layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
     step = block.sparse_step(num_tokens)
     if step is not None and block.reads_cache and metadata.max_query_len == 1 and metadata.seq_lens.shape[0] >= num_tokens:
         impl = implementation(query.device.type)

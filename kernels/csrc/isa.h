@@ -59,8 +59,8 @@ struct Kernels {
   // to = ReLU(values + bias), NaN as it is, of which `alive` gets the sums
   void (*activate)(const float* values, const float* bias, float* alive, void* to, Type type, int64_t n);
   void (*widen)(const void* from, Type type, float* to, int64_t n);
-  // to = relu?(from + bias), rounded to nearest, ties to even; without a bias where that is null
-  void (*finish)(const float* from, const float* bias, bool relu, void* to, Type type, int64_t n);
+  // to = from + bias, rounded to nearest, ties to even; without a bias where that is null
+  void (*finish)(const float* from, const float* bias, void* to, Type type, int64_t n);
 };
 
 // Of this CPU, best first; never empty: "generic" is plain C++.

@@ -22,15 +22,16 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t SEGMENT = 128;  // of a neuron list; as in kernels/reference.py
 enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED };
-constexpr int64_t ROW_UNIT = 8;         // rows that a dot tile takes at once, at most
+constexpr int64_t ROW_UNIT = 8;         // rows that a tile takes at once, at most
 constexpr int64_t COLUMN_UNIT = 64;     // columns that an accumulate tile takes at once
 constexpr int64_t LEAST_COLUMNS = 256;  // of a task of fc2: narrower pieces of rows would waste prefetches
 constexpr int64_t LEAST_ROWS = 64;
 constexpr int64_t CACHE_LINE = 64, ALIASING_BYTES = 1024;
-constexpr int64_t LANES_TOKENS = 13;         // from which on dot_lanes overtakes dot (Zen 4, OPT-125M's and 1.3B's layers)
+constexpr int64_t LANES_TOKENS = 13;        // from which on dot_lanes overtakes dot (Zen 4, OPT-125M's and 1.3B's layers)
 constexpr int64_t CHUNK_BYTES = 256 << 10;  // of rows that all blocks of tokens are multiplied with: in the second cache beside a block
+constexpr int64_t SUMS_BYTES = 256 << 10;   // of fc2's columns at a time: likewise
 constexpr int64_t MLP_TOKENS = 256;         // at once: what is between fc1 and fc2 stays in the caches
-constexpr int64_t PLAIN_TOKENS = 16;        // from which on PyTorch's linears overtake dot where there is no dot_lanes
+constexpr int64_t PLAIN_TOKENS = 16;        // from which on PyTorch's linears overtake ours where bf16 products are not native
 
 std::atomic<const Kernels*> chosen{nullptr};
 
@@ -145,7 +146,7 @@ const float* widened(const MaybeTensor& bias, int64_t size) {
   return wide;
 }
 
-// out[t, id of row i] = relu?(dot of row i with x[t] over the segments + bias[id]) for rows i < n, ids of which ascend.
+// out[t, id of row i] = dot of row i with x[t] over the segments + bias[id], for rows i < n, ids of which ascend.
 void project(const Rows& rows, int64_t n, const Inputs& x, const std::vector<Segment>& segments, const float* bias, const Tensor& out) {
   const Type type = type_of(out);
   const int64_t width = out.size(1), size = out.element_size();
@@ -163,7 +164,7 @@ void project(const Rows& rows, int64_t n, const Inputs& x, const std::vector<Seg
           next = i + 1;
           while (next < end && id(next) == id(next - 1) + 1) ++next;
           for (int64_t t = 0; t < x.block_tokens(block); ++t)
-            isa.finish(values + t * mine + i - begin, bias ? bias + id(i) : bias, false, to + ((block * LANE_BLOCK + t) * width + id(i)) * size, type,
+            isa.finish(values + t * mine + i - begin, bias ? bias + id(i) : bias, to + ((block * LANE_BLOCK + t) * width + id(i)) * size, type,
                        next - i);
         }
       }
@@ -264,8 +265,8 @@ void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tenso
   const Rows rows = rows_of(fc1, list);
   const int64_t width = (n + 15) / 16 * 16 + CACHE_LINE / 4;  // a line more, as in Inputs
   const int64_t h_size = size_of(inputs.type);
-  char* h = scratch<HIDDEN, char>(tokens * width * h_size);   // [tokens][width]
-  float* alive = scratch<ALIVE, float>(n);        // sums over tokens: 0 where none is positive
+  char* h = scratch<HIDDEN, char>(tokens * width * h_size);  // [tokens][width]
+  float* alive = scratch<ALIVE, float>(n);                   // sums over tokens: 0 where none is positive
   share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
     const Segment all{0, hidden};
     const auto id = [&](int64_t i) { return list ? static_cast<int64_t>(list[i]) : i; };
@@ -306,18 +307,22 @@ void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tenso
   const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
   const Type type = type_of(out);
   const auto finish = [&](int64_t t, int64_t begin, int64_t end) {
-    kernels().finish(partials + t * columns + begin, nullptr, false, at_element(out, t * columns + begin), type, end - begin);
+    kernels().finish(partials + t * columns + begin, nullptr, at_element(out, t * columns + begin), type, end - begin);
   };
+  const int64_t panel = std::max(LEAST_COLUMNS, SUMS_BYTES / (4 * std::max<int64_t>(tokens, 1)) / COLUMN_UNIT * COLUMN_UNIT);
   at::parallel_for(0, column_tasks * splits, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t split = task / column_tasks, place = task % column_tasks;
       const int64_t begin = units * place / column_tasks * COLUMN_UNIT, end = std::min(columns, units * (place + 1) / column_tasks * COLUMN_UNIT);
       if (begin >= end) continue;
-      char* memory = scratch<TILE, char>(accumulate_scratch(tokens, end - begin));
-      kernels().accumulate(rows2, m * split / splits, m * (split + 1) / splits, h, inputs.type, width, places, tokens, begin, end,
-                           partials + split * tokens * columns + begin, columns, memory);
-      if (splits == 1)
-        for (int64_t t = 0; t < tokens; ++t) finish(t, begin, end);
+      char* memory = scratch<TILE, char>(accumulate_scratch(tokens, panel));
+      for (int64_t column = begin; column < end; column += panel) {
+        const int64_t stop = std::min(end, column + panel);
+        kernels().accumulate(rows2, m * split / splits, m * (split + 1) / splits, h, inputs.type, width, places, tokens, column, stop,
+                             partials + split * tokens * columns + column, columns, memory);
+        if (splits == 1)
+          for (int64_t t = 0; t < tokens; ++t) finish(t, column, stop);
+      }
     }
   });
   if (splits > 1)
@@ -361,7 +366,7 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bia
   return at::zeros({x.size(0), fc2.size(1)}, x.options()).index_copy_(0, at::tensor(valid, at::kLong), out);
 }
 
-// Whether PyTorch's own linears are faster: many tokens without dot_lanes.
+// Whether PyTorch's own linears are faster.
 bool better_plain(const Tensor& x, const Tensor& weight) {
   return x.size(0) >= PLAIN_TOKENS && (kernels().dot_lanes == nullptr || weight.scalar_type() != at::kBFloat16);
 }

@@ -254,19 +254,18 @@ void widen_all(const void* from, float* to, int64_t n) {
   if (i < n) widen_n(p + i, n - i).store_n(to + i, n - i);
 }
 
-inline Vec finished(Vec value, const float* bias, bool relu, int64_t n) {
-  if (bias) value = Vec::fma(Vec::set1(1), n < Vec::WIDTH ? Vec::load_n(bias, n) : Vec::load(bias), value);
-  return relu ? Vec::relu(value) : value;
+inline Vec biased(Vec value, const float* bias, int64_t n) {
+  return bias ? Vec::fma(Vec::set1(1), n < Vec::WIDTH ? Vec::load_n(bias, n) : Vec::load(bias), value) : value;
 }
 
 template <class E>
-void finish_all(const float* from, const float* bias, bool relu, void* to, int64_t n) {
+void finish_all(const float* from, const float* bias, void* to, int64_t n) {
   E* p = static_cast<E*>(to);
   int64_t i = 0;
-  for (; i + Vec::WIDTH <= n; i += Vec::WIDTH) store_as(finished(Vec::load(from + i), bias ? bias + i : bias, relu, Vec::WIDTH), p + i);
+  for (; i + Vec::WIDTH <= n; i += Vec::WIDTH) store_as(biased(Vec::load(from + i), bias ? bias + i : bias, Vec::WIDTH), p + i);
   if (i < n) {
     E last[Vec::WIDTH];
-    store_as(finished(Vec::load_n(from + i, n - i), bias ? bias + i : bias, relu, n - i), last);
+    store_as(biased(Vec::load_n(from + i, n - i), bias ? bias + i : bias, n - i), last);
     for (int64_t j = 0; i + j < n; ++j) p[i + j] = last[j];
   }
 }
@@ -287,12 +286,12 @@ void activate_all(const float* values, const float* bias, float* alive, void* to
   E* p = static_cast<E*>(to);
   int64_t i = 0;
   for (; i + Vec::WIDTH <= n; i += Vec::WIDTH) {
-    const Vec value = finished(Vec::load(values + i), bias + i, true, Vec::WIDTH);
+    const Vec value = Vec::relu(biased(Vec::load(values + i), bias + i, Vec::WIDTH));
     Vec::fma(one, value, Vec::load(alive + i)).store(alive + i);
     store_as(value, p + i);
   }
   if (i < n) {
-    const Vec value = finished(Vec::load_n(values + i, n - i), bias + i, true, n - i);
+    const Vec value = Vec::relu(biased(Vec::load_n(values + i, n - i), bias + i, n - i));
     Vec::fma(one, value, Vec::load_n(alive + i, n - i)).store_n(alive + i, n - i);
     E last[Vec::WIDTH];
     store_as(value, last);
@@ -314,11 +313,11 @@ void widen_any(const void* from, Type type, float* to, int64_t n) {
   }
 }
 
-void finish_any(const float* from, const float* bias, bool relu, void* to, Type type, int64_t n) {
+void finish_any(const float* from, const float* bias, void* to, Type type, int64_t n) {
   switch (type) {
-    case Type::f32: return finish_all<float>(from, bias, relu, to, n);
-    case Type::f16: return finish_all<Half>(from, bias, relu, to, n);
-    case Type::bf16: return finish_all<BFloat>(from, bias, relu, to, n);
+    case Type::f32: return finish_all<float>(from, bias, to, n);
+    case Type::f16: return finish_all<Half>(from, bias, to, n);
+    case Type::bf16: return finish_all<BFloat>(from, bias, to, n);
     case Type::i8: return;
   }
 }
