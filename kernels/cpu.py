@@ -35,10 +35,10 @@ __all__ = [
 
 # {block: {hidden size: {tokens: union density}}} at which sparse and dense take equally long, prediction included, on one CPU
 # (AMD Zen 4, 2 cores, bf16, layers of OPT-125M and OPT-1.3B; benchmarks/results/cpu/kernels-*.csv, of neighbouring batch sizes
-# the lowest; what came within noise of 1 is left out). Sizes in between take the next smaller one.
+# the lowest). 0.5 is the lowest density of heads that was measured. Sizes in between take the next smaller one.
 CROSSOVERS = {
-    "mlp": {768: {1: 0.86, 4: 0.81, 8: 0.69, 16: 0.59, 32: 0.48}, 2048: {1: 0.95, 4: 0.85, 16: 0.72}},
-    "attention": {768: {2: 0.95}, 2048: {4: 0.94}},
+    "mlp": {768: {1: 0.91, 4: 0.69, 8: 0.64, 16: 0.52, 32: 0.45}, 2048: {1: 0.92, 4: 0.9, 32: 0.79}},
+    "attention": {768: {1: 0.71, 4: 0.5}, 2048: {2: 0.83}},
 }
 MISSING = (
     "The native CPU kernels are not built, so the PyTorch reference runs, which is slow: install vllm-dejavu again with a C++ compiler, "
