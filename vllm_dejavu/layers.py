@@ -326,10 +326,10 @@ class DejaVuSelfAttention(_GatedBlock):
             self.units, self.head_dim, scale=self.head_dim**-0.5, cache_config=vllm_config.cache_config, prefix=f"{prefix}.attn"
         )
         self.attn.hidden_size = hidden
-        self.attn.updates_cache = self.qkv_proj.weight.device.type == "cpu" and not self.attn.attn_backend.forward_includes_kv_cache_update
         self.attention_name = self.attn.layer_name
         backend = self.attn.attn_backend.get_name()
         self.reads_cache = ATTENTION_BACKENDS.get(backend, False)
+        self.attn.updates_cache = backend == "CPU_ATTN" and not self.attn.attn_backend.forward_includes_kv_cache_update
         self.max_model_len = vllm_config.model_config.max_model_len
         if backend not in ATTENTION_BACKENDS:
             raise ValueError(
