@@ -63,15 +63,18 @@ class Step:
 
     def rows(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """How many rows hold a token; int64, on the device."""
-        if self._rows is None:
+        if self._rows is None or device.type != "cpu":
             self._rows = (self.row_lens(num_tokens, device) > 0).sum()
         return self._rows
 
     def row_lens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """[num_tokens], int32: 0 for rows that only pad the batch. vLLM's own buffer wherever that has the rows.
 
-        Made once a pass: its ops are called several times a layer, always with as many tokens.
+        On a CPU made once a pass, whose ops ask several times a layer, always for as many tokens. Not on a GPU: what is captured
+        in a graph may only read what was made in it.
         """
+        if device.type != "cpu":
+            return self._make_row_lens(num_tokens, device)
         if self._row_lens is None or self._row_lens.shape[0] != num_tokens:
             self._row_lens = self._make_row_lens(num_tokens, device)
         return self._row_lens
