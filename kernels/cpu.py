@@ -18,6 +18,7 @@ __all__ = [
     "ACTIVATIONS",
     "CROSSOVERS",
     "compact_union",
+    "count_dense",
     "dense_mlp",
     "describe",
     "linear",
@@ -35,9 +36,10 @@ __all__ = [
 
 # {block: {hidden size: {tokens: union density}}} at which sparse and dense take equally long, prediction included, on one CPU
 # (AMD Zen 4, 2 cores, bf16, layers of OPT-125M and OPT-1.3B; benchmarks/results/cpu/kernels-*.csv, of neighbouring batch sizes
-# the lowest). 0.5 is the lowest density of heads that was measured. Sizes in between take the next smaller one.
+# the lowest). 0.5 is the lowest density of heads that was measured. Sizes in between take the next smaller one. OPT-125M's from 16
+# tokens on are lower than the layers alone say: its whole steps took 0.90x of dense's speed at 0.39 (benchmarks/results/cpu/README.md).
 CROSSOVERS = {
-    "mlp": {768: {1: 0.91, 4: 0.69, 8: 0.64, 16: 0.52, 32: 0.45}, 2048: {1: 0.92, 4: 0.9, 32: 0.79}},
+    "mlp": {768: {1: 0.91, 4: 0.69, 8: 0.64, 16: 0.35}, 2048: {1: 0.92, 4: 0.9, 32: 0.79}},
     "attention": {768: {1: 0.71, 4: 0.5}, 2048: {2: 0.83}},
 }
 MISSING = (
@@ -88,6 +90,10 @@ def describe() -> str:
 def prepare_weight(weight: torch.Tensor) -> None:
     """Ask for huge pages: rows of a list lie pages apart, and with small ones address translation limits how fast they are read."""
     torch.ops.dejavu_cpu.use_huge_pages(weight)
+
+
+def count_dense(counters: torch.Tensor, once: torch.Tensor, per_row: torch.Tensor, row_lens: torch.Tensor) -> None:
+    torch.ops.dejavu_cpu.count_dense(counters, once, per_row, row_lens)
 
 
 def score_heads(

@@ -40,6 +40,15 @@ def count(counters: torch.Tensor | None, **amounts: Any) -> None:
             counters[COUNTERS.index(name)] += amount
 
 
+def count_dense(counters: torch.Tensor, once: torch.Tensor, per_row: torch.Tensor, row_lens: torch.Tensor) -> None:
+    """Count a dense pass of a gated block: `once`, and `per_row` for each row that holds a token.
+
+    Args:
+        counters, once, per_row: [counters], int64. row_lens: [num_tokens], int32.
+    """
+    counters += torch.addcmul(once, (row_lens > 0).sum(), per_row)
+
+
 def prepare_weight(weight: torch.Tensor) -> None:
     """Called with the memory of a weight that will be gathered from, allocated and not yet written."""
 

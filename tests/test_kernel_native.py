@@ -312,6 +312,18 @@ def test_mask_heads(tokens, head_size, dtype):
         assert torch.equal(given_attn.nan_to_num(7), before.nan_to_num(7)), "the input stays as it is"
 
 
+@pytest.mark.parametrize("lens", [[], [0, 0], [5], [3, 0, 1, 0]], ids=len)
+def test_dense_passes_are_counted(lens):
+    once, per_row, row_lens = torch.tensor([1, 0, 0, 300, 300, 0, 0]), torch.tensor([0, 1, 300, 0, 0, 0, 0]), torch.tensor(lens, dtype=torch.int32)
+    ours, theirs = torch.arange(7), torch.arange(7)
+    cpu.count_dense(ours, once, per_row, row_lens)
+    reference.count_dense(theirs, once, per_row, row_lens)
+    rows = sum(n > 0 for n in lens)
+    assert ours.tolist() == theirs.tolist() == [1, 1 + rows, 2 + 300 * rows, 303, 304, 5, 6]
+    with pytest.raises(RuntimeError, match=r"per_row must be a contiguous CPU tensor \[7\] of Long, got \[6\]"):
+        cpu.count_dense(ours, once, per_row[:6], row_lens)
+
+
 def test_prepare_weight_changes_nothing():
     """An advice about pages only; smaller tensors than a page, and parts of tensors, get none or less of it."""
     for weight in (rand(1, 1), rand(2000, 1000), rand(2000, 1000)[7:, 3:], torch.empty(0)):

@@ -141,7 +141,8 @@ class _GatedBlock(nn.Module):
         if gate.recorder is not None:
             gate.recorder(gate.layer, gate.block, None, None)
         if step.sparse:
-            gate.counters += torch.addcmul(gate.dense_step, step.rows(num_tokens, device), gate.dense_row)
+            row_lens = step.row_lens(num_tokens, device)
+            ops.implementation(device.type).count_dense(gate.counters, gate.dense_step, gate.dense_row, row_lens)
 
     def register(self, vllm_config: VllmConfig, name: str) -> None:
         """Make this block findable by the ops."""

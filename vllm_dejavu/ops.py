@@ -59,13 +59,6 @@ class Step:
     def __post_init__(self) -> None:
         self.sparse = self.reason == "sparse"
         self._row_lens: torch.Tensor | None = None
-        self._rows: torch.Tensor | None = None
-
-    def rows(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """How many rows hold a token; int64, on the device."""
-        if self._rows is None or device.type != "cpu":
-            self._rows = (self.row_lens(num_tokens, device) > 0).sum()
-        return self._rows
 
     def row_lens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """[num_tokens], int32: 0 for rows that only pad the batch. vLLM's own buffer wherever that has the rows.

@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -80,6 +81,17 @@ void check_counters(const MaybeTensor& counters) {
 
 void count(const MaybeTensor& counters, Counter which, int64_t amount) {
   if (counters) counters->data_ptr<int64_t>()[which] += amount;
+}
+
+void count_dense(const Tensor& counters, const Tensor& once, const Tensor& per_row, const Tensor& row_lens) {
+  check_counters(counters);
+  check_vector(once, counters.numel(), at::kLong, "once");
+  check_vector(per_row, counters.numel(), at::kLong, "per_row");
+  check_vector(row_lens, row_lens.numel(), at::kInt, "row_lens");
+  const auto* lens = row_lens.data_ptr<int32_t>();
+  const int64_t rows = std::count_if(lens, lens + row_lens.numel(), [](int32_t len) { return len > 0; });
+  auto* counter = counters.data_ptr<int64_t>();
+  for (int64_t i = 0; i < counters.numel(); ++i) counter[i] += once.data_ptr<int64_t>()[i] + rows * per_row.data_ptr<int64_t>()[i];
 }
 
 // Inputs as products with weights of a type take them, in scratch memory where that is not as they are: many tokens for
@@ -510,6 +522,7 @@ TORCH_LIBRARY(dejavu_cpu, m) {
   m.def("isa() -> str", isa);
   m.def("use_isa(str name) -> ()", use_isa);
   m.def("use_huge_pages(Tensor t) -> ()", use_huge_pages);
+  m.def("count_dense(Tensor(a!) counters, Tensor once, Tensor per_row, Tensor row_lens) -> ()");
   m.def("score_heads(Tensor x, Tensor weight, Tensor bias, Tensor row_lens) -> Tensor");
   m.def("select_neurons(Tensor x, Tensor down, Tensor up, Tensor bias, Tensor row_lens, bool with_row_mask, "
         "Tensor? head_x, Tensor? head_weight, Tensor? head_bias, Tensor(a!)? counters) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -522,6 +535,7 @@ TORCH_LIBRARY(dejavu_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(dejavu_cpu, CPU, m) {
+  m.impl("count_dense", count_dense);
   m.impl("score_heads", score_heads);
   m.impl("select_neurons", select_neurons);
   m.impl("sparse_mlp", sparse_mlp);
