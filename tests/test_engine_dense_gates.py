@@ -40,12 +40,14 @@ UNION = {1: 0.1, 2: 0.2, 8: 0.5, 64: 0.9}
     ("crossover", "measured", "expected"),
     [
         pytest.param(1.0, {1: 0.01}, None, id="never"),
-        pytest.param(0.5, {}, 63, id="given"),
+        pytest.param(0.5, {}, 8, id="given"),
+        pytest.param(0.45, {}, 6, id="given-between-calibrated-sizes"),
         pytest.param(0.95, {}, 64, id="given-and-beyond-the-table"),
         pytest.param(0.05, {}, 0, id="given-always"),
         pytest.param(None, {}, None, id="nothing-measured"),
-        pytest.param(None, {4: 0.4}, 7, id="measured-for-a-smaller-batch"),
-        pytest.param(None, {1: 0.3, 8: 0.6, 32: 0.8}, 63, id="measured"),
+        pytest.param(None, {4: 0.4}, 5, id="measured-for-a-smaller-batch"),
+        pytest.param(None, {1: 0.3, 8: 0.6, 32: 0.8}, 3, id="measured"),
+        pytest.param(None, {1: 0.6, 32: 0.8}, 13, id="measured-between-calibrated-sizes"),
         pytest.param(None, {100: 0.1}, None, id="measured-for-larger-batches-only"),
     ],
 )

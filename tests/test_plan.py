@@ -78,7 +78,7 @@ def test_a_small_model_without_an_artifact_is_said_to_be_unsupported(opt):
     ids=["one-row-is-the-density", "calibrated", "below-the-first", "between", "beyond", "none-calibrated", "dense"],
 )
 def test_density_at_a_batch(gate, batch, expected):
-    assert plan.density_at(gate, batch) == pytest.approx(expected)
+    assert gate.density_at(batch) == pytest.approx(expected)
 
 
 def test_an_artifacts_densities_are_taken_layer_by_layer():

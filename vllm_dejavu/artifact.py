@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -103,6 +104,21 @@ class GateSpec:
     @property
     def sparse(self) -> bool:
         return self.state == "sparse"
+
+    def density_at(self, batch: int) -> float:
+        """Share of units that any of `batch` rows selects; 1 for a dense gate.
+
+        Between calibrated sizes: linear in log(batch). Beyond the largest: as if groups of that many rows chose independently.
+        """
+        if not self.sparse:
+            return 1.0
+        table = {int(size): density["mean"] for size, density in self.union_density.items()} | {1: self.density["mean"]}
+        below = max(size for size in table if size <= batch)
+        above = min((size for size in table if size > batch), default=None)
+        if above is None:
+            return 1 - (1 - table[below]) ** (batch / below)
+        share = math.log(batch / below) / math.log(above / below)
+        return table[below] + share * (table[above] - table[below])
 
 
 @dataclass(frozen=True)

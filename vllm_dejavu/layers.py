@@ -96,7 +96,7 @@ def _of_size(measured: dict[int, dict[int, float]], hidden: int) -> dict[int, fl
 
 
 def _largest_batch(spec: GateSpec, crossover: float | None, measured: dict[int, float]) -> int | None:
-    """Largest padded token count at which a gate's calibrated union density stays below the crossover; None: all do.
+    """Largest padded token count up to which a gate's union density stays below the crossover; None: all do.
 
     Args:
         crossover: the setting; None takes `measured`, {tokens: density}.
@@ -107,12 +107,11 @@ def _largest_batch(spec: GateSpec, crossover: float | None, measured: dict[int, 
             return crossover
         return measured.get(max((size for size in measured if size <= tokens), default=-1), 1.0)
 
-    sizes = sorted(map(int, spec.union_density))
-    if not sizes or all(limit(size) >= 1 for size in sizes):
+    # A union only grows with the batch, so what lies beyond the calibrated sizes counts as over.
+    last = max(map(int, spec.union_density), default=0)
+    if not last or all(limit(tokens) >= 1 for tokens in range(1, last + 1)):
         return None
-    over = [size for size in sizes if spec.union_density[str(size)]["mean"] > limit(size)]
-    # A union only grows with the batch, so what lies beyond the measured sizes counts as over.
-    return over[0] - 1 if over else sizes[-1]
+    return next((tokens - 1 for tokens in range(1, last + 1) if spec.density_at(tokens) > limit(tokens)), last)
 
 
 class _GatedBlock(nn.Module):

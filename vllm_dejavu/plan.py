@@ -214,22 +214,6 @@ def default_rank(geometry: Geometry) -> int:
     return min(max(RANK_STEP, rank // RANK_STEP * RANK_STEP), hidden)
 
 
-def density_at(gate: GateSpec, batch: int) -> float:
-    """Share of units that any of `batch` rows selects; 1 for a dense gate.
-
-    Between calibrated sizes: linear in log(batch). Beyond the largest: as if groups of that many rows chose independently.
-    """
-    if not gate.sparse:
-        return 1.0
-    table = {int(size): density["mean"] for size, density in gate.union_density.items()} | {1: gate.density["mean"]}
-    below = max(size for size in table if size <= batch)
-    above = min((size for size in table if size > batch), default=None)
-    if above is None:
-        return 1 - (1 - table[below]) ** (batch / below)
-    share = math.log(batch / below) / math.log(above / below)
-    return table[below] + share * (table[above] - table[below])
-
-
 def largest_calibrated_batch(layers: Layers) -> int:
     """Largest batch size that every gate has a density for."""
     gates = [gate for layer in layers for gate in layer.values() if gate.sparse]
@@ -279,10 +263,10 @@ def layer_workloads(layers: Layers, batch: int, context: int, tp: int) -> list[W
         head_density = _share(heads.density["mean"]) if heads.sparse else 1.0
         workloads.append(
             Workload(
-                batch=batch, context=context, tp=tp, dtype_bytes=SERVED_BYTES, mlp_density=_share(density_at(mlp, batch)),
+                batch=batch, context=context, tp=tp, dtype_bytes=SERVED_BYTES, mlp_density=_share(mlp.density_at(batch)),
                 head_density=head_density,
                 # Both are means over samples: at small batches the union's may lie outside of what the other allows.
-                head_union_density=min(1.0, batch * head_density, max(head_density, density_at(heads, batch))),
+                head_union_density=min(1.0, batch * head_density, max(head_density, heads.density_at(batch))),
                 predictor_rank=mlp.rank if mlp.sparse else 0,
                 predictor_dtype_bytes=DTYPES[(mlp if mlp.sparse else heads).dtype].itemsize,
                 sparse_launches=launches,
