@@ -100,9 +100,10 @@ def test_a_ranks_predictor_scores_its_own_units(low_rank):
 
 def snapshot(gates, steps=(8, 2, 0, 0, 0)):
     names = ("layer", "block", "units", *metrics.GATE_COUNTERS)
+    gates = [(*g, *[0] * (len(names) - len(g))) for g in gates]
     return {
-        "mode": "sparse", "num_layers": 2, "steps": dict(zip(metrics.STEP_REASONS, steps, strict=True)),
-        "gates": [dict(zip(names, g, strict=True)) for g in gates], "artifact": {},
+        "mode": "sparse", "num_layers": 2, "dense_switch": False, "predictor_bytes": 7, "steps": dict(zip(metrics.STEP_REASONS, steps, strict=True)),
+        "gates": [{"calibrated": {"density": 0.25}} | dict(zip(names, g, strict=True)) for g in gates], "artifact": {},
     }  # fmt: skip
 
 
@@ -111,12 +112,15 @@ def test_densities_of_one_rank():
     mlp = s["layers"][0]["mlp"]
     assert mlp["density"] == 40 / 160 and mlp["read_density"] == 32 / 80 and mlp["survived_density"] == 24 / 80
     assert mlp["recall"] == 15 / 20 and s["sparse_step_share"] == 0.8
+    assert mlp["calibrated"] == {"density": 0.25} and s["predictor_bytes"] == 7
     assert s["layers"][1]["mlp"]["density"] == 1.0 and s["mlp_density"] == (0.25 + 1) / 2 and s["head_density"] == 1.0
 
 
 def test_tensor_parallel_ranks_add_their_units_not_their_steps():
-    ranks = [snapshot([(0, "mlp", 5, 8, 16, 30, 20, 10, 0, 0)]), snapshot([(0, "mlp", 5, 8, 16, 10, 12, 14, 0, 0)])]
-    mlp = metrics.summarize(ranks)["layers"][0]["mlp"]
+    ranks = [snapshot([(0, "mlp", 5, 8, 16, *units, 3, 4, *sampled)]) for units, sampled in (((30, 20, 10, 0, 0), (6, 8, 4)), ((10, 12, 14, 0, 0), (2, 2, 2)))]
+    summary = metrics.summarize(ranks)
+    mlp = summary["layers"][0]["mlp"]
+    assert mlp["above_crossover"] == 3 and mlp["sampled_density"] == 8 / 40 and mlp["sampled_recall"] == 6 / 10 and summary["predictor_bytes"] == 14
     assert mlp["units"] == 10 and mlp["steps"] == 8 and mlp["density"] == 40 / 160 and mlp["read_density"] == 32 / 80
 
 

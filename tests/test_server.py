@@ -54,7 +54,7 @@ def predictor(tmp_path_factory, model):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model, predictor):
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with Server(model, *OPTIONS, *settings(predictor), "--served-model-name", "tiny", log=log) as server:
+    with Server(model, *OPTIONS, *settings(predictor), "--served-model-name", "tiny", log=log, env={"VLLM_LOG_STATS_INTERVAL": "1"}) as server:
         server.start()
         server.wait_until_healthy()
         yield server
@@ -117,6 +117,26 @@ def test_completion_ran_sparse(server, model, predictor):
         dense = hf.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, eos_token_id=None)[0, len(PROMPT):].tolist()
     assert tokens[0] == dense[0], "the prompt's step is dense"
     assert tokens != dense, "half of the units skipped at random must show in the tokens"
+
+
+def test_metrics_of_the_workers_are_in_prometheus(server):
+    complete(server, max_tokens=8)
+    steps = sum(counted(server)["steps"].values())
+    assert wait_until(lambda: gauge(server, "vllm:dejavu_steps_total") == steps), server.get("/metrics")
+    selected, selectable = (gauge(server, f"vllm:dejavu_{what}_units_total") for what in ("selected", "selectable"))
+    assert 0 < selected < selectable
+    assert 'vllm:dejavu_info{artifact_digest="' in server.get("/metrics")
+
+
+def test_dense_switch_over_http(server, model):
+    sparse = complete(server)
+    hf = OPTForCausalLM.from_pretrained(model).eval()
+    with torch.no_grad():
+        dense = hf.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, eos_token_id=None)[0, len(PROMPT):].tolist()
+    for switch, expected in ((True, dense), (False, sparse)):
+        server.post("/collective_rpc", {"method": "dejavu_set_dense", "args": [switch]})
+        server.post("/reset_prefix_cache?reset_running_requests=true", {})
+        assert complete(server) == expected
 
 
 def test_stream_gives_the_same_tokens_in_pieces(server):

@@ -35,6 +35,8 @@ class DejaVuConfig:
         blocks: which blocks are gated: `mlp`, `attention` or both.
         crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in (0, 1]. None: above
             what was measured for the device's kernels, by batch size; 1.0: never.
+        sample_recall: in one of how many long dense passes (prompts) a gate compares its prediction with the truth on a few
+            rows, so that recall can be watched while serving; 0: never.
         measure: in sparse steps also compute every true activation, to count recall. Costs a dense fc1 per layer.
         overlap: predict neurons on a side stream, beside the attention (GPU; gates whose lookahead is not `self`). Saves
             latency, not bytes; off until measured.
@@ -47,6 +49,7 @@ class DejaVuConfig:
     row_exact: bool = False
     blocks: tuple[str, ...] = BLOCKS
     crossover: float | None = None
+    sample_recall: int = 16
     measure: bool = False
     overlap: bool = False
     seed: int = 0
@@ -68,8 +71,10 @@ class DejaVuConfig:
         number = isinstance(self.crossover, (int, float)) and not isinstance(self.crossover, bool)
         if self.crossover is not None and not (number and 0 < self.crossover <= 1):
             raise _error("crossover", self.crossover, "a number in (0, 1] or null")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise _error("seed", self.seed, "an integer in [0, 2147483648)")
+        for key in ("seed", "sample_recall"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+                raise _error(key, value, "an integer in [0, 2147483648)")
 
     @property
     def masks_rows(self) -> bool:

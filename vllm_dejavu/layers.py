@@ -59,10 +59,21 @@ class Gate(nn.Module):
         self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
         self.register_buffer("counters", metrics.new_gate_counters(device), persistent=False)
         # What a dense pass adds to the counters: once, and for each row.
-        everything = {"steps": 1, "read": units, "survived": units}, {"rows": 1, "selected": units}
+        everything = {"steps": 1, "read": units, "survived": units, "above_crossover": 1}, {"rows": 1, "selected": units}
         for name, counts in zip(("dense_step", "dense_row"), everything, strict=True):
             self.register_buffer(name, torch.tensor([counts.get(c, 0) for c in metrics.GATE_COUNTERS], device=device), persistent=False)
         self.recorder: Recorder | None = None
+        self.calibrated_bias: torch.Tensor | None = None  # kept while everything is selected
+        self.long_passes = 0
+
+    def set_dense(self, dense: bool) -> None:
+        """Select everything, by biases that no score can outweigh: also in graphs that are captured already."""
+        if dense and self.calibrated_bias is None:
+            self.calibrated_bias = self.predictor.bias.clone()
+            self.predictor.bias.fill_(torch.inf)
+        elif not dense and self.calibrated_bias is not None:
+            self.predictor.bias.copy_(self.calibrated_bias)
+            self.calibrated_bias = None
 
     def select(self, positions: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
         """Mask [T, units], bool, of the controls that need neither predictor nor the block's own weights."""
@@ -82,7 +93,8 @@ class Gate(nn.Module):
             active_count, hit = active.sum(), (active & mask).sum()
         read = mask.any(dim=0).sum()
         zero, one = selected.new_zeros(()), selected.new_ones(())
-        self.counters += torch.stack([one, valid.sum(), selected, read, zero, active_count, hit])
+        amounts = [one, valid.sum(), selected, read, zero, active_count, hit]
+        self.counters[: len(amounts)] += torch.stack(amounts)
         self.observe(mask, valid)
 
     def observe(self, mask: torch.Tensor, valid: torch.Tensor) -> None:
@@ -114,12 +126,18 @@ def _largest_batch(spec: GateSpec, crossover: float | None, measured: dict[int, 
     return next((tokens - 1 for tokens in range(1, last + 1) if spec.density_at(tokens) > limit(tokens)), last)
 
 
+# Prompts of at least this many tokens are sampled, on so many rows: there the products of a few rows more are noise.
+LONG_PASS, SAMPLED_ROWS = 64, 8
+
+
 class _GatedBlock(nn.Module):
-    """What the MLP and the attention block share: whether this step takes the sparse path."""
+    """What the MLP and the attention block share: whether this step takes the sparse path, and recall on prompts."""
 
     gate: Gate | None
     settings: DejaVuConfig
     attention_name: str
+    # Rows of this pass [SAMPLED_ROWS] and what the predictor says of them [SAMPLED_ROWS, units], until `check` compares.
+    foreseen: tuple[torch.Tensor, torch.Tensor] | None = None
     workspace: Any = None  # launch.Workspace where the kernels need one; set by the model
 
     def sparse_step(self, num_tokens: int) -> ops.Step | None:
@@ -142,6 +160,33 @@ class _GatedBlock(nn.Module):
         if step.sparse:
             row_lens = step.row_lens(num_tokens, device)
             ops.implementation(device.type).count_dense(gate.counters, gate.dense_step, gate.dense_row, row_lens)
+
+    def foresee(self, gate_input: torch.Tensor) -> None:
+        """Called in dense passes with what the predictor would read: predict on a few rows of some long ones.
+
+        Only where Python runs in each pass, not in captured graphs; there, prompts too long for a graph are what is sampled.
+        """
+        self.foreseen = None
+        gate, every = self.gate, self.settings.sample_recall
+        step = ops.current_step(self.attention_name, self.settings.apply_to)
+        if step is None or step.reason != "prefill_or_mixed" or self.settings.mode != "sparse" or not every or gate.calibrated_bias is not None:
+            return
+        if (tokens := step.metadata.num_actual_tokens) < LONG_PASS:
+            return
+        gate.long_passes += 1
+        if (gate.long_passes + gate.layer) % every == 0:  # not all layers in the same pass
+            rows = torch.arange(SAMPLED_ROWS, device=gate_input.device) * tokens // SAMPLED_ROWS
+            self.foreseen = rows, gate.predictor.scores(gate_input[rows]) > 0
+
+    def check(self, true_active: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Count what was foreseen in this pass against the truth; true_active: rows -> [rows, units], bool."""
+        if self.foreseen is None:
+            return
+        (rows, chosen), self.foreseen = self.foreseen, None
+        active = true_active(rows)
+        amounts = {"rows": active.new_ones(len(rows)), "selected": chosen, "active": active, "hit": chosen & active}
+        first = metrics.GATE_COUNTERS.index("sampled_rows")
+        self.gate.counters[first : first + len(amounts)] += torch.stack([amount.sum() for amount in amounts.values()])
 
     def register(self, vllm_config: VllmConfig, name: str) -> None:
         """Make this block findable by the ops."""
@@ -267,6 +312,7 @@ class DejaVuMLP(_GatedBlock):
     def dense(self, impl: ModuleType, x: torch.Tensor) -> torch.Tensor:
         """This rank's dense MLP without fc2's bias."""
         self.count_dense(x.shape[0], x.device)
+        self.check(lambda rows: impl.mlp_activations(x[rows], self.fc1.weight, self.fc1.bias) > 0)
         return impl.dense_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.activation)
 
     def sparse(self, impl: ModuleType, x: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, row_mask: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
@@ -393,6 +439,7 @@ class DejaVuSelfAttention(_GatedBlock):
     def project(self, impl: ModuleType, attn: torch.Tensor, output: torch.Tensor) -> None:
         """Dense out_proj of this rank without bias: [T, units, head_dim] -> `output` [T, hidden]."""
         self.count_dense(attn.shape[0], attn.device)
+        self.check(lambda rows: selection.contributions(attn[rows], self.out_proj.weight) > self.threshold)
         impl.linear(attn.flatten(1), self.out_proj.weight, None, output)
 
     def sparse(self, impl: ModuleType, attn: torch.Tensor, head_scores: torch.Tensor, row_lens: torch.Tensor, output: torch.Tensor) -> None:

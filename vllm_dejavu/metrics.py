@@ -4,6 +4,8 @@ Counters are tensors, so that CUDA graphs can add to them; only a read-out bring
 """
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +18,12 @@ from vllm_dejavu.kernels.reference import COUNTERS
 #   read: units read, summed over steps (the union of the rows)
 #   survived: MLP: fc2 rows read, summed over steps (neurons that came out positive)
 #   active: truly active units, summed over rows; with `measure` or in oracle mode only; hit: those of them that were selected
-GATE_COUNTERS = (*COUNTERS, "active", "hit")
+#   above_crossover: of the steps, those in which the gate's block ran dense because the batch was above its crossover
+#   sampled_*: rows of long dense passes on which prediction was compared with truth (`sample_recall`): rows, units
+#       predicted, truly active, and both; of prompts, and in no other counter
+GATE_COUNTERS = (*COUNTERS, "active", "hit", "above_crossover", "sampled_rows", "sampled_selected", "sampled_active", "sampled_hit")
+# The same on every tensor-parallel rank; the others add up.
+SHARED = ("steps", "rows", "above_crossover", "sampled_rows")
 # One int64 vector a model: sparse steps, then dense steps by reason.
 STEP_REASONS = ("sparse", "prefill_or_mixed", "piecewise_graph", "microbatched", "mode_dense")
 
@@ -40,6 +47,35 @@ class WorkerExtension:
         """Set every counter to 0."""
         self.model_runner.get_model().reset_metrics()  # type: ignore[attr-defined]
 
+    def dejavu_set_dense(self, dense: bool) -> None:
+        """Select everything from now on, or what the predictors say again; see `control.set_dense`, which also resets the cache."""
+        self.model_runner.get_model().set_dense(dense)  # type: ignore[attr-defined]
+
+
+def reset_after_warm_up() -> None:
+    """Have vLLM's workers set our counters to 0 once they have warmed up, which on a GPU runs batches with metadata. Called in a worker."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    classes = [WorkerBase]
+    for cls in classes:
+        classes += cls.__subclasses__()
+        original = vars(cls).get("compile_or_warm_up_model")
+        if cls is not WorkerBase and original is not None and not hasattr(original, "dejavu_resets"):
+            cls.compile_or_warm_up_model = _then_reset(original)
+
+
+def _then_reset(warm_up: Callable) -> Callable:
+    @functools.wraps(warm_up)
+    def wrapped(self: Any) -> Any:
+        result = warm_up(self)
+        reset = getattr(self.model_runner.get_model(), "reset_metrics", None)
+        if reset is not None:
+            reset()
+        return result
+
+    wrapped.dejavu_resets = True  # type: ignore[attr-defined]
+    return wrapped
+
 
 def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge the read-outs of all ranks into densities.
@@ -50,8 +86,10 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         steps: {reason: count} of the first rank; sparse_step_share: sparse steps / steps, None before any step;
         artifact: {path, digest, fingerprint, fingerprint_verified};
+        predictor_bytes: of all ranks; dense_switch: whether everything is selected at present;
         layers: per layer {"mlp": {...}, "attention": {...}} with units, and for gated blocks density (selected per
-        token), read_density (read per step), survived_density, recall; a dense block has density 1. None: nothing counted;
+        token), read_density (read per step), survived_density, recall, and sampled_density and sampled_recall of prompt rows; a
+        dense block has density 1. None: nothing counted;
         mlp_density, head_density: means over layers.
     """
     steps = ranks[0]["steps"]
@@ -63,8 +101,11 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
             for key, value in gate.items():
                 if key in ("layer", "block"):
                     continue
+                if key == "calibrated":
+                    slot[key] = value
+                    continue
                 # Every tensor-parallel rank sees the same steps and rows; units and selections add up.
-                slot[key] = max(slot.get(key, 0), value) if key in ("steps", "rows") else slot.get(key, 0) + value
+                slot[key] = max(slot.get(key, 0), value) if key in SHARED else slot.get(key, 0) + value
     layers: list[dict[str, dict[str, Any]]] = []
     for layer in range(ranks[0]["num_layers"]):
         entry = {}
@@ -82,6 +123,8 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "sparse_step_share": steps["sparse"] / total if total else None,
         "artifact": ranks[0]["artifact"],
         "mode": ranks[0]["mode"],
+        "dense_switch": ranks[0]["dense_switch"],
+        "predictor_bytes": sum(rank["predictor_bytes"] for rank in ranks),
         "layers": layers,
         "mlp_density": mean("mlp"),
         "head_density": mean("attention"),
@@ -101,4 +144,6 @@ def _densities(counts: dict[str, int]) -> dict[str, Any]:
         "survived_density": ratio(counts["survived"], per_step),
         "active_density": ratio(counts["active"], per_token),
         "recall": ratio(counts["hit"], counts["active"]),
+        "sampled_density": ratio(counts["sampled_selected"], counts["sampled_rows"] * counts["units"]),
+        "sampled_recall": ratio(counts["sampled_hit"], counts["sampled_active"]),
     }

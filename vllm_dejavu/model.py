@@ -275,8 +275,10 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         layers = list(self.model.decoder.local_layers())
         self._allocate_workspace(vllm_config, layers)
         self.gates = [g for layer in layers for g in (layer.self_attn.gate, layer.mlp.gate) if g is not None]
+        self.switched_dense = False
         self.first_attention = layers[0].self_attn.attention_name
         layers[0].self_attn.attn.after_loading = self.verify_fingerprint
+        metrics.reset_after_warm_up()
         self._announce()
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -360,10 +362,12 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         manifest = None if self.loaded is None else self.loaded.manifest
         return {
             "mode": self.settings.mode,
+            "dense_switch": self.switched_dense,
+            "predictor_bytes": sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers()),
             "num_layers": self.config.num_hidden_layers,
             "steps": dict(zip(metrics.STEP_REASONS, self.step_counters.tolist(), strict=True)),
             "gates": [
-                {"layer": g.layer, "block": g.block, "units": g.units}
+                {"layer": g.layer, "block": g.block, "units": g.units, "calibrated": {"density": g.spec.density["mean"], "recall": g.spec.recall}}
                 | dict(zip(metrics.GATE_COUNTERS, g.counters.tolist(), strict=True))
                 for g in self.gates
             ],
@@ -379,6 +383,18 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
     def reset_metrics(self) -> None:
         for counters in (self.step_counters, *(g.counters for g in self.gates)):
             counters.zero_()
+
+    def set_dense(self, dense: bool) -> None:
+        """Select everything in every gate, or what the predictors say again. The prefix cache is the caller's (`control`).
+
+        Raises:
+            ValueError: a mode in which predictors decide nothing.
+        """
+        if self.settings.mode != "sparse":
+            raise ValueError(f"The dense switch needs mode 'sparse', this engine runs in mode {self.settings.mode!r}.")
+        for gate in self.gates:
+            gate.set_dense(dense)
+        self.switched_dense = dense
 
     def set_recorder(self, recorder: Recorder | None) -> None:
         """Observe every selection; for tests on eager engines."""

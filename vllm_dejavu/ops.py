@@ -134,7 +134,10 @@ def _select_neurons(
     step = block.sparse_step(num_tokens)
     rider = block.rider if rider_units and block.rider.sparse_step(num_tokens) is not None else None
     impl = implementation(gate_input.device.type)
+    if rider_units and rider is None:
+        block.rider.foresee(previous)
     if step is None:
+        block.foresee(gate_input)
         ids, counts, mask, scores = _select_neurons_fake(gate_input, positions, previous, units, rider_units, with_row_mask, layer_name)
         if rider is not None:
             row_lens = rider.sparse_step(num_tokens).row_lens(num_tokens, gate_input.device)
@@ -214,6 +217,7 @@ def _select_heads(
     block = _block(layer_name)
     step = block.sparse_step(gate_input.shape[0])
     if step is None:
+        block.foresee(gate_input)
         return _select_heads_fake(gate_input, positions, units, layer_name)
     row_lens = step.row_lens(gate_input.shape[0], gate_input.device)
     return block.select(implementation(gate_input.device.type), gate_input, positions, row_lens)

@@ -75,3 +75,6 @@ class EngineConfig:
                 settings = dataclasses.replace(settings, predictor=str(directory))
         support.update_engine(vllm_config, settings, digest)
         support.check_engine(vllm_config, settings)
+        from vllm_dejavu import monitoring
+
+        monitoring.install()

@@ -31,6 +31,12 @@ def static_units(activation_rate: torch.Tensor, density: float) -> torch.Tensor:
     return mask
 
 
+def contributions(attn: torch.Tensor, out_proj_weight: torch.Tensor) -> torch.Tensor:
+    """As `head_contributions`, from the weights themselves: for a few rows, without memory for grams."""
+    per_head = out_proj_weight.unflatten(1, attn.shape[1:]).permute(1, 2, 0)  # [heads, head_size, hidden]
+    return torch.bmm(attn.transpose(0, 1), per_head).float().norm(dim=-1).t()
+
+
 def head_grams(out_proj_weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Per head W_h^T W_h of out_proj's columns [hidden, heads * head_size]: [heads, head_size, head_size], fp32."""
     per_head = out_proj_weight.float().unflatten(1, (num_heads, -1)).permute(1, 0, 2)
