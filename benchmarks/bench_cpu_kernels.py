@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from typing import Any
 import torch
 from common import Table, geometry, median, percentile, print_rows
 
+from vllm_dejavu import timing
 from vllm_dejavu.kernels import cpu, reference
 from vllm_dejavu.roofline import GEOMETRIES
+from vllm_dejavu.timing import Timer
 
 DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -29,16 +30,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def rounds(sides: dict[str, Callable[[int], Any]], layers: int, number: int) -> dict[str, list[float]]:
     """Milliseconds of one layer, of each side and round."""
-    for run in sides.values():
-        run(0)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(number):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            for layer in range(layers):
-                run(layer)
-            times[name].append(1e3 * (time.perf_counter() - start) / layers)
-    return times
+    times = Timer(torch.device("cpu"), number)(sides, layers)
+    return {side: [us / 1e3 for us in values] for side, values in times.items()}
 
 
 def ratio(times: dict[str, list[float]], over: str, side: str) -> dict[str, float]:
@@ -139,17 +132,10 @@ def projection_rows(weights: Layers, x: torch.Tensor, heads: int, layers: int, n
 
 
 def crossover(rows: list[dict[str, Any]], block: str) -> float | None:
-    """Union density at which sparse takes as long as dense; 1.0 if it never does, None where only one was measured."""
+    """`timing.crossover` of a block of a batch's rows; None where only one side was measured."""
     dense = [r["ms"] for r in rows if r["block"] == block and r["side"] == "dense"]
-    points = sorted((r["density"], r["ms"] + r.get("predict_ms", 0.0)) for r in rows if r["block"] == block and r["side"] == "sparse")
-    if not dense or not points:
-        return None
-    place = 0.0
-    for (d0, ms0), (d1, ms1) in zip([(0.0, points[0][1]), *points], points, strict=False):
-        if ms0 <= dense[0] <= ms1:
-            return d0 + (d1 - d0) * (dense[0] - ms0) / max(ms1 - ms0, 1e-9)
-        place = d1 if ms1 <= dense[0] else place
-    return place
+    points = [(r["density"], r["ms"] + r.get("predict_ms", 0.0)) for r in rows if r["block"] == block and r["side"] == "sparse"]
+    return timing.crossover(dense[0], points) if dense and points else None
 
 
 def main() -> None:

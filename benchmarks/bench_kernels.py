@@ -36,6 +36,7 @@ from synthetic import ALWAYS_POSITIVE, rank_of
 from vllm_dejavu.kernels import gpu, reference
 from vllm_dejavu.kernels.launch import Workspace, num_sms
 from vllm_dejavu.roofline import GEOMETRIES, Geometry, preset_densities
+from vllm_dejavu.timing import Timer
 
 MIN_COPIES, MAX_COPIES = 4, 128
 L2_TIMES = 4
@@ -74,56 +75,6 @@ def _gather_kernel(
 
 
 # --- timing -------------------------------------------------------------------------------------------------------------
-
-
-class Timer:
-    """Times functions of a copy's number; on a CPU (dry run) by the host's clock, once."""
-
-    def __init__(self, device: torch.device, replays: int):
-        self.device, self.replays = device, replays
-        self.cuda = device.type == "cuda"
-
-    def capture(self, run: Callable[[int], Any], copies: int) -> Callable[[], None]:
-        """All copies, one after the other, as one launch."""
-        if not self.cuda:
-            return lambda: [run(i) for i in range(copies)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles, and lets libraries make their handles, before the capture
-            for i in range(copies):  # every one: sizes that Triton specialises on may differ
-                run(i)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(copies):
-                run(i)
-        return graph.replay
-
-    def __call__(self, runs: dict[str, Callable[[int], Any]], copies: int) -> dict[str, list[float]]:
-        """{name: microseconds of one copy, of each replay}; the runs are replayed in turn."""
-        replay = {name: self.capture(run, copies) for name, run in runs.items()}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        if not self.cuda:
-            for name, call in replay.items():
-                start = time.perf_counter()
-                call()
-                times[name].append((time.perf_counter() - start) * 1e6 / copies)
-            return times
-        for call in list(replay.values()) * 2:
-            call()
-        torch.cuda.synchronize()
-        events = []
-        for _ in range(self.replays):
-            for name, call in replay.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                call()
-                end.record()
-                events.append((name, start, end))
-        torch.cuda.synchronize()
-        for name, start, end in events:
-            times[name].append(start.elapsed_time(end) * 1e3 / copies)
-        return times
 
 
 class Reader:
@@ -486,7 +437,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = torch.device("cpu" if args.dry_run else "cuda")
-    timer, budget = Timer(device, args.replays), Budget(args.budget_s)
+    timer, budget = Timer(device, 1 if args.dry_run else args.replays), Budget(args.budget_s)
     table = Table(args.output / "kernels.csv")
     reader = Reader(device, 1 << 22 if args.dry_run else 2 << 30)
     slowest_s = 0.0 if args.dry_run else 20.0

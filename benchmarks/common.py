@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import math
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,13 +63,10 @@ def provenance() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """What the kernel calls this CPU, and how many cores this process may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"CPU {model} ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
+    """This CPU, and how many cores this process may use."""
+    from vllm_dejavu.timing import cpu_model
+
+    return f"CPU {cpu_model()} ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
 
 
 def commit() -> str:

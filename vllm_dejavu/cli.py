@@ -1,4 +1,4 @@
-"""`vllm-dejavu`: train, evaluate, inspect, plan, doctor. Thin: arguments in, one function called, result printed."""
+"""`vllm-dejavu`: train, evaluate, inspect, tune, plan, doctor. Thin: arguments in, one function called, result printed."""
 from __future__ import annotations
 
 import argparse
@@ -87,6 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("artifact")
     p.set_defaults(run=_inspect)
 
+    p = commands.add_parser("tune", help="measure where dense is faster than sparse on this device, and keep it beside the artifact")
+    p.add_argument("artifact", help="directory of the artifact")
+    p.add_argument("--device", default="auto", help="cpu, cuda, or auto (%(default)s)")
+    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the model's weights as served (%(default)s)")
+    p.add_argument("--tp", type=int, default=1, help="tensor-parallel size (%(default)s)")
+    p.add_argument("--threads", type=int, help="that compute on a CPU, as many as the server's worker has (default: all cores)")
+    p.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="batch sizes")
+    p.add_argument("--rounds", type=int, default=15, help="measurements of each; their median counts (%(default)s)")
+    p.set_defaults(run=_tune)
+
     p = commands.add_parser("plan", help="will sparsity pay? modelled gain, memory cost and training time")
     p.add_argument("model", help="directory or hub id of an OPT, or a size such as 6.7b")
     p.add_argument("--gpu", required=True, help="a100, h100, h200, b200 or mi300x")
@@ -147,6 +157,23 @@ def _inspect(args: argparse.Namespace) -> int:
     from vllm_dejavu.inspection import artifact_table
 
     print(artifact_table(artifact.load(args.artifact)))
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from vllm_dejavu import tune
+
+    if min(args.tokens) < 1 or args.rounds < 1 or args.tp < 1 or (args.threads is not None and args.threads < 1):
+        raise ValueError("--tokens, --rounds, --tp and --threads must be at least 1")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    path = tune.run(
+        args.artifact, device=device, dtype=args.dtype, tp=args.tp, tokens=sorted(set(args.tokens)), rounds=args.rounds, progress=lambda line: print(line, flush=True)
+    )
+    print(f"written to {path}: engines on this device take it from there")
     return 0
 
 

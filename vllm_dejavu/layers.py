@@ -40,11 +40,15 @@ class Gate(nn.Module):
 
     Args:
         spec, tensors: as `Artifact.gate` gives them (all ranks' units).
+        tuned: {tokens: union density} from which on dense is faster, as measured on this device (`tune`), or None: as the
+            kernels' own table has it.
         block: "mlp" or "attention". layer: index in the whole model.
         units: neurons or heads of this rank.
     """
 
-    def __init__(self, spec: GateSpec, tensors: dict[str, torch.Tensor], block: str, layer: int, units: int, settings: DejaVuConfig):
+    def __init__(
+        self, spec: GateSpec, tensors: dict[str, torch.Tensor], tuned: dict[int, float] | None, block: str, layer: int, units: int, settings: DejaVuConfig
+    ):  # fmt: skip
         super().__init__()
         self.spec, self.block, self.layer, self.units, self.settings = spec, block, layer, units, settings
         self.start = get_tensor_model_parallel_rank() * units
@@ -52,8 +56,9 @@ class Gate(nn.Module):
         self.predictor = Predictor(tensors, self.start, units, device)
         # The oracle looks at the block's own input: it asks what is truly active, not what can be foreseen.
         self.lookahead = "self" if settings.mode == "oracle" else spec.lookahead
-        measured = ops.implementation(device.type).CROSSOVERS.get(block, {})
-        self.max_tokens = _largest_batch(spec, settings.crossover, _of_size(measured, self.predictor.hidden))
+        if tuned is None:
+            tuned = _of_size(ops.implementation(device.type).CROSSOVERS.get(block, {}), self.predictor.hidden)
+        self.max_tokens = _largest_batch(spec, settings.crossover, tuned)
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
         self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
@@ -226,7 +231,7 @@ class DejaVuMLP(_GatedBlock):
     """fc1 -> activation -> fc2; gated when the manifest says so, else vLLM's own linears.
 
     Args:
-        gate: (spec, tensors) from `Artifact.gate`, or None: dense, no predictor is launched.
+        gate: (spec, tensors, tuned) of `Gate`, or None: dense, no predictor is launched.
         activation: key of `reference.ACTIVATIONS`.
     """
 
@@ -358,7 +363,7 @@ class DejaVuSelfAttention(_GatedBlock):
     """qkv -> paged attention -> out_proj; K and V are always computed and cached for all heads.
 
     Args:
-        gate: (spec, tensors) from `Artifact.gate`, or None: dense, vLLM's own layers.
+        gate: (spec, tensors, tuned) of `Gate`, or None: dense, vLLM's own layers.
     """
 
     def __init__(self, hidden: int, num_heads: int, bias: bool, layer: int, gate: tuple | None, settings: DejaVuConfig, vllm_config: VllmConfig, prefix: str):

@@ -28,7 +28,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from vllm_dejavu import artifact, metrics, ops, support
+from vllm_dejavu import artifact, metrics, ops, support, tune
 from vllm_dejavu.compat import LayerNorm
 from vllm_dejavu.config import DejaVuConfig
 from vllm_dejavu.kernels import cpu
@@ -43,14 +43,15 @@ class Gates:
 
     Args:
         loaded: the verified artifact, or None in mode "dense".
+        tuned: crossovers {block: {tokens: union density}} measured on this device, or None.
         first_layer: first layer of this pipeline stage; gates that look at the layer before it are dropped there.
     """
 
-    def __init__(self, loaded: artifact.Artifact | None, settings: DejaVuConfig, first_layer: int):
-        self.loaded, self.settings, self.first_layer = loaded, settings, first_layer
+    def __init__(self, loaded: artifact.Artifact | None, tuned: dict[str, dict[int, float]] | None, settings: DejaVuConfig, first_layer: int):
+        self.loaded, self.tuned, self.settings, self.first_layer = loaded, tuned, settings, first_layer
 
     def get(self, layer: int, block: str) -> tuple | None:
-        """(spec, tensors) of a gated block, None where it runs dense."""
+        """(spec, tensors, tuned) of a gated block, as `layers.Gate` takes them; None where it runs dense."""
         if self.loaded is None or block not in self.settings.blocks:
             return None
         spec, tensors = self.loaded.gate(layer, block)
@@ -59,7 +60,7 @@ class Gates:
         if spec.lookahead == "previous" and layer == self.first_layer:
             logger.warning("layer %d is the first of its pipeline stage: its %s gate (lookahead 'previous') runs dense", layer, block)
             return None
-        return spec, tensors
+        return spec, tensors, None if self.tuned is None else self.tuned[block]
 
 
 class DejaVuOPTLearnedPositionalEmbedding(nn.Embedding):
@@ -144,7 +145,7 @@ class DejaVuOPTDecoderLayer(nn.Module):
 
 
 class DejaVuOPTDecoder(nn.Module):
-    def __init__(self, vllm_config: VllmConfig, settings: DejaVuConfig, loaded: artifact.Artifact | None, prefix: str):
+    def __init__(self, vllm_config: VllmConfig, settings: DejaVuConfig, loaded: artifact.Artifact | None, tuned: dict[str, dict[int, float]] | None, prefix: str):
         super().__init__()
         config = vllm_config.model_config.hf_config
         embed_dim = config.word_embed_proj_dim
@@ -163,7 +164,7 @@ class DejaVuOPTDecoder(nn.Module):
 
         pp = get_pp_group()
         first_layer = get_pp_indices(config.num_hidden_layers, pp.rank_in_group, pp.world_size)[0]
-        gates = Gates(loaded, settings, first_layer)
+        gates = Gates(loaded, tuned, settings, first_layer)
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
             lambda prefix: DejaVuOPTDecoderLayer(vllm_config, settings, gates, prefix),
@@ -210,9 +211,12 @@ class DejaVuOPTDecoder(nn.Module):
     dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}
 )
 class DejaVuOPTModel(nn.Module):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", settings: DejaVuConfig, loaded: artifact.Artifact | None):
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", settings: DejaVuConfig, loaded: artifact.Artifact | None,
+        tuned: dict[str, dict[int, float]] | None,
+    ):  # fmt: skip
         super().__init__()
-        self.decoder = DejaVuOPTDecoder(vllm_config, settings, loaded, f"{prefix}.decoder")
+        self.decoder = DejaVuOPTDecoder(vllm_config, settings, loaded, tuned, f"{prefix}.decoder")
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], vllm_config.model_config.hf_config.hidden_size
         )
@@ -246,6 +250,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         self.model_name = model_config.model
         self.loaded: artifact.Artifact | None = None
         self.artifact_path = ""
+        self.tuned: dict[str, dict[int, float]] | None = None
         if settings.mode != "dense" or settings.predictor is not None:
             path = artifact.resolve(settings.predictor, model_config.model, model_config.revision)
             self.artifact_path = str(path)
@@ -253,6 +258,8 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
             artifact.check_model(self.loaded.manifest, artifact.ModelSpec.from_hf_config(config, self.model_name))
             # Reached without the front end's hook (a bare worker harness, hf_overrides): settle the same things here.
             support.update_engine(vllm_config, settings, self.loaded.digest)
+            tp = vllm_config.parallel_config.tensor_parallel_size
+            self.tuned = tune.load(path, tune.Key.of(self.loaded, torch.get_default_device(), model_config.dtype, tp))
 
         if settings.mode != "dense":
             support.add_capture_size(vllm_config)
@@ -262,7 +269,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
 
         gated = None if settings.mode == "dense" else self.loaded
         self.model = DejaVuOPTModel(
-            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), settings=settings, loaded=gated
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), settings=settings, loaded=gated, tuned=self.tuned
         )
         self.lm_head = ParallelLMHead(config.vocab_size, config.word_embed_proj_dim, prefix=maybe_prefix(prefix, "lm_head"))
         if config.tie_word_embeddings:
@@ -434,10 +441,11 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         count = {b: sum(g.block == b for g in self.gates) for b in ("mlp", "attention")}
         size = sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers())
         recalls = [g.spec.recall for g in self.gates if g.block == "mlp" and g.spec.recall is not None]
+        crossovers = "crossovers as measured here" if self.tuned else "built-in crossovers (`vllm-dejavu tune` measures them)"
         logger.info(
-            "dejavu: mode=%s apply_to=%s, %d of %d MLP and %d attention blocks gated here by %s, predictors %s (%.1f MB%s; %s)",
+            "dejavu: mode=%s apply_to=%s, %d of %d MLP and %d attention blocks gated here by %s, %s, predictors %s (%.1f MB%s; %s)",
             self.settings.mode, self.settings.apply_to, count["mlp"], len(list(self.model.decoder.local_layers())),
-            count["attention"], kernels.describe(), self.artifact_path, size / 1e6,
+            count["attention"], kernels.describe(), crossovers if self.settings.crossover is None else f"crossover {self.settings.crossover}", self.artifact_path, size / 1e6,
             f", MLP recall {sum(recalls) / len(recalls):.2f} on their calibration text" if recalls else "", _origin(self.loaded.manifest),
         )  # fmt: skip
 

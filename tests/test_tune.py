@@ -1,0 +1,157 @@
+"""`vllm-dejavu tune`: what is run, what follows from the times, and that engines take it. No time is asserted."""
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from engine import engine, model_of
+
+from vllm_dejavu import artifact, cli, tune
+from vllm_dejavu.artifact import ArtifactError
+
+CPU = torch.device("cpu")
+TABLE = {"mlp": {1: 0.6, 2: 0.2}, "attention": {1: 0.0}}
+
+
+@pytest.fixture(scope="module")
+def made(opt, predictors):
+    model = opt()
+    union = {str(batch): {"mean": d, "upper": d} for batch, d in {1: 0.5, 2: 0.55, 4: 0.7}.items()}
+    return model, predictors(model, union_density=union)
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    """A copy of the artifact that a test may add to."""
+    copy = tmp_path / "artifact"
+    copy.mkdir()
+    for file in (artifact.MANIFEST_FILE, artifact.TENSORS_FILE):
+        (copy / file).write_bytes((made[1] / file).read_bytes())
+    return copy
+
+
+def key_of(place, dtype=torch.float32, tp=1):
+    return tune.Key.of(artifact.load(place), CPU, dtype, tp)
+
+
+def write(place, key, table=TABLE):
+    return tune.save(place, key, {"crossovers": table}, {"torch": torch.__version__})
+
+
+class FakeTimer:
+    """Runs everything once; says that dense takes `dense` and that sparse takes 2 + 16 a density."""
+
+    dense = 10.0
+
+    def __init__(self, device, rounds):
+        assert rounds == 3
+
+    def __call__(self, runs, copies):
+        assert copies >= 2
+        for run in runs.values():
+            run(0), run(copies - 1)
+        units = 2 if "2" in runs else 1  # runs of heads are named by their number
+        return {name: [1e9, self.dense if name == "dense" else 2 + 16 * float(name) / units, 0.0] for name in runs}
+
+
+@pytest.mark.parametrize(
+    ("dense", "mlp", "attention"),
+    [pytest.param(10.0, 0.5, 0.5, id="half"), pytest.param(100.0, 1.0, 1.0, id="never-slower"), pytest.param(1.0, 0.0, 0.0, id="always-slower")],
+)
+def test_crossovers_follow_from_the_times(made, monkeypatch, dense, mlp, attention):
+    monkeypatch.setattr(tune, "Timer", FakeTimer)
+    monkeypatch.setattr(FakeTimer, "dense", dense)
+    monkeypatch.setattr(tune, "ROTATED_BYTES", 1)
+    loaded, said = artifact.load(made[1]), []
+    result = tune.measure(key_of(made[1]), loaded.manifest.model, CPU, tokens=[1, 3], rounds=3, progress=said.append)
+    # Lists are drawn, so that their densities are near those that were asked for.
+    assert result["crossovers"]["mlp"] == {1: pytest.approx(mlp, abs=0.15), 3: pytest.approx(mlp, abs=0.15)}
+    assert result["crossovers"]["attention"] == {1: pytest.approx(attention, abs=1e-3), 3: pytest.approx(attention, abs=1e-3)}
+    assert result["measured"]["mlp"][3]["dense_us"] == dense and len(result["measured"]["mlp"][3]["sparse_us"]) == len(tune.DENSITIES)
+    assert len(said) == 4 and "3 tokens" in said[1]
+
+
+def test_of_neighbouring_batch_sizes_the_lowest_counts():
+    assert tune._cautious({1: 0.9, 2: 0.5, 4: 0.8, 8: 0.85, 16: 0.9}) == {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.8, 16: 0.85}
+    assert tune._cautious({4: 0.7}) == {4: 0.7}
+
+
+def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch):
+    """The sparse side at density 1 gives the dense side's numbers, so that neither does less than it should."""
+    layers, results = tune._Layers(key_of(made[1]), 32, CPU, 4), []
+    for side in ("dense_mlp", "sparse_mlp", "linear", "sparse_qkv"):
+        monkeypatch.setattr(layers.impl, side, lambda *args, inner=getattr(layers.impl, side), **options: results.append(inner(*args, **options)))
+    for block, full in (("mlp", "1.0"), ("attention", "2")):
+        runs, real = getattr(layers, block)(4, [1.0])
+        assert real == {full: 1.0}
+        runs["dense"](1), runs[full](1)
+    dense_mlp, sparse_mlp, qkv, out, sparse_qkv = results
+    assert torch.allclose(dense_mlp, sparse_mlp, atol=1e-4) and torch.allclose(qkv, sparse_qkv, atol=1e-4)
+    assert min(result.abs().max() for result in results) > 0.1
+
+
+def test_kept_and_found_again(place):
+    key = key_of(place)
+    assert tune.load(place, key) is None
+    path = write(place, key)
+    assert path.parent == place / "tuned" and "float32" in path.name and f"{torch.get_num_threads()}-threads" in path.name
+    assert tune.load(place, key) == TABLE
+    write(place, key, {"mlp": {1: 0.9}, "attention": {1: 0.5}})
+    assert tune.load(place, key)["mlp"] == {1: 0.9} and len(list(path.parent.iterdir())) == 1
+    for changed in ({"rank": 99}, {"kernels": "others"}, {"threads": 77}, {"dtype": "bfloat16"}, {"hidden": 1}):
+        assert tune.load(place, dataclasses.replace(key, **changed)) is None, changed
+    assert key_of(place, tp=2).ffn * 2 == key.ffn and tune.load(place, key_of(place, tp=2)) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda t: t[:-5], lambda t: "[]", lambda t: t.replace("0.6", "1.6"), lambda t: t.replace('"mlp": {', '"mlpp": {'), lambda t: t.replace("0.6", '"x"'), lambda t: t.replace('"1": 0.6', '"one": 0.6')],
+    ids=["cut", "no-object", "out-of-range", "no-block", "no-number", "no-size"],
+)  # fmt: skip
+def test_a_damaged_file_is_an_error_with_its_remedy(place, damage):
+    path = write(place, key_of(place))
+    text = path.read_text()
+    assert damage(text) != text
+    path.write_text(damage(text))
+    with pytest.raises(ArtifactError, match=r"tuned/.*Delete it, or tune again"):
+        tune.load(place, key_of(place))
+
+
+def test_an_engine_takes_what_was_measured_here(made, place):
+    with engine(made[0], dejavu={"predictor": place}) as llm:
+        assert model_of(llm).tuned is None
+        threads = torch.get_num_threads()  # of the worker, which is this process
+    write(place, dataclasses.replace(key_of(place), threads=threads))
+    with engine(made[0], dejavu={"predictor": place}) as llm:
+        limits = {gate.block: gate.max_tokens for gate in model_of(llm).gates}
+    # Unions 0.5, 0.55: below 0.6 at one token, above 0.2 at two; no head density is below 0.
+    assert limits == {"mlp": 1, "attention": 0}
+    with engine(made[0], dejavu={"predictor": place, "crossover": 1.0}) as llm:
+        assert {gate.max_tokens for gate in model_of(llm).gates} == {None}, "the setting comes first"
+
+
+def test_the_command(place, capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main(["tune", str(place), "--dtype", "float32", "--tokens", "1", "2", "--rounds", "2", "--threads", "1", "--device", "cpu"]) == 0
+        key = key_of(place)
+    finally:
+        torch.set_num_threads(threads)
+    assert key.threads == 1
+    table = tune.load(place, key)
+    assert all(set(sizes) == {1, 2} and all(0 <= d <= 1 for d in sizes.values()) for sizes in table.values())
+    written = json.loads(key.file(place).read_text())
+    assert written["measured"]["mlp"]["1"]["dense_us"] > 0 and written["versions"]["torch"] == torch.__version__
+    assert f"written to {key.file(place)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--tp", "3"], "--tp 3 does not divide 2 heads"), (["--rounds", "0"], "at least 1"), (["--tokens", "0"], "at least 1"), (["--threads", "0"], "at least 1")],
+    ids=["tp", "rounds", "tokens", "threads"],
+)  # fmt: skip
+def test_the_command_refuses(place, capsys, args, message):
+    assert cli.main(["tune", str(place), "--device", "cpu", *args]) == 1
+    assert message in capsys.readouterr().err
