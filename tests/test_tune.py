@@ -82,7 +82,8 @@ def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch):
     """The sparse side at density 1 gives the dense side's numbers, so that neither does less than it should."""
     layers, results = tune._Layers(key_of(made[1]), 32, CPU, 4), []
     for side in ("dense_mlp", "sparse_mlp", "linear", "sparse_qkv"):
-        monkeypatch.setattr(layers.impl, side, lambda *args, inner=getattr(layers.impl, side), **options: results.append(inner(*args, **options)))
+        inner = getattr(layers.impl, side)
+        monkeypatch.setattr(layers.impl, side, lambda *args, inner=inner, **options: results.append(inner(*args, **options)))
     for block, full in (("mlp", "1.0"), ("attention", "2")):
         runs, real = getattr(layers, block)(4, [1.0])
         assert real == {full: 1.0}
