@@ -1,8 +1,9 @@
 # The commands of the README. `make PYTHON=python3.12 ...` names another Python, BUILD=cpu|cuda overrides the choice
-# that scripts/install.py makes by looking for an NVIDIA GPU.
+# that scripts/install.py makes by looking for an NVIDIA GPU, JOBS=N the number of test processes.
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= auto
+JOBS ?= 2
 RUN = $(VENV)/bin/python
 
 .PHONY: help install demo test lint clean
@@ -25,7 +26,7 @@ demo: install
 	@$(RUN) scripts/demo.py
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 lint: install
 	$(RUN) -m ruff check .

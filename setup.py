@@ -77,7 +77,7 @@ setup(
         "ray": ["ray[default]>=2.50"],
         "train": ["matplotlib>=3.8", "accelerate>=1.2"],
         "eval": ["datasets>=3", "lm-eval>=0.4.9"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "httpx>=0.27"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "httpx>=0.27"],
     },
     entry_points={
         "vllm.general_plugins": ["dejavu = vllm_dejavu:register"],

@@ -36,12 +36,12 @@ def engine(model: Path, *, impl: str = "dejavu", dejavu: dict[str, Any] | None =
         options["additional_config"] = {"dejavu": settings}
     small = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "block_size": 32,
-        "kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False, "max_logprobs": -1, "disable_log_stats": True,
+        "kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False, "max_logprobs": -1, "disable_log_stats": True, "skip_tokenizer_init": True,
     }  # fmt: skip
     llm = None
     try:
         with _one_collection():
-            llm = LLM(model=str(model), model_impl=impl, skip_tokenizer_init=True, **{**small, **options})
+            llm = LLM(model=str(model), model_impl=impl, **{**small, **options})
         yield llm
     finally:
         with _one_collection():

@@ -10,7 +10,7 @@ from engine import engine, greedy, metrics_of, model_of, random_prompt
 from prometheus_client import REGISTRY
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-from vllm_dejavu import control, metrics, monitoring
+from vllm_dejavu import control, metrics, monitoring, support
 from vllm_dejavu.layers import LONG_PASS, SAMPLED_ROWS, DejaVuSelfAttention
 from vllm_dejavu.selection import head_contributions, head_grams
 
@@ -128,24 +128,33 @@ def test_asynchronous_switch_resets_the_cache_and_says_when_it_could_not():
         asyncio.run(control.set_dense_async(Engine(), False))
 
 
-def test_warm_up_is_not_counted():
-    """GPU workers warm up with metadata; the counts of that must be gone when requests come, of models without counters nothing is asked."""
+@pytest.mark.parametrize("first", [True, False], ids=["first-stage", "later-stage"])
+def test_after_warm_up_counts_are_zero_and_later_stages_have_buffers(monkeypatch, first):
+    """GPU workers warm up with metadata. On a CPU in eager mode vLLM made no buffers for what the stage before sends."""
     from vllm.v1.worker.worker_base import WorkerBase
 
+    done = []
+    monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: SimpleNamespace(is_first_rank=first))
+
     class Worker(WorkerBase):
-        def __init__(self, model):
-            self.model_runner = SimpleNamespace(get_model=lambda: model)
+        def __init__(self, model, **runner):
+            self.model_runner = SimpleNamespace(get_model=lambda: model, **runner)
 
         def compile_or_warm_up_model(self):
-            self.warmed = True
+            done.append("warm")
             return "seconds"
 
-    resets = []
+        def execute_dummy_batch(self):
+            done.append("dummy")
+
     for _ in range(2):  # a second model in the same process wraps nothing twice
-        metrics.reset_after_warm_up()
-    worker = Worker(SimpleNamespace(reset_metrics=lambda: resets.append(1)))
-    assert worker.compile_or_warm_up_model() == "seconds" and worker.warmed and resets == [1]
-    assert Worker(object()).compile_or_warm_up_model() == "seconds"
+        support.complete_warm_up()
+    ours = SimpleNamespace(reset_metrics=lambda: done.append("reset"))
+    assert Worker(ours, intermediate_tensors=None).compile_or_warm_up_model() == "seconds"
+    assert done == (["warm", "reset"] if first else ["warm", "dummy", "reset"])
+    for model, buffers in ((ours, {"intermediate_tensors": "made"}), (ours, {}), (object(), {"intermediate_tensors": None})):
+        done.clear()
+        assert Worker(model, **buffers).compile_or_warm_up_model() == "seconds" and "dummy" not in done
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ Counters are tensors, so that CUDA graphs can add to them; only a read-out bring
 """
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,31 +48,6 @@ class WorkerExtension:
     def dejavu_set_dense(self, dense: bool) -> None:
         """Select everything from now on, or what the predictors say again; see `control.set_dense`, which also resets the cache."""
         self.model_runner.get_model().set_dense(dense)  # type: ignore[attr-defined]
-
-
-def reset_after_warm_up() -> None:
-    """Have vLLM's workers set our counters to 0 once they have warmed up, which on a GPU runs batches with metadata. Called in a worker."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    classes = [WorkerBase]
-    for cls in classes:
-        classes += cls.__subclasses__()
-        original = vars(cls).get("compile_or_warm_up_model")
-        if cls is not WorkerBase and original is not None and not hasattr(original, "dejavu_resets"):
-            cls.compile_or_warm_up_model = _then_reset(original)
-
-
-def _then_reset(warm_up: Callable) -> Callable:
-    @functools.wraps(warm_up)
-    def wrapped(self: Any) -> Any:
-        result = warm_up(self)
-        reset = getattr(self.model_runner.get_model(), "reset_metrics", None)
-        if reset is not None:
-            reset()
-        return result
-
-    wrapped.dejavu_resets = True  # type: ignore[attr-defined]
-    return wrapped
 
 
 def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -285,7 +285,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         self.switched_dense = False
         self.first_attention = layers[0].self_attn.attention_name
         layers[0].self_attn.attn.after_loading = self.verify_fingerprint
-        metrics.reset_after_warm_up()
+        support.complete_warm_up()
         self._announce()
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""What the sparse model can run with: every refusal, with its reason and remedy, in one place."""
+"""What the sparse model can run with, and what it changes in vLLM's engine: refusals, with reason and remedy, in one place."""
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from vllm_dejavu.config import DIGEST_KEY, SETTINGS_KEY, DejaVuConfig
@@ -60,6 +62,8 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
 
     if model.quantization:
         refuse("quantization", model.quantization, "rows of packed weights cannot be gathered.")
+    if model.runner_type == "pooling":
+        refuse("runner", "pooling", "it reads only prompts, which run dense.")
     if vllm_config.lora_config is not None:
         refuse("enable_lora", True, "predictors are trained for the weights without adapters.")
     if str(cache.cache_dtype) not in ("auto", str(model.dtype).removeprefix("torch.")):
@@ -134,3 +138,36 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
         logger.info("dejavu: attention backend TRITON_ATTN (FlashInfer's cache layout is not supported)")
     if settings.apply_to == "all" or settings.measure or settings.mode in ("oracle", "random", "static"):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def complete_warm_up() -> None:
+    """Have vLLM's workers of this process do after warming up what the model needs; called in a worker, before that.
+
+    Our counters are set to 0: GPU workers warm up with metadata. And a later pipeline stage gets the buffers for what comes from the stage
+    before: vLLM makes them in its first dummy pass, which its CPU worker leaves out in eager mode, so that the first request kills it (0.32).
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    classes = [WorkerBase]
+    for cls in classes:
+        classes += cls.__subclasses__()
+        original = vars(cls).get("compile_or_warm_up_model")
+        if cls is not WorkerBase and original is not None and not hasattr(original, "dejavu_completes"):
+            cls.compile_or_warm_up_model = _completed(original)
+
+
+def _completed(warm_up: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(warm_up)
+    def wrapped(self: Any) -> Any:
+        result = warm_up(self)
+        reset = getattr(self.model_runner.get_model(), "reset_metrics", None)
+        if reset is not None:
+            from vllm.distributed import get_pp_group
+
+            if not get_pp_group().is_first_rank and getattr(self.model_runner, "intermediate_tensors", True) is None:
+                self.execute_dummy_batch()
+            reset()
+        return result
+
+    wrapped.dejavu_completes = True  # type: ignore[attr-defined]
+    return wrapped
