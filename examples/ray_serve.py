@@ -1,6 +1,6 @@
 """OPT with predictor-gated layers behind Ray Serve: replicas that stream text, report densities and switch to dense.
 
-    serve run ray_serve:build model=examples/opt-books-7m --app-dir examples        # and then
+    cd examples && serve run --working-dir . ray_serve:build model=$PWD/opt-books-7m        # and then
     curl -N localhost:8000/generate -H 'content-type: application/json' -d '{"prompt": "The house stood", "max_tokens": 32}'
     curl localhost:8000/densities
 
