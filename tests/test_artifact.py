@@ -158,6 +158,7 @@ def test_damage_is_refused(copy, damage, message):
         pytest.param(lambda m: m["layers"][0]["attention"].update(rank="x"), "rank", id="rank-of-heads"),
         pytest.param(lambda m: m["layers"][0]["mlp"].update(margin=10**400), "margin", id="number-no-float-holds"),
         pytest.param(lambda m: m["layers"][0]["mlp"].update(union_density={"²": {"mean": 1, "upper": 1}}), "batch sizes", id="superscript-batch"),
+        pytest.param(lambda m: m["layers"][0]["mlp"].update(union_density={"10000": {"mean": 1, "upper": 1}}), "batch sizes", id="huge-batch"),
     ],
 )  # fmt: skip
 def test_manifest_errors_name_file_key_and_value(copy, edit, message):

@@ -529,8 +529,8 @@ class _Reader:
         self.densities(raw.get("density"), f"{key}.density")
         union = self.object(raw.get("union_density", {}), f"{key}.union_density")
         for batch, densities in union.items():
-            if not re.fullmatch("[1-9][0-9]{0,8}", batch):
-                raise self.error(f"{key}.union_density", batch, "an object keyed by batch sizes")
+            if not re.fullmatch("[1-9][0-9]{0,3}", batch):  # every size up to it is tried at start-up
+                raise self.error(f"{key}.union_density", batch, "an object keyed by batch sizes below 10000")
             self.densities(densities, f"{key}.union_density[{batch}]")
         for name in ("margin", "threshold"):
             self.number(raw.get(name), f"{key}.{name}", -1e30, 1e30, optional=block == "mlp" or name == "margin")

@@ -1,0 +1,374 @@
+"""The server under load and when things go wrong: every request is answered or fails with an error, nothing is lost.
+
+DEJAVU_LOAD_CLIENTS sets the number of concurrent clients (default 64; 200 on demand). DEJAVU_SOAK_S runs the soak test, which is
+skipped otherwise, for about that many seconds.
+
+Tests that use one server come in the order of the file: the last of them breaks it. `place`, where the artifact lies, goes through
+all of it: served, deleted, replaced by another, replaced by a broken one.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from load_client import (
+    ABORTED,
+    DONE,
+    ERROR,
+    FAILED,
+    REFUSED,
+    Ask,
+    ask,
+    ends,
+    random_asks,
+    run,
+    send,
+)
+from test_server import PROMPT, Server, ServerError, complete, counted, gauge, wait_until
+from tiny import VOCAB, make_artifact, make_opt
+
+from vllm_dejavu import artifact
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "opt-books-7m"
+CLIENTS = int(os.environ.get("DEJAVU_LOAD_CLIENTS", "64"))
+SOAK_S = float(os.environ.get("DEJAVU_SOAK_S", "0"))
+SOAK_GROWTH_MB = 64  # of all processes together, after warm-up
+
+POSITIONS = 2048
+MAX_SEQS = 16
+COMMON = (
+    "--model-impl", "dejavu", "--enforce-eager", "--dtype", "float32", "--max-num-seqs", str(MAX_SEQS), "--block-size", "32",
+    "--gpu-memory-utilization", "0.3",
+)  # fmt: skip
+TINY = (*COMMON, "--skip-tokenizer-init", "--served-model-name", "tiny")
+ROOMY = ("--max-model-len", str(POSITIONS), "--kv-cache-memory-bytes", "256M")
+# One request of 512 tokens needs 16 blocks of 32, and 16 requests of 220 need 112.
+CRAMPED = ("--max-model-len", "512", "--kv-cache-memory-bytes", "256M", "--num-gpu-blocks-override", "24")
+WAIT_S = 120  # only ever waited for in full when something is broken
+
+
+def dejavu(predictor: Path, **changes) -> tuple[str, str]:
+    return "--additional-config", json.dumps({"dejavu": {"predictor": str(predictor), "row_exact": True, **changes}})
+
+
+def start(server: Server) -> Server:
+    server.start()
+    server.wait_until_healthy(600)
+    return server
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_opt(tmp_path_factory.mktemp("model"), positions=POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model):
+    return make_artifact(tmp_path_factory.mktemp("place") / "artifact", model, density=0.5)
+
+
+@pytest.fixture(scope="module")
+def first_digest(place):
+    """Of the artifact that lies there before any test replaces it."""
+    return artifact.load(place).digest
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, model, place, first_digest):
+    """Default settings but for row_exact, and memory for every request."""
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with Server(model, *TINY, *ROOMY, *dejavu(place), log=log) as server:
+        yield start(server)
+
+
+@pytest.fixture(scope="module")
+def restarted(tmp_path_factory, model, place, server):
+    """The same place with another artifact, served by a new process, with prompts sparse too and KV blocks for three long requests."""
+    server.stop()
+    shutil.rmtree(place, ignore_errors=True)
+    make_artifact(place, model, density=0.5, seed=1)
+    log = tmp_path_factory.mktemp("log") / "restarted.log"
+    with Server(model, *TINY, *CRAMPED, *dejavu(place, apply_to="all"), log=log) as server:
+        yield start(server)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    path = tmp_path_factory.mktemp("template") / "chat.jinja"
+    path.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory, template):
+    """A trained model with its tokenizer and its own predictors, as users serve it."""
+    log = tmp_path_factory.mktemp("log") / "books.log"
+    options = (*COMMON, "--max-model-len", "512", "--kv-cache-memory-bytes", "256M", "--served-model-name", "books", "--chat-template", str(template))
+    with Server(EXAMPLE, *options, log=log) as server:
+        yield start(server)
+
+
+def assert_idle(server: Server) -> None:
+    """No request is left behind, in the engine or in the cache."""
+    gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    assert wait_until(lambda: not any(gauge(server, name) for name in gauges), WAIT_S), {name: gauge(server, name) for name in gauges}
+
+
+def load(server: Server, clients: int, seed: int) -> list:
+    """A burst of random requests, a quarter of them aborted. Asserts that each ended as it should.
+
+    Returns:
+        The outcomes of those that were not aborted.
+    """
+    before, asks = counted(server)["steps"], random_asks(clients, seed, vocab=VOCAB, prompt=(1, 48), tokens=(8, 48))
+    succeeded = gauge(server, "vllm:request_success_total")
+    outcomes = run(server, "tiny", asks)
+    aborted = sum(a.abort_after is not None for a in asks)
+    assert 0 < aborted < clients
+    assert ends(outcomes) == {DONE: clients - aborted, ABORTED: aborted}, [o for o in outcomes if o.end not in (DONE, ABORTED)]
+    whole = [o for o in outcomes if o.end == DONE]
+    assert all(o.ask.abort_after is None and len(o.tokens) == o.ask.max_tokens and o.finish_reason == "length" for o in whole)
+    assert all(len(o.tokens) >= o.ask.abort_after for o in outcomes if o.end == ABORTED)
+    assert_idle(server)
+    # Not more than were sent; an aborted one may run to its end before vLLM notices that its client has left.
+    assert len(whole) <= gauge(server, "vllm:request_success_total") - succeeded <= clients
+    assert counted(server)["steps"]["sparse"] > before["sparse"]
+    return whole
+
+
+def test_load_with_aborts(server):
+    """Every stream that is not aborted ends with its number of tokens and [DONE].
+
+    Only counted: in a step that takes in a prompt every request runs dense, so with `apply_to` at its default the tokens depend
+    on who arrives when. `test_load_gives_what_each_request_gives_alone` compares them.
+    """
+    expected = complete(server)
+    whole = load(server, CLIENTS, seed=1)
+    gate = counted(server)["layers"][0]["mlp"]
+    assert gate["rows"] > 2 * gate["steps"], "requests shared sparse steps"
+    assert 0 < gate["density"] < 1
+    assert complete(server) == expected
+    assert len({tuple(o.tokens) for o in whole}) > len(whole) // 2, "as good as every request asks for something else"
+
+
+def test_a_deleted_artifact_is_not_missed(server, place, first_digest):
+    """The tensors are in memory."""
+    expected = complete(server)
+    shutil.rmtree(place)
+    steps = counted(server)["steps"]["sparse"]
+    assert complete(server) == expected
+    assert ask(server, "tiny", Ask(tuple(PROMPT), 24)).tokens == expected
+    after = counted(server)
+    assert after["steps"]["sparse"] - steps == 2 * 23
+    assert after["artifact"]["digest"] == first_digest and after["artifact"]["fingerprint_verified"]
+
+
+def names(server: Server) -> dict[int, str]:
+    """Process id -> what vLLM calls each process of the server."""
+    return {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() for pid in server.processes()}
+
+
+def kill_amid_requests(server: Server, name: str, asks: list[Ask]) -> None:
+    """SIGKILL the process of the server whose name begins so, while requests run and wait.
+
+    Each must end with an error, unless it was answered in full before; then the server must end too.
+    """
+    victim = [pid for pid, title in names(server).items() if title.startswith(name)]
+    assert len(victim) == 1, names(server)
+    with ThreadPoolExecutor(len(asks)) as pool:
+        futures = [pool.submit(ask, server, "tiny", a) for a in asks]
+        assert wait_until(lambda: gauge(server, "vllm:num_requests_running") > 1 and gauge(server, "vllm:num_requests_waiting") > 0, WAIT_S)
+        os.kill(victim[0], signal.SIGKILL)
+        outcomes = [future.result() for future in futures]
+    failed = [o for o in outcomes if o.end in FAILED]
+    assert len(failed) > 2, "the kill came too late"
+    assert all(o.end == DONE and len(o.tokens) == o.ask.max_tokens for o in outcomes if o not in failed), "all others were answered before"
+    told = [o.detail for o in failed if o.end == ERROR or o.detail.startswith("500")]  # the rest found the connection closed
+    assert told and all("EngineCore" in detail for detail in told), told[:3]
+    assert wait_until(lambda: not healthy(server), WAIT_S)
+    assert ask(server, "tiny", Ask((2, 5), 4)).end == REFUSED, "who comes later is told at once"
+    assert wait_until(lambda: server.process.poll() is not None, WAIT_S), "the server outlived its engine"
+    assert any(re.search(r"ERROR.*(died unexpectedly|EngineDeadError|Engine core proc|WorkerProc)", line) for line in server.log_lines())
+    server.stop()
+    assert server.processes() == []
+
+
+def healthy(server: Server) -> bool:
+    try:
+        return send(server, "GET", "/health")[0] == 200
+    except OSError:
+        return False
+
+
+def test_a_killed_worker_fails_every_request(server):
+    """Breaks the server, so it is the last test that uses it."""
+    asks = [Ask((2, *range(10, 20 + i)), 1900, stream=i % 4 > 0) for i in range(MAX_SEQS + 4)]
+    kill_amid_requests(server, "VLLM::Worker", asks)
+
+
+def test_a_restart_serves_the_artifact_that_lies_there_then(restarted, place, first_digest):
+    served = counted(restarted)["artifact"]
+    assert served["path"] == str(place) and served["fingerprint_verified"]
+    assert served["digest"] == artifact.load(place).digest != first_digest
+
+
+def test_load_gives_what_each_request_gives_alone(restarted):
+    """With `row_exact` and `apply_to="all"` each token has its own selection, whoever else is in the step and wherever prompts
+    end; being preempted and computed again changes nothing either.
+
+    One of the requests may differ: sums are ordered by the size of the batch, and a score within rounding (1e-7) of its
+    threshold, or two equally likely tokens, then fall the other way.
+    """
+    preempted = gauge(restarted, "vllm:num_preemptions_total")
+    whole = load(restarted, CLIENTS, seed=2)
+    assert gauge(restarted, "vllm:num_preemptions_total") > preempted
+    alone = [complete(restarted, prompt=list(o.ask.prompt), max_tokens=o.ask.max_tokens) for o in whole]
+    different = [(o.ask, o.tokens, tokens) for o, tokens in zip(whole, alone, strict=True) if o.tokens != tokens]
+    assert len(different) <= 1, f"{len(different)} of {len(whole)}: {different[:2]}"
+    assert counted(restarted)["steps"]["prefill_or_mixed"] == 0
+
+
+def test_preempted_requests_complete(restarted):
+    """24 KV blocks, and 16 requests that grow to 7 or 8 blocks each: most are thrown out half-way, and computed again."""
+    before = gauge(restarted, "vllm:num_preemptions_total")
+    outcomes = run(restarted, "tiny", [Ask((2, *range(10, 20 + i)), 200, stream=i % 2 == 0) for i in range(MAX_SEQS)])
+    assert ends(outcomes) == {DONE: MAX_SEQS}, outcomes
+    assert all(len(o.tokens) == 200 and o.finish_reason == "length" for o in outcomes)
+    assert gauge(restarted, "vllm:num_preemptions_total") - before > 0
+    assert_idle(restarted)
+    complete(restarted)
+
+
+def test_a_killed_engine_fails_every_request(restarted):
+    """Breaks the server, so it is the last test that uses it."""
+    asks = [Ask((2, *range(10, 20 + i)), 480, stream=i % 4 > 0) for i in range(MAX_SEQS)]
+    kill_amid_requests(restarted, "VLLM::EngineCore", asks)
+
+
+def test_a_half_replaced_artifact_ends_the_start(tmp_path, model, place):
+    """The copy of another artifact stopped between its two files."""
+    shutil.rmtree(place, ignore_errors=True)
+    make_artifact(place, model, seed=1)
+    shutil.copy(make_artifact(tmp_path / "other", model, seed=2) / artifact.TENSORS_FILE, place)
+    with Server(model, *TINY, *ROOMY, *dejavu(place), log=tmp_path / "server.log") as server:
+        server.start()
+        with pytest.raises(ServerError, match=f"{re.escape(str(place))}.*The two files are not of the same artifact"):
+            server.wait_until_healthy(600)
+        assert server.process.returncode > 0
+        assert wait_until(lambda: server.processes() == [], WAIT_S)
+
+
+QUESTION = [{"role": "system", "content": "Speak."}, {"role": "user", "content": "What did the old gentleman say?"}]
+GREEDY = {"model": "books", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+@pytest.fixture(scope="module")
+def expected(books):
+    """Completion of the text that the template makes of QUESTION."""
+    prompt = "system: Speak.\nuser: What did the old gentleman say?\nassistant:"
+    return books.post("/v1/completions", {**GREEDY, "prompt": prompt, "add_special_tokens": False})["choices"][0]
+
+
+def test_chat(books, expected):
+    before = counted(books)["steps"]["sparse"]
+    answer = books.post("/v1/chat/completions", {**GREEDY, "messages": QUESTION})
+    choice = answer["choices"][0]
+    assert choice["message"]["role"] == "assistant" and choice["message"]["content"].strip()
+    assert answer["prompt_token_ids"] == expected["prompt_token_ids"], "the template was used"
+    assert choice["token_ids"] == expected["token_ids"] and choice["message"]["content"] == expected["text"]
+    assert counted(books)["steps"]["sparse"] - before == 23
+
+
+def test_chat_streamed(books, expected):
+    events = list(books.stream("/v1/chat/completions", {**GREEDY, "messages": QUESTION}))
+    choices = [choice for event in events for choice in event["choices"]]
+    texts = [choice["delta"].get("content") for choice in choices]
+    assert len([t for t in texts if t]) > 1, "in pieces"
+    assert "".join(t for t in texts if t) == expected["text"]
+    assert choices[-1]["finish_reason"] == "length"
+
+
+def changed(**changes) -> bytes:
+    return json.dumps({**GREEDY, "prompt": "It was late", **changes}).encode()
+
+
+def chat(**changes) -> bytes:
+    return json.dumps({**GREEDY, "messages": QUESTION, **changes}).encode()
+
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MALFORMED = {
+    "no-json": (COMPLETIONS, b"{"), "empty": (COMPLETIONS, b""), "list": (COMPLETIONS, b"[]"), "null": (COMPLETIONS, b"null"), "bytes": (COMPLETIONS, b"\xff\xfe{}"),
+    "prompt-number": (COMPLETIONS, changed(prompt=7)), "prompt-object": (COMPLETIONS, changed(prompt={"a": 1})), "prompt-mixed": (COMPLETIONS, changed(prompt=[2, "x"])),
+    "prompt-empty": (COMPLETIONS, changed(prompt="")), "prompt-null": (COMPLETIONS, changed(prompt=None)), "prompt-float": (COMPLETIONS, changed(prompt=[2.5])),
+    "token-too-large": (COMPLETIONS, changed(prompt=[2, 8192])), "token-negative": (COMPLETIONS, changed(prompt=[2, -1])), "token-huge": (COMPLETIONS, changed(prompt=[2, 10**30])),
+    "prompt-too-long": (COMPLETIONS, changed(prompt=[5] * 600)), "text-too-long": (COMPLETIONS, changed(prompt="It was late " * 1000)),
+    "more-than-fits": (COMPLETIONS, changed(max_tokens=10**6)), "max-tokens-negative": (COMPLETIONS, changed(max_tokens=-1)), "max-tokens-word": (COMPLETIONS, changed(max_tokens="many")),
+    "max-tokens-0": (COMPLETIONS, changed(max_tokens=0)), "min-tokens-above-max": (COMPLETIONS, changed(min_tokens=99)),
+    "model-unknown": (COMPLETIONS, changed(model="gpt-9")), "model-number": (COMPLETIONS, changed(model=7)),
+    "n-0": (COMPLETIONS, changed(n=0)), "n-negative": (COMPLETIONS, changed(n=-1)), "n-huge": (COMPLETIONS, changed(n=10**9, temperature=1)), "n-greedy": (COMPLETIONS, changed(n=2)),
+    "bias-no-token": (COMPLETIONS, changed(logit_bias={"x": 1})), "bias-unknown-token": (COMPLETIONS, changed(logit_bias={"999999": 1})),
+    "bias-negative-token": (COMPLETIONS, changed(logit_bias={"-1": 1})), "bias-word": (COMPLETIONS, changed(logit_bias={"5": "much"})), "bias-list": (COMPLETIONS, changed(logit_bias=[1])),
+    "temperature-negative": (COMPLETIONS, changed(temperature=-1)), "temperature-nan": (COMPLETIONS, changed(temperature=float("nan"))), "temperature-word": (COMPLETIONS, changed(temperature="hot")),
+    "top-p-2": (COMPLETIONS, changed(top_p=2)), "top-k-negative": (COMPLETIONS, changed(top_k=-5)), "stop-empty": (COMPLETIONS, changed(stop=[""])),
+    "logprobs-negative": (COMPLETIONS, changed(logprobs=-5)), "logprobs-many": (COMPLETIONS, changed(logprobs=10**6)), "stream-word": (COMPLETIONS, changed(stream="perhaps")),
+    "chat-no-messages": (CHAT, chat(messages=None)), "chat-empty-message": (CHAT, chat(messages=[{}])), "chat-text": (CHAT, chat(messages="hello")),
+    "chat-own-template": (CHAT, chat(chat_template="{{ messages }}")), "chat-model-unknown": (CHAT, chat(model="gpt-9")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_requests_are_refused(books, name):
+    path, payload = MALFORMED[name]
+    status, body = send(books, "POST", path, payload)
+    assert 400 <= status < 500, (status, body[:500])
+    answer = json.loads(body)
+    assert answer["error"]["message"] and answer["error"]["code"] == status
+    assert healthy(books)
+
+
+def test_malformed_requests_leave_nothing_behind(books, expected):
+    """All of them at once, beside good ones, which get what they get alone."""
+    good = {**GREEDY, "prompt": expected["prompt_token_ids"]}
+    with ThreadPoolExecutor(16) as pool:
+        bad = [pool.submit(send, books, "POST", *request) for request in MALFORMED.values()]
+        answers = [pool.submit(books.post, "/v1/completions", good) for _ in range(4)]
+        assert all(400 <= future.result()[0] < 500 for future in bad)
+        assert all(len(future.result()["choices"][0]["token_ids"]) == 24 for future in answers)
+    assert_idle(books)
+    assert books.post("/v1/completions", good)["choices"][0]["token_ids"] == expected["token_ids"]
+
+
+def resident_mb(server: Server) -> float:
+    """Resident memory of all processes of the server; what they share counts for each."""
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in server.processes())
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SOAK_S, reason="a soak run, on demand: DEJAVU_SOAK_S=SECONDS")
+def test_memory_stays_flat(tmp_path, model):
+    """Bursts of random requests with aborts; memory after each is sampled. The first third is warm-up.
+
+    The median of the last third may be at most SOAK_GROWTH_MB above that of the second.
+    """
+    predictor = make_artifact(tmp_path / "artifact", model, density=0.5)
+    samples = []
+    with Server(model, *TINY, *CRAMPED, *dejavu(predictor), log=tmp_path / "server.log") as server:
+        start(server)
+        end = time.monotonic() + SOAK_S
+        while time.monotonic() < end or len(samples) < 9:
+            load(server, CLIENTS, seed=len(samples))
+            samples.append(resident_mb(server))
+    third = len(samples) // 3
+    growth = statistics.median(samples[-third:]) - statistics.median(samples[third : 2 * third])
+    print(f"{len(samples)} bursts, MB: {samples[0]:.0f} at first, {samples[third]:.0f} after warm-up, {samples[-1]:.0f} at last; growth {growth:.1f}")
+    assert growth < SOAK_GROWTH_MB, samples
