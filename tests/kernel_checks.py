@@ -56,9 +56,9 @@ class Checks:
         return torch.arange(100, 106, device=self.device) if wanted else None  # one more than COUNTERS: callers may append
 
     def clear_bias(self, scores, density):
-        """A bias [units] that selects about a share `density` and leaves no score within 1e-4 of 0."""
+        """A bias [units] that selects about a share `density` and leaves no score within 1e-4 of 0; 1: as the dense switch does."""
         if density in (0, 1):
-            return torch.full((scores.shape[1],), 50.0 if density else -50.0, device=self.device)
+            return torch.full((scores.shape[1],), math.inf if density else -50.0, device=self.device)
         candidates = torch.linspace(-0.9, 0.1, 41, device=self.device) + math.log(density)
         distance = (scores[:, :, None] + candidates).abs().amin(0)  # [units, candidates]
         assert distance.amax(1).min() > 1e-4

@@ -282,6 +282,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         layers = list(self.model.decoder.local_layers())
         self._allocate_workspace(vllm_config, layers)
         self.gates = [g for layer in layers for g in (layer.self_attn.gate, layer.mlp.gate) if g is not None]
+        self.predictor_bytes = sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers())
         self.switched_dense = False
         self.first_attention = layers[0].self_attn.attention_name
         layers[0].self_attn.attn.after_loading = self.verify_fingerprint
@@ -370,7 +371,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         return {
             "mode": self.settings.mode,
             "dense_switch": self.switched_dense,
-            "predictor_bytes": sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers()),
+            "predictor_bytes": self.predictor_bytes,
             "num_layers": self.config.num_hidden_layers,
             "steps": dict(zip(metrics.STEP_REASONS, self.step_counters.tolist(), strict=True)),
             "gates": [
@@ -439,13 +440,12 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         if device == "cpu" and kernels is not cpu:
             logger.warning("dejavu: %s", cpu.MISSING)
         count = {b: sum(g.block == b for g in self.gates) for b in ("mlp", "attention")}
-        size = sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers())
         recalls = [g.spec.recall for g in self.gates if g.block == "mlp" and g.spec.recall is not None]
         crossovers = "crossovers as measured here" if self.tuned else "built-in crossovers (`vllm-dejavu tune` measures them)"
         logger.info(
             "dejavu: mode=%s apply_to=%s, %d of %d MLP and %d attention blocks gated here by %s, %s, predictors %s (%.1f MB%s; %s)",
             self.settings.mode, self.settings.apply_to, count["mlp"], len(list(self.model.decoder.local_layers())),
-            count["attention"], kernels.describe(), crossovers if self.settings.crossover is None else f"crossover {self.settings.crossover}", self.artifact_path, size / 1e6,
+            count["attention"], kernels.describe(), crossovers if self.settings.crossover is None else f"crossover {self.settings.crossover}", self.artifact_path, self.predictor_bytes / 1e6,
             f", MLP recall {sum(recalls) / len(recalls):.2f} on their calibration text" if recalls else "", _origin(self.loaded.manifest),
         )  # fmt: skip
 
