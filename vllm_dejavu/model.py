@@ -368,6 +368,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
     def metrics(self) -> dict[str, Any]:
         """This rank's counts as plain numbers; `metrics.summarize` makes densities of them."""
         manifest = None if self.loaded is None else self.loaded.manifest
+        counts = torch.stack([g.counters for g in self.gates]).tolist() if self.gates else []  # at once: one wait for the device
         return {
             "mode": self.settings.mode,
             "dense_switch": self.switched_dense,
@@ -376,8 +377,8 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
             "steps": dict(zip(metrics.STEP_REASONS, self.step_counters.tolist(), strict=True)),
             "gates": [
                 {"layer": g.layer, "block": g.block, "units": g.units, "calibrated": {"density": g.spec.density["mean"], "recall": g.spec.recall}}
-                | dict(zip(metrics.GATE_COUNTERS, g.counters.tolist(), strict=True))
-                for g in self.gates
+                | dict(zip(metrics.GATE_COUNTERS, values, strict=True))
+                for g, values in zip(self.gates, counts, strict=True)
             ],
             "artifact": {
                 "path": self.artifact_path,
