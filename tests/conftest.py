@@ -33,6 +33,9 @@ from tiny import make_artifact, make_opt  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "on_demand" in item.keywords and os.environ.get("DEJAVU_ON_DEMAND") != "1":
+            item.add_marker(pytest.mark.skip(reason="takes minutes: DEJAVU_ON_DEMAND=1 runs it"))
     if HAS_GPU:
         return
     for item in items:

@@ -445,7 +445,7 @@ def test_errors_are_lines_and_servers_are_stopped(servers, tmp_path, monkeypatch
 # With servers.
 
 
-@pytest.mark.slow
+@pytest.mark.on_demand
 def test_dry_run(tmp_path):
     """vLLM's own client against real servers of both sides."""
     out = tmp_path / "out"

@@ -149,7 +149,7 @@ def check_shards(ranks: list[list[dict]], predictor: Path) -> None:
     ("ranks", "executor"),
     [
         pytest.param(2, "mp", id="2"),
-        pytest.param(4, "mp", id="4", marks=pytest.mark.slow),
+        pytest.param(4, "mp", id="4", marks=pytest.mark.on_demand),
         pytest.param(2, "ray", id="2-ray"),
     ],
 )
@@ -173,9 +173,9 @@ def test_tensor_parallel(ranks, executor, alone, tmp_path):
     [
         # Of layer 3, the first of the second stage, only the heads look at the layer before; those of layer 5 do too.
         pytest.param("shipped", 1, {(3, "attention")}, id="shipped"),
-        pytest.param("shipped", 2, {(3, "attention")}, id="shipped-tensor-parallel-2", marks=pytest.mark.slow),
-        pytest.param("self", 1, set(), id="self", marks=pytest.mark.slow),
-        pytest.param("previous", 1, {(2, "mlp"), (2, "attention")}, id="previous", marks=pytest.mark.slow),
+        pytest.param("shipped", 2, {(3, "attention")}, id="shipped-tensor-parallel-2", marks=pytest.mark.on_demand),
+        pytest.param("self", 1, set(), id="self", marks=pytest.mark.on_demand),
+        pytest.param("previous", 1, {(2, "mlp"), (2, "attention")}, id="previous", marks=pytest.mark.on_demand),
     ],
 )
 def test_pipeline_parallel(lookahead, tensor_parallel, dense, opt, predictors, tmp_path):
