@@ -4,4 +4,4 @@
 ARG VLLM=v0.32.0
 FROM vllm/vllm-openai:${VLLM}
 COPY . /opt/vllm-dejavu
-RUN pip install --no-build-isolation --no-deps /opt/vllm-dejavu && vllm-dejavu doctor
+RUN pip install --no-build-isolation --no-deps /opt/vllm-dejavu

@@ -10,7 +10,7 @@ from engine import engine, greedy, metrics_of, model_of, random_prompt
 from prometheus_client import REGISTRY
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-from vllm_dejavu import control, metrics, monitoring, support
+from vllm_dejavu import control, metrics, monitoring, ops, support
 from vllm_dejavu.layers import LONG_PASS, SAMPLED_ROWS, DejaVuSelfAttention
 from vllm_dejavu.selection import head_contributions, head_grams
 
@@ -72,6 +72,15 @@ def test_which_passes_are_sampled(opt, predictors, settings, lengths, samples):
         for seed, length in enumerate(lengths):
             tokens_of(llm, random_prompt(length, seed), max_tokens=2)
         assert {g["sampled_rows"] for g in gate_counts(llm).values()} == {samples * SAMPLED_ROWS}
+
+
+def test_nothing_is_sampled_in_graphs(opt, predictors, monkeypatch):
+    """A graph of speculative decoding is dense too: what was captured in it would sample in every replay, rows of padding as well."""
+    model = opt()
+    monkeypatch.setattr(ops.Step, "in_graph", property(lambda _: True, lambda *_: None))
+    with engine(model, dejavu={"predictor": predictors(model), "sample_recall": 1}) as llm:
+        tokens_of(llm, random_prompt(100), max_tokens=2)
+        assert {g["sampled_rows"] for g in gate_counts(llm).values()} == {0}
 
 
 def test_heads_scored_by_the_layer_before_are_sampled_too(opt, predictors):

@@ -12,7 +12,7 @@ def set_dense(llm: LLM, dense: bool = True) -> None:
     """Serve at dense quality from the next step on, or sparse again: every gate selects everything.
 
     For quality in doubt, not for speed: predictors still run, and all weights are read through the sparse kernels. Requests that
-    are running go on; those of them that a prefix cache serves are computed anew, since cached K and V depend on the mode.
+    are running are preempted and computed anew, as the prefix cache is reset: cached K and V depend on the mode.
 
     Raises:
         RuntimeError: the prefix cache could not be reset; the switch itself has been set.

@@ -174,7 +174,7 @@ class _GatedBlock(nn.Module):
         self.foreseen = None
         gate, every = self.gate, self.settings.sample_recall
         step = ops.current_step(self.attention_name, self.settings.apply_to)
-        if step is None or step.reason != "prefill_or_mixed" or self.settings.mode != "sparse" or not every or gate.calibrated_bias is not None:
+        if step is None or step.in_graph or step.reason != "prefill_or_mixed" or self.settings.mode != "sparse" or not every or gate.calibrated_bias is not None:
             return
         if (tokens := step.metadata.num_actual_tokens) < LONG_PASS:
             return

@@ -50,11 +50,13 @@ class Step:
     Attributes:
         reason: "sparse", or why it is dense (metrics.STEP_REASONS).
         metadata: attention metadata of the layer asked about.
+        in_graph: whether this pass is captured in a CUDA graph or replayed from one: what Python does in it is done once.
         sparse: whether the reason is "sparse".
     """
 
     reason: str
     metadata: Any
+    in_graph: bool = False
 
     def __post_init__(self) -> None:
         self.sparse = self.reason == "sparse"
@@ -104,7 +106,7 @@ def current_step(attention_name: str, apply_to: str) -> Step | None:
             reason = "piecewise_graph"
         else:
             reason = "sparse" if apply_to == "all" or metadata.max_query_len == 1 else "prefill_or_mixed"
-        step = steps[id(metadata)] = Step(reason, metadata)
+        step = steps[id(metadata)] = Step(reason, metadata, context.cudagraph_runtime_mode != CUDAGraphMode.NONE)
     return step
 
 

@@ -30,8 +30,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64)
 DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
 ROTATED_BYTES = 256 << 20  # of weights, beyond any cache
 MIN_LAYERS, MAX_LAYERS = 2, 32
-# Weights that predictors have in an artifact; float16 in one is multiplied as it is.
-_INTEGERS = 127
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Key:
 
     Attributes:
         device: name of the GPU or CPU. kernels: of `describe`. threads: that compute on a CPU, 0 on a GPU.
-        dtype: of the model's weights. hidden, ffn, heads: of one tensor-parallel rank, but for hidden. rank: largest of the
+        dtype: of the model's weights. ffn, heads: of one tensor-parallel rank. rank: largest of the
             MLP predictors, 0 without one.
     """
 
@@ -138,7 +136,7 @@ class _Layers:
 
     def _predictor(self, rows: int, columns: int) -> torch.Tensor:
         if self.key.predictor_dtype == "int8":
-            return torch.randint(-_INTEGERS, _INTEGERS + 1, (rows, columns), dtype=torch.int8, device=self.device)
+            return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=self.device)
         return torch.randn(rows, columns, device=self.device).to(getattr(torch, self.key.predictor_dtype or "float16"))
 
     def mlp(self, tokens: int, densities: Sequence[float]) -> tuple[dict[str, Callable[[int], Any]], dict[str, float]]:
