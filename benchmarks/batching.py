@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Table, median, number, percentile, read_rows
+from common import ROOT, Table, median, number, percentile, pyplot, read_rows
 from plots import finish, scale
 from tqdm import tqdm
 
@@ -340,15 +340,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         errors = [abs(r["union_density"] / r["calibrated"] - 1) for r in table.rows if r["block"] == block and r["calibrated"]]
         if errors:
             print(f"{block}: union densities differ from the artifact's by {median(errors):.1%} (median over layers and sizes), at most {max(errors):.1%}")
-    try:
-        import matplotlib
-    except ImportError:
-        print("batching: matplotlib is not installed here, so there is no picture; the CSV file has everything")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    plot(args.output, pyplot)
+    if (plt := pyplot()) is not None:
+        plot(args.output, plt)
 
 
 if __name__ == "__main__":

