@@ -280,6 +280,7 @@ def ray_nodes(count: int) -> Iterator[Any]:
             cluster.shutdown()
 
 
+@pytest.mark.on_demand
 def test_a_lost_ray_node_fails_every_request(tmp_path, model, place, monkeypatch):
     """Tensor parallel over two nodes, of which one dies without a word."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dejavu[ray]'")
