@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from torch import nn
 
-try:  # later versions have their own LayerNorm; same parameters, same result
-    from vllm.model_executor.layers.layernorm import LayerNorm
-except ImportError:  # 0.26
+try:  # whichever vLLM's own OPT takes; same parameters, same result
+    from vllm.model_executor.models.opt import LayerNorm
+except ImportError:  # before 0.32, where layers.layernorm has another class of that name
     LayerNorm = nn.LayerNorm
 
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
