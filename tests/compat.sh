@@ -4,8 +4,8 @@
 #     tests/compat.sh                  # the newest patch of every supported minor version that the package index has
 #     tests/compat.sh 0.27.1 0.31.0    # these
 #
-# CPU builds only. Each version gets a clone of HEAD with an environment of its own in $DEJAVU_COMPAT_DIR (kept, 4 GB each; a
-# temporary directory that is removed afterwards if it is not set). $DEJAVU_COMPAT_TESTS replaces the list of tests. Prints a
+# CPU builds only. Each version gets a clone of HEAD with an environment of its own in $DEJAVU_COMPAT_DIR (4 GB each; kept, and
+# used again; a temporary directory that is removed afterwards if it is not set). $DEJAVU_COMPAT_TESTS replaces the list of tests. Prints a
 # line a version; exits 1 if tests failed, 2 if none could be installed. Logs are the files install.log and test.log beside the clones.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
