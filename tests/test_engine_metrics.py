@@ -173,8 +173,13 @@ def exporter():
     unregister_vllm_metrics()
 
 
-def sample(name, **labels):
-    return REGISTRY.get_sample_value(f"vllm:dejavu_{name}", {"model_name": "tiny", **labels})
+def sample(name, engine=0, **labels):
+    return REGISTRY.get_sample_value(f"vllm:dejavu_{name}", {"model_name": "tiny", "engine": str(engine), **labels})
+
+
+def summary_of(steps):
+    """As far as the exporter looks."""
+    return {"steps": {"sparse": steps}, "layers": [], "predictor_bytes": 1, "dense_switch": False, "mode": "sparse", "artifact": {"digest": "d", "fingerprint_verified": True}}
 
 
 def test_prometheus_metrics_follow_the_counters(opt, predictors, exporter):
@@ -207,14 +212,14 @@ def test_counts_are_fetched_when_vllm_logs_and_a_failure_stops_nothing(exporter,
 
     for _ in range(2):
         monitoring.install()
-    summary_ = {"steps": {"sparse": 3}, "layers": [], "predictor_bytes": 1, "dense_switch": False, "mode": "sparse", "artifact": {"digest": "d", "fingerprint_verified": True}}
-    monkeypatch.setattr(monitoring, "summarize", lambda ranks: summary_ if ranks == ["rank"] else pytest.fail("asked twice"))
+    monkeypatch.setattr(monitoring, "summarize", lambda ranks: summary_of(3) if ranks == ["rank"] else pytest.fail("asked twice"))
     logged = []
 
     def fake(impl, rpc):
         model_config = SimpleNamespace(model_impl=impl, served_model_name="tiny")
         config = SimpleNamespace(model_config=model_config, parallel_config=SimpleNamespace(_api_process_rank=0))
-        return SimpleNamespace(vllm_config=config, collective_rpc=rpc, logger_manager=SimpleNamespace(log=lambda: logged.append(impl)))
+        client = SimpleNamespace(core_engines=[b"\0\0"], engine_ranks_managed=[0])
+        return SimpleNamespace(vllm_config=config, engine_core=client, collective_rpc=rpc, logger_manager=SimpleNamespace(log=lambda: logged.append(impl)))
 
     async def rpc(method):
         return ["rank"]
@@ -225,3 +230,16 @@ def test_counts_are_fetched_when_vllm_logs_and_a_failure_stops_nothing(exporter,
     for impl, call in (("dejavu", rpc), ("dejavu", dead), ("auto", dead)):
         asyncio.run(AsyncLLM.do_log_stats(fake(impl, call)))
     assert logged == ["dejavu", "dejavu", "auto"] and sample("steps_total", reason="sparse") == 3
+
+
+def test_data_parallel_engines_are_counted_each(exporter):
+    """An engine is named by its rank, and asked itself."""
+    async def call(method, *args, engine):
+        assert (method, *args) == ("collective_rpc", "dejavu_metrics", None, (), None)
+        return [summary_of({b"a": 5, b"b": 7}[engine])]
+
+    client = SimpleNamespace(core_engines=[b"a", b"b"], engine_ranks_managed=[2, 3], _call_utility_async=call)
+    found = asyncio.run(monitoring.counts_by_engine(SimpleNamespace(engine_core=client)))
+    for rank, (summary,) in found.items():
+        exporter.update(summary, rank)
+    assert [sample("steps_total", engine=rank, reason="sparse") for rank in (0, 2, 3)] == [None, 5, 7]

@@ -262,6 +262,29 @@ def test_a_killed_engine_fails_every_request(restarted):
     break_amid_requests(restarted, lambda: kill_process(restarted, "VLLM::EngineCore"), asks)
 
 
+@pytest.mark.on_demand
+def test_data_parallel_engines_answer_and_count(tmp_path, model):
+    """Two engines of their own behind one front end; each has its counts in /metrics. The dense switch reaches both."""
+    predictor = make_artifact(tmp_path / "artifact", model, density=0.5)
+    with Server(model, *TINY, *ROOMY, *dejavu(predictor), "--data-parallel-size", "2", log=tmp_path / "server.log") as server:
+        start(server)
+        outcomes = run(server, "tiny", [Ask((2, *range(10, 20 + i)), 24, stream=i % 2 == 0) for i in range(12)])
+        assert ends(outcomes) == {DONE: 12}
+
+        def of_engines(metric: str) -> list[float]:
+            lines = [line for line in server.get("/metrics").splitlines() if line.startswith(metric + "{")]
+            return [sum(float(line.split()[-1]) for line in lines if f'engine="{i}"' in line) for i in range(2)]
+
+        answered = of_engines("vllm:request_success_total")
+        assert sum(answered) == 12 and all(answered), answered
+        # Each request has a prompt step, its own or shared, and 23 steps that add one token.
+        assert wait_until(lambda: all(count >= 24 for count in of_engines("vllm:dejavu_steps_total")), WAIT_S), of_engines("vllm:dejavu_steps_total")
+        alone = {len(o.ask.prompt): complete(server, prompt=list(o.ask.prompt), max_tokens=24) for o in outcomes}
+        assert all(o.tokens == alone[len(o.ask.prompt)] for o in outcomes)
+        server.post("/collective_rpc", {"method": "dejavu_set_dense", "args": [True]})
+        assert wait_until(lambda: of_engines("vllm:dejavu_dense_switch") == [1, 1], WAIT_S)
+
+
 @contextlib.contextmanager
 def ray_nodes(count: int) -> Iterator[Any]:
     """A Ray cluster of so many nodes on this host, each with its own raylet and room for one worker; yields it."""

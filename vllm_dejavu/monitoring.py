@@ -1,23 +1,28 @@
 """The counts of the workers in vLLM's Prometheus `/metrics`; runs in the process of the API server.
 
 Before vLLM logs its own statistics (every VLLM_LOG_STATS_INTERVAL seconds, 10 by default; not with --disable-log-stats) the counters are
-fetched from the workers by one `collective_rpc`, between two steps. Nothing is added to a step. With data parallelism these are
-the counts of the first engine.
+fetched from the workers by one `collective_rpc` an engine, between two steps. Nothing is added to a step.
 """
 from __future__ import annotations
 
+import asyncio
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge
 from vllm.logger import init_logger
 
 from vllm_dejavu.metrics import summarize
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
 logger = init_logger("vllm.dejavu")
 
 _PREFIX = "vllm:dejavu_"
-_GATE = ("model_name", "layer", "block")
+# As vLLM's own metrics have them; `engine` counts data-parallel ones.
+_COMMON = ("model_name", "engine")
+_GATE = (*_COMMON, "layer", "block")
 # Counters by layer and block: name, help, and the amount in a gate's counts (`metrics.GATE_COUNTERS`).
 _GATE_COUNTERS = (
     ("selected_units", "Neurons or heads selected, summed over the rows of sparse steps.", lambda c: c["selected"]),
@@ -44,13 +49,24 @@ def install() -> None:
         exporter = vars(self).setdefault("_dejavu_exporter", _exporter_for(self.vllm_config))
         if exporter is not None:
             try:
-                exporter.update(summarize(await self.collective_rpc("dejavu_metrics")))
+                for engine, counts in (await counts_by_engine(self)).items():
+                    exporter.update(summarize(counts), engine)
             except Exception as e:  # vLLM's own statistics go on; an engine that died says so itself
                 logger.warning_once("dejavu: counts could not be fetched for /metrics: %r", e)
         await original(self)
 
     do_log_stats.dejavu_exports = True  # type: ignore[attr-defined]
     AsyncLLM.do_log_stats = do_log_stats
+
+
+async def counts_by_engine(llm: AsyncLLM) -> dict[int, list[dict[str, Any]]]:
+    """`dejavu_metrics` of every worker, by data-parallel engine."""
+    client = llm.engine_core
+    if len(client.core_engines) == 1:
+        return {client.engine_ranks_managed[0]: await llm.collective_rpc("dejavu_metrics")}
+    # `collective_rpc` calls all of them, but gives the answer of the first.
+    calls = [client._call_utility_async("collective_rpc", "dejavu_metrics", None, (), None, engine=engine) for engine in client.core_engines]
+    return dict(zip(client.engine_ranks_managed, await asyncio.gather(*calls), strict=True))
 
 
 def _exporter_for(vllm_config: Any) -> Exporter | None:
@@ -72,32 +88,32 @@ class Exporter:
         self._metrics: dict[str, Any] = {}  # vLLM unregisters what is called vllm:* when another engine starts in this process
         self.last: dict[tuple[str, ...], float] = {}
 
-    def update(self, summary: dict[str, Any]) -> None:
-        """Bring the metrics up to a summary (`metrics.summarize`)."""
-        name = self.model_name
+    def update(self, summary: dict[str, Any], engine: int = 0) -> None:
+        """Bring the metrics of an engine up to a summary (`metrics.summarize`)."""
+        common = (self.model_name, str(engine))
         for reason, count in summary["steps"].items():
-            self._count("steps", "Engine steps: sparse, or the reason why they were dense.", ("model_name", "reason"), (name, reason), count)
+            self._count("steps", "Engine steps: sparse, or the reason why they were dense.", (*_COMMON, "reason"), (*common, reason), count)
         for layer, blocks in enumerate(summary["layers"]):
             for block, counts in blocks.items():
                 if not counts["gated"]:
                     continue
                 for what, text, amount in _GATE_COUNTERS:
-                    self._count(what, text, _GATE, (name, str(layer), block), amount(counts))
+                    self._count(what, text, _GATE, (*common, str(layer), block), amount(counts))
                 for what, value in counts["calibrated"].items():
                     if value is not None:
-                        self._gauge(f"calibrated_{what}", f"The artifact's {what} on its calibration text.", _GATE, (name, str(layer), block), value)
+                        self._gauge(f"calibrated_{what}", f"The artifact's {what} on its calibration text.", _GATE, (*common, str(layer), block), value)
         for block in ("mlp", "attention"):
             gates = [entry[block] for entry in summary["layers"] if entry[block]["gated"]]
             for what in ("density", "read_density", "sampled_recall"):
                 values = [g[what] for g in gates if g[what] is not None]
                 if values:
                     text = f"{what} since the start, mean over gated layers; for alerts, rates of the counters follow changes sooner."
-                    self._gauge(what, text, ("model_name", "block"), (name, block), sum(values) / len(values))
-        self._gauge("predictor_bytes", "Memory of the predictors, all ranks.", ("model_name",), (name,), summary["predictor_bytes"])
-        self._gauge("dense_switch", "1 while the run-time switch has every gate select everything.", ("model_name",), (name,), summary["dense_switch"])
+                    self._gauge(what, text, (*_COMMON, "block"), (*common, block), sum(values) / len(values))
+        self._gauge("predictor_bytes", "Memory of the predictors, all ranks.", _COMMON, common, summary["predictor_bytes"])
+        self._gauge("dense_switch", "1 while the run-time switch has every gate select everything.", _COMMON, common, summary["dense_switch"])
         artifact = summary["artifact"]
-        labels = (name, summary["mode"], artifact["digest"], str(artifact["fingerprint_verified"]).lower())
-        self._gauge("info", "What is served.", ("model_name", "mode", "artifact_digest", "fingerprint_verified"), labels, 1)
+        labels = (*common, summary["mode"], artifact["digest"], str(artifact["fingerprint_verified"]).lower())
+        self._gauge("info", "What is served.", (*_COMMON, "mode", "artifact_digest", "fingerprint_verified"), labels, 1)
 
     def _count(self, what: str, text: str, labels: tuple[str, ...], values: tuple[str, ...], total: float) -> None:
         seen = self.last.get((what, *values), 0)
