@@ -10,7 +10,7 @@
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
-tests=${DEJAVU_COMPAT_TESTS:-test_doctor test_engine_plugin test_engine_parity test_engine_replay test_engine_selection test_engine_features test_engine_metrics test_server}
+tests=${DEJAVU_COMPAT_TESTS:-test_doctor test_engine_plugin test_engine_parity test_engine_replay test_engine_selection test_engine_metrics}
 
 supported() { # first and last minor version that setup.py allows
     sed -nE 's/.*"vllm>=0\.([0-9]+),<0\.([0-9]+)".*/\1 \2/p' "$root/setup.py" | { read -r low high && seq "$low" $((high - 1)); }

@@ -279,8 +279,6 @@ def test_data_parallel_engines_answer_and_count(tmp_path, model):
         assert sum(answered) == 12 and all(answered), answered
         # Each request has a prompt step, its own or shared, and 23 steps that add one token.
         assert wait_until(lambda: all(count >= 24 for count in of_engines("vllm:dejavu_steps_total")), WAIT_S), of_engines("vllm:dejavu_steps_total")
-        alone = {len(o.ask.prompt): complete(server, prompt=list(o.ask.prompt), max_tokens=24) for o in outcomes}
-        assert all(o.tokens == alone[len(o.ask.prompt)] for o in outcomes)
         server.post("/collective_rpc", {"method": "dejavu_set_dense", "args": [True]})
         assert wait_until(lambda: of_engines("vllm:dejavu_dense_switch") == [1, 1], WAIT_S)
 
