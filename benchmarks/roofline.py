@@ -2,11 +2,14 @@
 
     python benchmarks/roofline.py
     python benchmarks/roofline.py --geometry 30b --device h200 --batch 1 --context 256 --launches 13
+    python benchmarks/roofline.py --geometry 6.7b 30b 66b 175b --batch 1 8 --context 256 \\
+        --quantized benchmarks/results/paper/roofline-int4.md --csv benchmarks/results/paper/roofline-int4.csv
 """
 from __future__ import annotations
 
 import argparse
 import csv
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -20,12 +23,16 @@ from vllm_dejavu.roofline import (  # noqa: E402
     DENSE_LAUNCHES,
     DEVICES,
     GEOMETRIES,
+    QUANTIZATION_ASSUMPTIONS,
     SPARSE_LAUNCHES,
+    WEIGHT_BITS,
     Account,
     Device,
+    Quantized,
     Workload,
     account,
     preset_densities,
+    quantized,
 )
 
 
@@ -105,6 +112,57 @@ def print_table(results: Sequence[tuple[Account, str]]) -> None:
         )
 
 
+def on_enough_devices(result: Account) -> Account:
+    """The same point on the fewest devices, doubling, that hold the model in 16 bits."""
+    tp = result.workload.tp
+    while not result.fits and result.geometry.num_heads % (2 * tp) == 0:
+        tp *= 2
+        result = account(result.geometry, result.device, replace(result.workload, tp=tp))
+    return result
+
+
+def quantization_table(results: Sequence[tuple[Quantized, str]], command: str) -> str:
+    """Markdown: fewer bits, sparsity, and both."""
+    bits = results[0][0].bits
+    small = f"INT{bits}"
+    columns = (
+        "model", "GPU", "GPUs", "batch", "context", "MLP density", "heads (union)", "dense 16 ms", f"dense {small} ms", "sparse 16 ms", f"sparse {small} ms",
+        f"{small} alone", "sparsity alone", f"sparse 16 over dense {small}", f"sparsity on top of {small}", "both", f"sparse 16 beats dense {small} below MLP density",
+        "densities",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for result, densities_from in results:
+        w, times = result.plain.workload, result.times_ms
+        dense, dense_small, sparse, sparse_small = times.values()
+        even = result.break_even_mlp_density
+        ratios = dense / dense_small, dense / sparse, dense_small / sparse, dense_small / sparse_small, dense / sparse_small
+        cells = (
+            result.plain.geometry.name, result.plain.device.name, f"{w.tp}" if result.plain.fits else f"{w.tp}, TOO FEW", w.batch, w.context,
+            f"{w.mlp_density:.2f}", f"{w.head_density:.2f} ({w.union_heads:.2f})", *(f"{ms:.2f}" for ms in times.values()), *(f"{ratio:.2f}x" for ratio in ratios),
+            "none" if even <= 0 else "any" if even > 1 else f"{even:.2f}", densities_from,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(
+        [
+            f"# Sparsity and {bits}-bit weights: {BANNER}",
+            "",
+            f"    {command}",
+            "",
+            f"A decode step of vLLM's OPT, in ms, with the layers' weights in 16 bits or in {bits}, dense and sparse. Ratios are speed-ups: {small} alone is dense 16 over",
+            f"dense {small}; both is dense 16 over sparse {small}; in the column sparse 16 over dense {small}, less than 1 means that quantization alone is faster",
+            "than sparsity alone. GPUs: the fewest, doubling, that hold the 16-bit model; the same for every column, though fewer bits need fewer.",
+            "",
+            *lines,
+            "",
+            "Assumed:",
+            "",
+            *(f"- {line}" for line in QUANTIZATION_ASSUMPTIONS),
+            "- Densities are assumed, not measured here, unless given on the command line; see `preset_densities`.",
+            "",
+        ]
+    )
+
+
 def plot(path: Path, results: Sequence[tuple[Account, str]]) -> None:
     """Whole-step speed-up over batch size: one panel per context and device, one line per geometry."""
     try:
@@ -164,6 +222,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     out = parser.add_argument_group("output")
     out.add_argument("--csv", type=Path)
     out.add_argument("--png", type=Path, help="needs matplotlib")
+    out.add_argument("--quantized", type=Path, metavar="FILE.md", help="what fewer bits, sparsity and both give; CSV rows of both kinds")
+    out.add_argument("--bits", type=int, choices=[b for b in WEIGHT_BITS if b < 16], default=4, help="of --quantized (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -217,6 +277,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table(results)
     if len(results) == 1:
         print_parts(results[0][0])
+    if args.quantized:
+        points = [(on_enough_devices(result), densities_from) for result, densities_from in results]
+        pairs = [(quantized(point.geometry, point.device, point.workload, args.bits), densities_from) for point, densities_from in points]
+        text = quantization_table(pairs, shlex.join(["python", "benchmarks/roofline.py", *(sys.argv[1:] if argv is None else argv)]))
+        args.quantized.parent.mkdir(parents=True, exist_ok=True)
+        args.quantized.write_text(text, encoding="utf-8")
+        print(f"\n{text}\n{len(pairs)} rows: {args.quantized}")
+        results = [(kind, densities_from) for pair, densities_from in pairs for kind in (pair.plain, pair.small)]
     if args.csv:
         rows = [csv_row(*result) for result in results]
         with args.csv.open("w", newline="", encoding="utf-8") as file:

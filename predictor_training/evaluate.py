@@ -2,7 +2,8 @@
 
 Three engines, one after the other: dense (scores the text, writes greedy continuations); the mode under test with
 `apply_to: all` (scores the same text, every token through the sparse path, counting density and recall); the mode
-under test as it serves (continuations through the decode path).
+under test as it serves (continuations through the decode path). With simulated quantization all three have the rounded
+weights, and a fourth engine, dense with the weights as they are, goes before them.
 """
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 
-from vllm_dejavu import artifact, metrics
-from vllm_dejavu.config import BLOCKS, MODES
+from vllm_dejavu import artifact, metrics, quantization
+from vllm_dejavu.config import BLOCKS, MODES, WEIGHT_BITS
 from vllm_dejavu.predictor_training import data
 from vllm_dejavu.predictor_training.pipeline import say, versions
 
@@ -36,6 +37,7 @@ class EvaluateConfig:
         max_tokens: tokens of text scored; also limits the number of prompts. None: all of the text.
         prompts, new_tokens: greedy continuations compared with dense.
         dtype: the engine's; "auto" is the checkpoint's.
+        weight_bits: 8 or 4: all but the first engine simulate weight-only quantization (`quantization`).
     """
 
     model: str
@@ -49,10 +51,13 @@ class EvaluateConfig:
     new_tokens: int = 64
     dtype: str = "auto"
     seed: int = 0
+    weight_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"--mode {self.mode!r} is unknown: expected one of {list(MODES)}.")
+        if self.weight_bits not in WEIGHT_BITS:
+            raise ValueError(f"--weight-bits {self.weight_bits!r} is unknown: expected one of {list(WEIGHT_BITS)}.")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"--max-tokens {self.max_tokens} is too small: expected at least 2.")
         for name, value in (("--prompts", self.prompts), ("--new-tokens", self.new_tokens)):
@@ -78,6 +83,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     hf_config = AutoConfig.from_pretrained(config.model)
+    quantization.check_model(hf_config, config.weight_bits)
     seq_len = min(2048, hf_config.max_position_embeddings) - 1  # the engine wants room for one new token
     texts = [t for source in config.data for t in data.read_documents(source, config.field)]
     if loaded is not None:
@@ -88,11 +94,19 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     prompts = _prompts(windows.tokens, config, seq_len)
     say(f"text: {windows.num_tokens:,} tokens in {len(windows.tokens)} windows; {len(prompts)} prompts x {config.new_tokens} new tokens")
 
-    with _engine(config, mode="dense") as dense:
+    unquantized_nll = None
+    if config.weight_bits < 16:
+        with _engine(config, mode="dense") as unquantized:
+            unquantized_nll, _ = _score(unquantized, windows.tokens, "dense text, 16-bit weights")
+    with _engine(config, mode="dense", weight_bits=config.weight_bits) as dense:
         dense_nll, dense_top = _score(dense, windows.tokens, "dense text")
         dense_texts = _continue(dense, prompts, config.new_tokens, "dense continuations")
+    if unquantized_nll is None:
+        unquantized_nll = dense_nll
     # Recall of oracle, random and static selections is measured against the same truth.
-    settings = {"mode": config.mode, "blocks": list(config.blocks), "seed": config.seed, "predictor": config.predictor}
+    settings = {
+        "mode": config.mode, "blocks": list(config.blocks), "seed": config.seed, "predictor": config.predictor, "weight_bits": config.weight_bits,
+    }  # fmt: skip
     with _engine(config, **settings, apply_to="all", measure=True) as scoring:
         sparse_nll, sparse_top = _score(scoring, windows.tokens, f"{config.mode} text")
         counted = metrics.summarize(scoring.collective_rpc("dejavu_metrics"))
@@ -101,17 +115,17 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         served = metrics.summarize(decoding.collective_rpc("dejavu_metrics"))
 
     agreement = [_leading(a, b) for a, b in zip(dense_texts, sparse_texts, strict=True)]
-    delta = (sparse_nll - dense_nll).mean(1)  # per window: the unit that is sampled
-    # Standard error of exp(mean) - 1 by the delta method.
-    error = float(delta.std() / math.sqrt(len(delta)) * delta.mean().exp()) if len(delta) > 1 else None
     layers = counted["layers"]
     result = {
         "model": config.model, "mode": config.mode, "predictor": None if config.predictor is None else Path(config.predictor).name, "blocks": list(config.blocks), "data": [Path(d).name for d in config.data],
         "num_tokens": windows.num_tokens, "dtype": config.dtype,
         "dense_ppl": math.exp(float(dense_nll.mean())),
         "sparse_ppl": math.exp(float(sparse_nll.mean())),
-        "ppl_increase": math.expm1(float(delta.mean())),
-        "ppl_increase_stderr": error,
+        **_increase("ppl_increase", sparse_nll, dense_nll),
+        "weight_bits": config.weight_bits,
+        "unquantized_dense_ppl": math.exp(float(unquantized_nll.mean())),
+        **_increase("quantization_ppl_increase", dense_nll, unquantized_nll),
+        **_increase("total_ppl_increase", sparse_nll, unquantized_nll),
         "mlp_density": counted["mlp_density"],
         "head_density": counted["head_density"],
         "mlp_density_per_layer": [x["mlp"]["density"] for x in layers],
@@ -213,6 +227,14 @@ def _prompts(tokens: torch.Tensor, config: EvaluateConfig, seq_len: int) -> list
     return [[int(tokens[0, 0]), *body[s : s + length - 1].tolist()] for s in starts]
 
 
+def _increase(name: str, nll: torch.Tensor, baseline: torch.Tensor) -> dict[str, float | None]:
+    """Relative rise of perplexity, and its standard error from the spread over windows, the unit that is sampled."""
+    delta = (nll - baseline).mean(1)
+    # Of exp(mean) - 1 by the delta method.
+    error = float(delta.std() / math.sqrt(len(delta)) * delta.mean().exp()) if len(delta) > 1 else None
+    return {name: math.expm1(float(delta.mean())), f"{name}_stderr": error}
+
+
 def _leading(a: list[int], b: list[int]) -> int:
     """Number of leading tokens that agree."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -239,7 +261,8 @@ def _oracle_density(layers: list[dict[str, Any]], loaded: artifact.Artifact | No
 def _bytes_density(layers: list[dict[str, Any]], hf_config: Any, loaded: artifact.Artifact | None) -> float:
     """Weight bytes of the decoder layers read for one token at batch 1, predictors included, over those of dense.
 
-    Embeddings, LM head and KV cache are left out. K and V are always read; fc2 rows only of neurons that came out positive.
+    Embeddings, LM head and KV cache are left out. K and V are always read; fc2 rows only of neurons that came out positive. Weights
+    have 16 bits here, also where fewer are simulated.
     """
     hidden, ffn = hf_config.hidden_size, hf_config.ffn_dim
     read = dense = 0.0

@@ -17,6 +17,7 @@ from vllm_dejavu.roofline import (
     Workload,
     account,
     preset_densities,
+    quantized,
 )
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "roofline.py"
@@ -60,6 +61,93 @@ def test_bytes_by_hand():
     assert result.need_gb * 1e9 == pytest.approx(3 * 12 * 64 * 2 + 16 * 8 * 2 + 3 * 192) and result.fits
     assert result.dominant == "launches"
     assert account(TINY, replace(SLOW, launch_us=0), TINY_WORK).dominant == "qkv"
+
+
+INT4 = {"dense_weight_bits": 4, "sparse_weight_bits": 4, "quantization_group": 4}
+
+
+def test_int4_bytes_by_hand():
+    """As above in 4 bits with a scale for 4 inputs: 1/2 byte a value and 2/4 for its scale. A group of fc2 belongs to 4 neurons, of
+    which fc1 leaves 1 in 8: 1 - (7/8)^4 of the groups are read; a group of out_proj is a head."""
+    result = account(TINY, SLOW, replace(TINY_WORK, **INT4))
+    assert parts(result) == {
+        "qkv": (192, 176),  # 3 x 64 weights; 2.75 x 64
+        "KV write": (64, 64),
+        "KV read": (192, 96),
+        "out_proj": (64, 64 * 0.75),
+        "fc1": (256, 64),
+        "fc2": (256, pytest.approx(256 * (0.125 * 0.5 + (1 - 0.875**4) * 0.5))),
+        "predictor": (0, 112),  # stays as it is
+    }
+    assert result.outer_bytes == account(TINY, SLOW, TINY_WORK).outer_bytes
+    assert result.need_gb * 1e9 == pytest.approx(3 * 12 * 64 * 1 + 16 * 8 * 2 + 3 * 192)
+    assert result.dense_us == pytest.approx((192 + 64 + 192 + 64 + 256 + 256) / 1e3 + 20)
+
+
+def test_a_group_of_several_heads_is_read_for_any_of_them():
+    """2 heads of 4 in a group of 8: values for 0.75 of the heads, scales for 1 - 0.25^2 of the groups."""
+    result = account(TINY, SLOW, replace(TINY_WORK, **INT4 | {"quantization_group": 8}))
+    assert result.parts["out_proj"].sparse_bytes == 64 * (0.75 * 0.5 + 0.9375 * 0.25)
+
+
+def test_each_side_has_its_own_bits():
+    plain, small = account(TINY, SLOW, TINY_WORK), account(TINY, SLOW, replace(TINY_WORK, **INT4))
+    mixed = account(TINY, SLOW, replace(TINY_WORK, **INT4 | {"sparse_weight_bits": 16}))
+    assert (mixed.dense_us, mixed.sparse_us, mixed.need_gb) == (small.dense_us, plain.sparse_us, plain.need_gb)
+    assert small.dense_us < plain.dense_us and small.sparse_us < plain.sparse_us
+    int8 = account(TINY, SLOW, replace(TINY_WORK, **INT4 | {"dense_weight_bits": 8}))
+    assert int8.parts["fc1"].dense_bytes == 256 * 1.5
+
+
+def test_int4_weights_of_a_real_size():
+    """OPT-30B's layers: 4.125 bits a weight with groups of 128, 16-bit embeddings."""
+    geometry = GEOMETRIES["30b"]
+    dense = account(geometry, H200, Workload(context=1, dense_weight_bits=4, sparse_weight_bits=4))
+    kv_bytes = 2 * 2 * geometry.hidden * 2  # one token read, one written
+    assert dense.dense_bytes == pytest.approx(12 * geometry.hidden**2 * 4.125 / 8 + kv_bytes)
+    # At the paper's density nearly every group of fc2 holds a selected neuron.
+    fc2 = account(geometry, H200, Workload(mlp_density=0.1, sparse_weight_bits=4)).parts["fc2"].sparse_bytes
+    assert fc2 == pytest.approx(4 * geometry.hidden**2 * (0.1 * 0.5 + 2 / 128), rel=1e-3)
+
+
+def test_what_quantization_and_sparsity_give_together():
+    work = Workload(batch=1, context=256, mlp_density=0.08, head_density=0.3)
+    pair = quantized(GEOMETRIES["66b"], H200, work)
+    dense, dense4, sparse, sparse4 = pair.times_ms.values()
+    assert dense == pytest.approx(account(GEOMETRIES["66b"], H200, work).dense_step_us / 1e3)
+    assert sparse4 < min(dense4, sparse) < max(dense4, sparse) < dense
+    assert (pair.small.workload.dense_weight_bits, pair.plain.workload.dense_weight_bits) == (4, 16)
+    even = account(GEOMETRIES["66b"], H200, replace(work, mlp_density=pair.break_even_mlp_density))
+    assert even.sparse_step_us / 1e3 == pytest.approx(dense4) and 0 < pair.break_even_mlp_density < 0.08
+    assert dense4 < sparse, "what the break-even says: at 0.08 quantization alone is faster"
+
+
+@pytest.mark.parametrize("bits", [5, 0, 32])
+def test_other_bits_are_refused(bits):
+    with pytest.raises(ValueError, match="sparse_weight_bits"):
+        Workload(sparse_weight_bits=bits)
+
+
+def test_quantization_table(tmp_path, capsys):
+    """A row a point, on as many devices as hold 16 bits, with the assumptions and the command beside it."""
+    path, rows_path = tmp_path / "out" / "t.md", tmp_path / "t.csv"
+    main(["--geometry", "6.7b", "175b", "--batch", "1", "8", "--context", "256", "--quantized", str(path), "--csv", str(rows_path)])
+    text = path.read_text(encoding="utf-8")
+    assert "MODEL, not a measurement" in text and f"--quantized {path}" in text and "Dequantization is free" in text
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    rows = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [(row["model"], row["GPUs"], row["batch"]) for row in rows] == [("OPT-6.7B", "1", "1"), ("OPT-6.7B", "1", "8"), ("OPT-175B", "4", "1"), ("OPT-175B", "4", "8")]
+    for row, name, tp in zip(rows, ("6.7b", "6.7b", "175b", "175b"), (1, 1, 4, 4), strict=True):
+        mlp, heads, _ = preset_densities(name, int(row["batch"]))
+        work = Workload(batch=int(row["batch"]), mlp_density=mlp, head_density=heads, tp=tp)
+        dense4 = account(GEOMETRIES[name], H200, replace(work, dense_weight_bits=4)).dense_step_us / 1e3
+        sparse = account(GEOMETRIES[name], H200, work).sparse_step_us / 1e3
+        assert float(row["dense INT4 ms"]) == pytest.approx(dense4, abs=0.006) and float(row["sparse 16 ms"]) == pytest.approx(sparse, abs=0.006)
+        assert float(row["sparse 16 over dense INT4"].rstrip("x")) == pytest.approx(dense4 / sparse, abs=0.006)
+    with rows_path.open(encoding="utf-8") as file:
+        assert [row["sparse_weight_bits"] for row in csv.DictReader(file)] == ["16", "4"] * 4
+    main(["--geometry", "6.7b", "--batch", "1", "--device", "h100", "--memory-gb", "0.1", "--quantized", str(path)])
+    assert "| 32, TOO FEW |" in path.read_text(encoding="utf-8")
 
 
 def test_tensor_parallel_by_hand():

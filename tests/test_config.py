@@ -15,6 +15,7 @@ def test_defaults():
     assert dataclasses.asdict(DejaVuConfig.from_dict({})) == {
         "predictor": None, "mode": "sparse", "apply_to": "decode", "row_exact": False, "blocks": ("mlp", "attention"),
         "crossover": None, "sample_recall": 16, "measure": False, "overlap": False, "seed": 0,
+        "weight_bits": 16,
     }  # fmt: skip
 
 
@@ -24,6 +25,7 @@ def test_defaults():
         ("predictor", "some/dir"), ("predictor", None), ("mode", "dense"), ("mode", "oracle"), ("mode", "random"), ("mode", "static"),
         ("apply_to", "all"), ("row_exact", True), ("blocks", ["mlp"]), ("blocks", ["attention", "mlp"]), ("crossover", 0.3),
         ("crossover", 1), ("crossover", None), ("measure", True), ("overlap", True), ("seed", 2**31 - 1),
+        ("weight_bits", 16), ("weight_bits", 8), ("weight_bits", 4),
     ],
     ids=str,
 )  # fmt: skip
@@ -41,6 +43,7 @@ def test_allowed_values(key, value):
         ("blocks", ["heads"], "'attention'"), ("blocks", [["mlp"]], "'mlp'"), ("crossover", 0, "(0, 1]"), ("crossover", 1.01, "(0, 1]"),
         ("crossover", True, "(0, 1]"), ("crossover", float("nan"), "(0, 1]"), ("crossover", "1", "(0, 1]"), ("seed", -1, "[0, 2147483648)"),
         ("seed", 2**31, "[0, 2147483648)"), ("seed", 0.5, "[0, 2147483648)"), ("seed", True, "[0, 2147483648)"),
+        ("weight_bits", 3, "[16, 8, 4]"), ("weight_bits", 4.0, "[16, 8, 4]"), ("weight_bits", "4", "[16, 8, 4]"), ("weight_bits", None, "[16, 8, 4]"),
     ],
     ids=str,
 )  # fmt: skip

@@ -4,18 +4,20 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_dejavu import artifact, cli
 from vllm_dejavu.predictor_training import data
 from vllm_dejavu.predictor_training.calibrate import Gate, Masked
-from vllm_dejavu.predictor_training.evaluate import EvaluateConfig, run
+from vllm_dejavu.predictor_training.evaluate import EvaluateConfig, _increase, run
 from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.quantization import quantize_model
 
 MODEL = str(Path(__file__).parent.parent / "examples" / "opt-books-7m")
 KEYS = (
     "dense_ppl", "sparse_ppl", "ppl_increase", "mlp_density", "head_density", "mlp_density_per_layer", "head_density_per_layer",
     "oracle_mlp_density", "mlp_recall", "head_recall", "bytes_density", "sparse_step_share", "agreement_mean_tokens",
-    "teacher_forced_top1_agreement",
+    "teacher_forced_top1_agreement", "weight_bits", "unquantized_dense_ppl", "quantization_ppl_increase", "total_ppl_increase",
 )  # fmt: skip
 PROSE = (
     "It was a cold evening in November when the coach set down its only passenger before the inn. The landlord, who had been "
@@ -40,8 +42,9 @@ def sparse(text, tmp_path_factory):
     return run(config, str(out)), out
 
 
-def hf_ppl(text, gates):
+def hf_ppl(text, gates, weight_bits=16):
     opt = OptModel(MODEL)
+    quantize_model(opt.model, weight_bits)
     tokens = data.tokenize(list(data.read_documents(text)), opt.tokenizer())
     windows = data.pack(tokens, opt.config.max_position_embeddings - 1, opt.bos, max_tokens=None, seed=None)
     masked = Masked(opt, gates, measure=True)
@@ -81,6 +84,33 @@ def test_sparse_perplexity_density_and_recall_are_those_of_a_masked_hugging_face
         assert result[name][layer] == pytest.approx(density, abs=2e-3), (layer, block)
     recall = sum(masked.hit[k] for k in gates if k[1] == "mlp") / sum(masked.active[k] for k in gates if k[1] == "mlp")
     assert result["mlp_recall"] == pytest.approx(recall, abs=5e-3)
+
+
+def test_without_quantization_its_price_is_nothing(sparse):
+    result = sparse[0]
+    assert result["weight_bits"] == 16 and result["quantization_ppl_increase"] == 0
+    assert result["unquantized_dense_ppl"] == result["dense_ppl"] and result["total_ppl_increase"] == result["ppl_increase"]
+
+
+def test_simulated_quantization_dense_and_sparse(text, sparse):
+    """Dense in 4 bits is Hugging Face's with the same weights; its price and sparsity's make the total."""
+    result = run(EvaluateConfig(model=MODEL, data=(text,), dtype="float32", prompts=2, new_tokens=8, weight_bits=4))
+    assert result["artifact"]["fingerprint_verified"], "predictors stay those of the 16-bit weights"
+    assert result["unquantized_dense_ppl"] == pytest.approx(sparse[0]["dense_ppl"], rel=1e-6)
+    assert result["dense_ppl"] == pytest.approx(hf_ppl(text, {}, 4)[0], rel=2e-4)
+    assert abs(result["dense_ppl"] / result["unquantized_dense_ppl"] - 1) > 1e-3, "4 bits must show"
+    rounding = 2e-6  # of float32 means of some 5 nats
+    assert result["quantization_ppl_increase"] == pytest.approx(result["dense_ppl"] / result["unquantized_dense_ppl"] - 1, abs=rounding)
+    assert 1 + result["total_ppl_increase"] == pytest.approx((1 + result["ppl_increase"]) * (1 + result["quantization_ppl_increase"]), abs=rounding)
+    assert result["weight_bits"] == 4 and result["sparse_ppl"] != sparse[0]["sparse_ppl"]
+
+
+def test_increase_and_its_error_by_hand():
+    """Windows of mean rise 0.1 and 0.3: e^0.2 - 1; their standard deviation 0.1414 over sqrt(2), times e^0.2."""
+    nll = torch.tensor([[1.0, 1.2], [2.5, 2.1]])
+    found = _increase("x", nll, torch.ones(2, 2) * torch.tensor([[1.0], [2.0]]))
+    assert found == {"x": pytest.approx(math.expm1(0.2)), "x_stderr": pytest.approx(0.1 * math.exp(0.2))}
+    assert _increase("x", nll[:1], nll[:1]) == {"x": 0.0, "x_stderr": None}
 
 
 def test_mode_dense_is_its_own_baseline(text):

@@ -33,11 +33,13 @@ VALID = {
     "predictor": ["some/dir", "org/name", "auto", None], "mode": ["sparse", "dense", "oracle", "random", "static"], "apply_to": ["decode", "all"],
     "row_exact": [True, False], "blocks": [["mlp"], ["attention"], ["attention", "mlp"]], "crossover": [None, 0.25, 1, 1.0],
     "sample_recall": [0, 1, 16, 2**31 - 1], "measure": [True, False], "overlap": [True, False], "seed": [0, 7, 2**31 - 1],
+    "weight_bits": [16, 8, 4],
 }  # fmt: skip
 # Said once more, apart from the code: what docs/settings.md allows.
 ALLOWED = {
     "predictor": lambda v: v is None or isinstance(v, str) and bool(v.strip()),
     "blocks": lambda v: v in (["mlp"], ["attention"], ["mlp", "attention"], ["attention", "mlp"]),
+    "weight_bits": lambda v: type(v) is int and v in (16, 8, 4),
     "crossover": lambda v: v is None or type(v) in (int, float) and 0 < v <= 1,
     **{key: lambda v: type(v) is int and 0 <= v < 2**31 for key in ("seed", "sample_recall")},
     **{key: lambda v: type(v) is bool for key in ("row_exact", "measure", "overlap")},

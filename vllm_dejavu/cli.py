@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_dejavu import __version__
-from vllm_dejavu.config import BLOCKS, LOOKAHEADS, MODES
+from vllm_dejavu.config import BLOCKS, LOOKAHEADS, MODES, WEIGHT_BITS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", type=int, default=200, help="greedy continuations compared with dense")
     p.add_argument("--new-tokens", type=int, default=64)
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--weight-bits", type=int, choices=WEIGHT_BITS, default=16, help="8 or 4: simulate weight-only quantization, dense and sparse (one more engine)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", help="write the result here")
     p.set_defaults(run=_evaluate)

@@ -11,6 +11,7 @@ from typing import Any
 MODES = ("sparse", "dense", "oracle", "random", "static")
 APPLY_TO = ("decode", "all")
 BLOCKS = ("mlp", "attention")
+WEIGHT_BITS = (16, 8, 4)
 # Which hidden state feeds a gate; `predictor.gate_input` maps the name to the tensor.
 LOOKAHEADS = {"mlp": ("self", "attn_input", "previous"), "attention": ("self", "previous")}
 
@@ -41,6 +42,8 @@ class DejaVuConfig:
         overlap: predict neurons on a side stream, beside the attention (GPU; gates whose lookahead is not `self`). Saves
             latency, not bytes; off until measured.
         seed: of the control mode `random`.
+        weight_bits: 8 or 4 *simulate* weight-only quantization, for evaluation: linear weights are rounded while they are
+            loaded and computed with as usual (`quantization`). 16: they stay as they are.
     """
 
     predictor: str | None = None
@@ -53,6 +56,7 @@ class DejaVuConfig:
     measure: bool = False
     overlap: bool = False
     seed: int = 0
+    weight_bits: int = 16
 
     def __post_init__(self) -> None:
         _check_type("predictor", self.predictor, (str, type(None)), "a path, a hub id or null")
@@ -75,6 +79,8 @@ class DejaVuConfig:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
                 raise _error(key, value, "an integer in [0, 2147483648)")
+        if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
+            raise _error("weight_bits", self.weight_bits, f"one of {list(WEIGHT_BITS)}")
 
     @property
     def masks_rows(self) -> bool:

@@ -28,7 +28,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from vllm_dejavu import artifact, metrics, ops, support, tune
+from vllm_dejavu import artifact, metrics, ops, quantization, support, tune
 from vllm_dejavu.compat import LayerNorm
 from vllm_dejavu.config import DejaVuConfig
 from vllm_dejavu.kernels import cpu
@@ -246,6 +246,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         self.settings = settings = DejaVuConfig.from_vllm_config(vllm_config)
         support.check_hf_config(config)
         support.check_engine(vllm_config, settings)
+        self.load_format = vllm_config.load_config.load_format
 
         self.model_name = model_config.model
         self.loaded: artifact.Artifact | None = None
@@ -277,7 +278,8 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
-        self.register_buffer("weights_fingerprint", torch.zeros(32, dtype=torch.uint8))
+        # Rounded weights must not pass for the checkpoint: a sharded state saved from them lacks this and is refused on loading.
+        self.register_buffer("weights_fingerprint", torch.zeros(32, dtype=torch.uint8), persistent=settings.weight_bits == 16)
         self.register_buffer("step_counters", metrics.new_step_counters(), persistent=False)
         layers = list(self.model.decoder.local_layers())
         self._allocate_workspace(vllm_config, layers)
@@ -285,7 +287,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         self.predictor_bytes = sum(t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers())
         self.switched_dense = False
         self.first_attention = layers[0].self_attn.attention_name
-        layers[0].self_attn.attn.after_loading = self.verify_fingerprint
+        layers[0].self_attn.attn.after_loading = self.verify_weights
         support.complete_warm_up()
         self._announce()
 
@@ -322,6 +324,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         params = dict(self.named_parameters())
         loaded: set[str] = set()
         for name, tensor in fingerprint.tee(weights):
+            stored_name = name
             if name.startswith("decoder."):
                 name = "model." + name
             if name.startswith("lm_head.") and self.config.tie_word_embeddings:
@@ -336,6 +339,8 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
             if name not in params:
                 raise ValueError(f"Checkpoint of {self.model_name} holds {name!r}, which OPT does not have.")
             param = params[name]
+            # Behind the fingerprint: predictors stay those trained for the checkpoint, whatever its weights are rounded to.
+            tensor = quantization.quantize_dequantize(stored_name, tensor, self.settings.weight_bits)
             getattr(param, "weight_loader", default_weight_loader)(param, tensor, *shard)
             loaded.add(name + "".join(f":{s}" for s in shard))
         expected = {n + s for n in params for s in ((":q", ":k", ":v") if ".qkv_proj." in n else ("",))}
@@ -346,12 +351,14 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         self.weights_fingerprint.copy_(torch.tensor(list(digest), dtype=torch.uint8))
         return set(params)
 
-    def verify_fingerprint(self) -> None:
+    def verify_weights(self) -> None:
         """Compare the weights in place with those the predictors were trained on; called once after any load format.
 
         Raises:
-            ArtifactError: they differ.
+            ArtifactError: they differ. ValueError: they should be rounded, and did not come through `load_weights`.
         """
+        if self.settings.weight_bits < 16 and self.fingerprint() is None:
+            raise quantization.refusal(self.load_format, self.settings.weight_bits, "its weights did not come through the model's load_weights")
         if self.loaded is None:
             return
         found = self.fingerprint()
@@ -431,6 +438,8 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
             block.workspace = workspace
 
     def _announce(self) -> None:
+        if self.settings.weight_bits < 16:
+            logger.warning("dejavu: %s", quantization.describe(self.settings.weight_bits))
         if self.loaded is None:
             logger.info("dejavu: OPT served dense (mode='dense'), no predictors")
             return

@@ -86,6 +86,7 @@ def plan(
         notes.append(f"batch {batch}: arithmetic, which the model leaves out, begins to matter")
     workloads = layer_workloads(layers, batch, context, tp)
     step = decode_step(geometry, device, workloads)
+    int4 = decode_step(geometry, device, [replace(w, dense_weight_bits=4, sparse_weight_bits=4) for w in workloads])
     dominant, dominant_us = max(step.sparse_terms_us.items(), key=lambda term: term[1])
     memory = memory_cost(geometry, spec, device, layers, step, tp)
     if not memory["fits"]:
@@ -110,6 +111,7 @@ def plan(
             "dense_ms": step.dense_us / 1e3, "sparse_ms": step.sparse_us / 1e3, "speedup": step.speedup,
             "dominant": dominant, "dominant_share": dominant_us / step.sparse_us,
             "break_even_mlp_density": break_even(geometry, device, layers, workloads),
+            "int4": {"dense_ms": int4.dense_us / 1e3, "sparse_ms": int4.sparse_us / 1e3, "assumptions": list(roofline.QUANTIZATION_ASSUMPTIONS)},
             "dense_launches_per_layer": len(DENSE_LAUNCHES),
             "sparse_launches_per_layer": sum(w.sparse_launches for w in workloads) / count,
         },
@@ -448,6 +450,8 @@ def report(result: dict[str, Any]) -> str:
         f"                 launches a layer: dense {s['dense_launches_per_layer']}, sparse {s['sparse_launches_per_layer']:.3g}; "
         f"most of the sparse step: {s['dominant']}, {s['dominant_share']:.0%}",
         f"break-even       {_break_even_words(s['break_even_mlp_density'])}",
+        f"beside INT4      dense INT4 {s['int4']['dense_ms']:.2f} ms, {_beside(s['int4']['dense_ms'], s['sparse_ms'])} sparse 16-bit; both together {s['int4']['sparse_ms']:.2f} ms; "
+        "modelled, dequantization free; no INT4 is served here (docs/plan.md)",
         f"memory cost      {_bytes(m['predictor_bytes'])} of predictors{rank}, {m['share_of_weights']:.1%} of the weights ({_bytes(m['weight_bytes'])}), "
         f"in place of {m['kv_tokens_displaced']:,} cached tokens; workspaces not counted",
         f"training         estimates for {t['tokens']:,} tokens and a calibration of {t['calibration_runs_at_most']:,} forward passes at most",
@@ -470,6 +474,10 @@ def _break_even_words(density: float | None) -> str:
     if density <= 0:
         return "none: no MLP density is small enough"
     return f"sparse is no faster above MLP density {density:.2f}"
+
+
+def _beside(dense_int4_ms: float, sparse_ms: float) -> str:
+    return f"{sparse_ms / dense_int4_ms:.2f}x as fast as" if dense_int4_ms < sparse_ms else f"{dense_int4_ms / sparse_ms:.2f}x the time of"
 
 
 def _bytes(count: float) -> str:

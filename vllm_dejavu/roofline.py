@@ -16,7 +16,9 @@ Left out, and why:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from vllm_dejavu.config import WEIGHT_BITS
 
 BANNER = "MODEL, not a measurement: time = bytes / bandwidth + launches x launch cost (+ all-reduces)"
 
@@ -34,6 +36,18 @@ STEP_LAUNCHES = ("embedding", "position embedding+add", "LayerNorm", "lm_head", 
 
 ALL_REDUCES_PER_LAYER = 2  # after out_proj and after fc2
 MLP_BYTE_BUDGET = 0.03  # share of a block's bytes that its predictor may have, for hidden size >= 2048
+SCALE_BYTES = 2  # of quantized weights: one scale for each group of inputs of an output
+
+# What is taken for granted of weight-only quantization, beside what the model says of itself.
+QUANTIZATION_ASSUMPTIONS = (
+    "Only the layers' linear weights are quantized: values of 4 (or 8) bits, and a 16-bit scale for each group of 128 inputs of an output.",
+    "Embeddings, LM head and KV cache stay in 16 bits.",
+    "Dequantization is free: hidden behind the reads, at every batch size.",
+    "Rows of 4-bit weights are gathered as efficiently as rows of 16-bit weights. No kernel of this project does that.",
+    "fc2's scales belong to 128 neighbouring neurons together, so that a scattered selection reads nearly all of them; likewise out_proj's, for heads of fewer than 128.",
+    "Predictors stay as they are; their densities are taken to hold for quantized weights too.",
+    "Launches are as many as without quantization.",
+)
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -162,6 +176,9 @@ class Workload:
             largest that has at most 3% of the MLP's bytes. The head predictor is linear: [num_heads, hidden].
         sparse_launches: per layer; beside SPARSE_LAUNCHES it may count fewer or more.
         skip_projections: read Q rows and out_proj columns of union heads only; False reads them all.
+        dense_weight_bits, sparse_weight_bits: of the layers' linear weights, on either side; 8 or 4: with scales, and under
+            QUANTIZATION_ASSUMPTIONS; 16: not quantized, dtype_bytes each.
+        quantization_group: inputs of an output that share a scale.
     """
 
     batch: int = 1
@@ -177,9 +194,15 @@ class Workload:
     dense_launches: int = len(DENSE_LAUNCHES)
     sparse_launches: int = len(SPARSE_LAUNCHES)
     skip_projections: bool = True
+    dense_weight_bits: int = 16
+    sparse_weight_bits: int = 16
+    quantization_group: int = 128
 
     def __post_init__(self) -> None:
-        _positive(self, "batch", "context", "tp", "dtype_bytes", "predictor_dtype_bytes")
+        _positive(self, "batch", "context", "tp", "dtype_bytes", "predictor_dtype_bytes", "quantization_group")
+        for name in ("dense_weight_bits", "sparse_weight_bits"):
+            if getattr(self, name) not in WEIGHT_BITS:
+                raise ValueError(f"Workload.{name} is {getattr(self, name)}; it must be one of {list(WEIGHT_BITS)}.")
         for name in ("mlp_density", "head_density", "head_union_density"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -203,6 +226,14 @@ class Workload:
         if self.head_union_density is not None:
             return self.head_union_density
         return 1 - (1 - self.head_density) ** self.batch
+
+    def element_bytes(self, bits: int) -> tuple[float, float]:
+        """Of a linear weight: its value, its share of a scale."""
+        return (self.dtype_bytes, 0.0) if bits == 16 else (bits / 8, SCALE_BYTES / self.quantization_group)
+
+    def groups_read(self, density: float, units: float) -> float:
+        """Share of groups of inputs that a selection touches, if it is independent; units: selectable units in a group, below 1 taken as 1."""
+        return 1 - (1 - density) ** max(1.0, units)
 
     def rank(self, geometry: Geometry) -> int:
         if self.predictor_rank is not None:
@@ -297,8 +328,9 @@ class Account:
 
     def summary(self) -> str:
         w = self.workload
+        bits = "" if w.dense_weight_bits == w.sparse_weight_bits == 16 else f"weights in {w.dense_weight_bits} and {w.sparse_weight_bits} bits, "
         return (
-            f"model: {self.geometry.name} on {self.device.name}, batch {w.batch} x {w.context}, tp {w.tp}, "
+            f"model: {self.geometry.name} on {self.device.name}, batch {w.batch} x {w.context}, tp {w.tp}, {bits}"
             f"MLP {w.mlp_density:.2f}, heads {w.head_density:.2f} (union {w.union_heads:.2f}): "
             f"layer {self.dense_us:.1f} -> {self.sparse_us:.1f} us, {self.speedup:.2f}x; "
             f"step {self.dense_step_us / 1e3:.2f} -> {self.sparse_step_us / 1e3:.2f} ms, {self.step_speedup:.2f}x; "
@@ -315,19 +347,24 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
     g, w = geometry, workload
     if g.num_heads % w.tp:
         raise ValueError(f"{g.name} has {g.num_heads} heads, which tp={w.tp} does not divide; take a divisor.")
-    square_bytes = g.hidden**2 * w.dtype_bytes / w.tp  # one hidden x hidden projection, this rank's share
-    matrix_bytes = g.hidden * g.ffn * w.dtype_bytes / w.tp  # fc1, and fc2
+    square = g.hidden**2 / w.tp  # weights of one hidden x hidden projection, this rank's share
+    matrix = g.hidden * g.ffn / w.tp  # of fc1, and of fc2
+    dense_element_bytes = sum(w.element_bytes(w.dense_weight_bits))
+    value_bytes, scale_bytes = w.element_bytes(w.sparse_weight_bits)
+    row_bytes = value_bytes + scale_bytes  # where whole rows are read: a scale belongs to one row
     token_kv_bytes = 2 * g.hidden * w.dtype_bytes / w.tp
     union = w.union_heads if w.skip_projections else 1.0
+    fired = w.mlp_density * w.survivors
+    union_groups = w.groups_read(union, w.quantization_group / g.head_size)
     gates_heads = w.head_density < 1
     predictor_elements = w.rank(g) * (g.hidden + g.ffn / w.tp) + gates_heads * g.num_heads / w.tp * g.hidden
     parts = {
-        "qkv": Part(3 * square_bytes, (2 + union) * square_bytes),  # K and V always: the cache stays complete
+        "qkv": Part(3 * square * dense_element_bytes, (2 + union) * square * row_bytes),  # K and V always: the cache stays complete
         "KV write": Part(w.batch * token_kv_bytes, w.batch * token_kv_bytes),
         "KV read": Part(w.batch * w.context * token_kv_bytes, w.batch * w.context * token_kv_bytes * w.head_density),
-        "out_proj": Part(square_bytes, union * square_bytes),
-        "fc1": Part(matrix_bytes, w.mlp_density * matrix_bytes),
-        "fc2": Part(matrix_bytes, w.mlp_density * w.survivors * matrix_bytes),
+        "out_proj": Part(square * dense_element_bytes, square * (union * value_bytes + union_groups * scale_bytes)),
+        "fc1": Part(matrix * dense_element_bytes, w.mlp_density * matrix * row_bytes),
+        "fc2": Part(matrix * dense_element_bytes, matrix * (fired * value_bytes + w.groups_read(fired, w.quantization_group) * scale_bytes)),
         "predictor": Part(0, predictor_elements * w.predictor_dtype_bytes),
     }
 
@@ -343,8 +380,39 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
         outer_link_us = one_us + device.all_reduce_us + logits_bytes * sent / link_bytes_per_us
     outer_bytes = g.vocab * g.hidden * w.dtype_bytes / w.tp + 2 * hidden_bytes  # lm_head; a token's and a position's row
     outer_us = device.read_us(outer_bytes) + len(STEP_LAUNCHES) * device.launch_us + outer_link_us
-    need_bytes = g.num_weights * w.dtype_bytes / w.tp + g.num_layers * parts["KV read"].dense_bytes
+    # Of the side with the larger weights: the layers' linear ones, embeddings beside them.
+    linear_bytes = g.num_layers * 12 * g.hidden**2 * max(dense_element_bytes, row_bytes)
+    embedding_bytes = (g.vocab + g.positions) * g.hidden * w.dtype_bytes
+    need_bytes = (linear_bytes + embedding_bytes) / w.tp + g.num_layers * parts["KV read"].dense_bytes
     return Account(g, device, w, parts, outer_bytes, all_reduce_us, outer_us, need_bytes / 1e9)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One point with weights in 16 bits and in fewer, dense and sparse; `quantized` makes it. Times in ms, of a decode step."""
+
+    plain: Account
+    small: Account
+    bits: int
+    break_even_mlp_density: float
+
+    @property
+    def times_ms(self) -> dict[str, float]:
+        return {
+            "dense 16": self.plain.dense_step_us / 1e3, f"dense INT{self.bits}": self.small.dense_step_us / 1e3,
+            "sparse 16": self.plain.sparse_step_us / 1e3, f"sparse INT{self.bits}": self.small.sparse_step_us / 1e3,
+        }  # fmt: skip
+
+
+def quantized(geometry: Geometry, device: Device, workload: Workload, bits: int = 4) -> Quantized:
+    """What sparsity, fewer bits and both together give.
+
+    `break_even_mlp_density`: below it sparse with 16 bits is faster than dense with `bits`, heads as they are; at or below 0: at none.
+    """
+    plain = account(geometry, device, replace(workload, dense_weight_bits=16, sparse_weight_bits=16))
+    small = account(geometry, device, replace(workload, dense_weight_bits=bits, sparse_weight_bits=bits))
+    half, full = (account(geometry, device, replace(plain.workload, mlp_density=d)).sparse_us for d in (0.5, 1.0))
+    return Quantized(plain, small, bits, 1 - (full - small.dense_us) / (2 * (full - half)))  # the time is linear in the density
 
 
 # Neurons that any row of a batch selects, mean over layers: the tables of Polar Sparsity (NeurIPS 2025), made for 99%

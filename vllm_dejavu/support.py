@@ -53,6 +53,10 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
     """
     from vllm.config import CUDAGraphMode
 
+    from vllm_dejavu import quantization
+
+    quantization.check_load_format(vllm_config.load_config.load_format, settings.weight_bits)
+    quantization.check_model(vllm_config.model_config.hf_config, settings.weight_bits)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
 
     def refuse(option: str, value: Any, why: str) -> None:

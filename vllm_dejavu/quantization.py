@@ -1,0 +1,126 @@
+"""Weight-only quantization, *simulated*: what INT8 or INT4 weights would do to quality. No byte is saved.
+
+The linear weights of the decoder layers (q, k, v, out_proj, fc1, fc2) are rounded to integers with one scale a group, turned back and
+computed with as usual; embeddings, LM head, biases and norms stay. The scheme is compressed-tensors' W4A16 or W8A16: symmetric,
+groups of 128 along the input dimension, each with a scale of its own from its largest magnitude, round to nearest (RTN; neither GPTQ
+nor AWQ, which look at data and lose less).
+"""
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+
+SCHEMES = {8: "W8A16", 4: "W4A16"}  # bits -> compressed-tensors' name
+GROUP_SIZE = 128  # of these schemes; a test compares
+# Of the scales: compressed-tensors takes the checkpoint's, which for facebook/opt-* is this one.
+SCALE_DTYPE = torch.float16
+# Load formats that put tensors into parameters without showing them to the model's load_weights.
+BLIND_FORMATS = {
+    "dummy": "its weights are random",
+    **dict.fromkeys(("sharded_state", "runai_streamer_sharded", "ipc_cache"), "it copies tensors that an engine had loaded before"),
+}
+_LINEAR = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc1|fc2)\.weight")
+
+
+def is_linear(name: str) -> bool:
+    """Whether a checkpoint's tensor is one that is quantized."""
+    return _LINEAR.fullmatch(name) is not None
+
+
+def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Tensor:
+    """What is left of a checkpoint's tensor in so many bits.
+
+    Args:
+        name: in the checkpoint; tensors other than `is_linear` names pass through, and with 16 bits all do.
+        tensor: [outputs, inputs], whole: before tensor parallelism cuts it.
+
+    Returns:
+        float32, integer times scale without further rounding, so that the result does not depend on the checkpoint's dtype.
+
+    Raises:
+        ValueError: inputs cannot be cut into groups.
+    """
+    if bits == 16 or not is_linear(name):
+        return tensor
+    _check_inputs(tensor.shape[-1], name, bits)
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = _scheme(bits)
+    weight = tensor.float()
+    groups = weight.unflatten(-1, (-1, args.group_size))
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    return fake_quantize(weight, scale, zero_point, args)
+
+
+@functools.cache
+def _scheme(bits: int) -> Any:
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    return preset_name_to_scheme(SCHEMES[bits], ["Linear"]).weights.model_copy(update={"scale_dtype": SCALE_DTYPE})
+
+
+@torch.no_grad()
+def quantize_model(model: torch.nn.Module, bits: int) -> int:
+    """The same for a transformers `OPTForCausalLM`, in place, as masked studies use it; returns how many weights were quantized.
+
+    Raises:
+        ValueError: inputs cannot be cut into groups, or weights are not in memory.
+    """
+    count = 0
+    for name, parameter in model.named_parameters():
+        if bits == 16 or not is_linear(name):
+            continue
+        if parameter.device.type == "meta":
+            raise ValueError(f"weight_bits={bits}: {name} is offloaded to disk, so it cannot be changed. Load the model into memory.")
+        parameter.copy_(quantize_dequantize(name, parameter, bits))
+        count += 1
+    return count
+
+
+def check_model(config: Any, bits: int) -> None:
+    """Refuse a transformers `OPTConfig` whose weights cannot be cut into groups, before any of them is read.
+
+    Raises:
+        ValueError: naming the size.
+    """
+    if bits < 16:
+        _check_inputs(config.hidden_size, "hidden_size", bits)
+        _check_inputs(config.ffn_dim, "ffn_dim", bits)
+
+
+def check_load_format(load_format: Any, bits: int) -> None:
+    """Refuse load formats that would leave the weights as they are.
+
+    Raises:
+        ValueError: naming the format and the remedy.
+    """
+    if bits < 16 and (reason := BLIND_FORMATS.get(str(load_format))):
+        raise refusal(load_format, bits, reason)
+
+
+def refusal(load_format: Any, bits: int, reason: str) -> ValueError:
+    return ValueError(
+        f"weight_bits={bits} rounds weights while they are read from a checkpoint, which load_format={str(load_format)!r} does not do: {reason}. "
+        "Use load_format='auto', or weight_bits=16."
+    )
+
+
+def describe(bits: int) -> str:
+    """For the start-up log."""
+    return (
+        f"SIMULATED {SCHEMES[bits]}: linear weights of the layers rounded to {bits} bits (symmetric, groups of {GROUP_SIZE}, round to nearest) and "
+        "computed with in the engine's dtype; for evaluation: it saves no byte and no time"
+    )
+
+
+def _check_inputs(inputs: int, what: str, bits: int) -> None:
+    # As compressed-tensors has it: a last, shorter group is an error.
+    if inputs % GROUP_SIZE:
+        raise ValueError(
+            f"weight_bits={bits} needs input sizes that are multiples of {GROUP_SIZE}, the group size of {SCHEMES[bits]}; {what} has {inputs}. "
+            "Use weight_bits=16."
+        )
