@@ -1,6 +1,7 @@
 """Everything that differs between the vLLM versions we support (>= 0.26, < 0.34), and nothing else."""
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 try:  # whichever vLLM's own OPT takes; same parameters, same result
@@ -11,6 +12,8 @@ except ImportError:  # before 0.32, where layers.layernorm has another class of 
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 __all__ = [
@@ -29,7 +32,21 @@ encode_layer_name = _encode_layer_name
 resolve_layer_name = _resolve_layer_name
 
 
+class PlainLinearMethod(UnquantizedLinearMethod):
+    """vLLM's for unquantized weights, but that they stay as they were loaded."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pass
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return nn.functional.linear(x, layer.weight, bias)
+
+
 def keep_plain_weight(linear: nn.Module) -> nn.Module:
-    """Tell vLLM's CPU linears not to repack `weight` and drop it: our ops gather rows of it, and run it dense too."""
-    linear._cpu_skip_gemm_dispatch = True
+    """Keep vLLM's CPU linears from repacking `weight` and dropping it: our ops gather rows of it, and run it dense too.
+
+    Some versions have an attribute that asks for that, `_cpu_skip_gemm_dispatch`; 0.26 to 0.28 and 0.30 have none.
+    """
+    if current_platform.is_cpu():
+        linear.quant_method = PlainLinearMethod()
     return linear
