@@ -171,7 +171,8 @@ def test_aborted_streams_free_their_requests(server):
     for stream in streams:
         for _ in range(3):
             next(stream)
-    assert gauge(server, "vllm:num_requests_running") == 3
+    # A step says how many it ran when it has ended.
+    assert wait_until(lambda: gauge(server, "vllm:num_requests_running") == 3, 30), gauge(server, "vllm:num_requests_running")
     for stream in streams:
         stream.close()
     assert wait_until(lambda: gauge(server, "vllm:num_requests_running") == 0)
