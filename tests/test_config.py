@@ -14,7 +14,7 @@ FIELDS = [f.name for f in dataclasses.fields(DejaVuConfig)]
 def test_defaults():
     assert dataclasses.asdict(DejaVuConfig.from_dict({})) == {
         "predictor": None, "mode": "sparse", "apply_to": "decode", "row_exact": False, "blocks": ("mlp", "attention"),
-        "crossover": None, "sample_recall": 16, "measure": False, "overlap": False, "seed": 0,
+        "crossover": None, "sample_recall": 64, "measure": False, "overlap": False, "seed": 0,
         "weight_bits": 16,
     }  # fmt: skip
 

@@ -52,7 +52,7 @@ class DejaVuConfig:
     row_exact: bool = False
     blocks: tuple[str, ...] = BLOCKS
     crossover: float | None = None
-    sample_recall: int = 16
+    sample_recall: int = 64
     measure: bool = False
     overlap: bool = False
     seed: int = 0

@@ -317,7 +317,8 @@ class DejaVuMLP(_GatedBlock):
     def dense(self, impl: ModuleType, x: torch.Tensor) -> torch.Tensor:
         """This rank's dense MLP without fc2's bias."""
         self.count_dense(x.shape[0], x.device)
-        self.check(lambda rows: impl.mlp_activations(x[rows], self.fc1.weight, self.fc1.bias) > 0)
+        # Not `mlp_activations`: that makes a copy of fc1 in fp32.
+        self.check(lambda rows: impl.linear(x[rows], self.fc1.weight, self.fc1.bias) > 0)
         return impl.dense_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.activation)
 
     def sparse(self, impl: ModuleType, x: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, row_mask: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
