@@ -50,7 +50,7 @@ from vllm_dejavu.predictor_training.calibrate import Gate, Key, make_head_gate, 
 from vllm_dejavu.predictor_training.collect import Collector, Moments, Request, layer_lookahead
 from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel
 from vllm_dejavu.predictor_training.labels import active_neurons, head_contributions, head_grams, neuron_energy
-from vllm_dejavu.predictor_training.train import LayerWeights, _covariance, fit_heads, fit_mlp
+from vllm_dejavu.predictor_training.train import LayerWeights, covariance, fit_heads, fit_mlp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import ROOT, Table, provenance, read_rows, write_rows  # noqa: E402
@@ -219,22 +219,22 @@ def comparable(moments: Moments, layer: int, block: str, lookahead: str, tensors
     s, n = moments.layer(layer), moments.num_tokens
     name = state_name(block, layer_lookahead(lookahead, layer))
     x_sum = s[f"{name}.sum"]
-    cov_x = _covariance(s[f"{name}.second"], x_sum, x_sum, n)
+    cov_x = covariance(s[f"{name}.second"], x_sum, x_sum, n)
     if block == "attention":
         weight = tensors["weight"].double()
-        cov_xy = _covariance(s[f"{name}.heads"], x_sum, s["heads.sum"], n)
-        covariance = (weight * cov_xy.T).sum(1)
-        residual = torch.ones_like(covariance)
+        cov_xy = covariance(s[f"{name}.heads"], x_sum, s["heads.sum"], n)
+        shared = (weight * cov_xy.T).sum(1)
+        residual = torch.ones_like(shared)
     else:
         weight, m_sum = tensors["up"].double() @ tensors["down"].double(), s["mlp_input.sum"]
-        cov_m = _covariance(s["mlp_input.second"], m_sum, m_sum, n)
-        cov_xm = cov_x if name == "mlp_input" else _covariance(s[f"{name}.mlp_input"], x_sum, m_sum, n)
-        covariance = ((weights.fc1 @ cov_xm.T) * weight).sum(1)
+        cov_m = covariance(s["mlp_input.second"], m_sum, m_sum, n)
+        cov_xm = cov_x if name == "mlp_input" else covariance(s[f"{name}.mlp_input"], x_sum, m_sum, n)
+        shared = ((weights.fc1 @ cov_xm.T) * weight).sum(1)
         residual = ((weights.fc1 @ cov_m) * weights.fc1).sum(1)
     variance = ((weight @ cov_x) * weight).sum(1).clamp_min(1e-30)
-    slope = covariance / variance
+    slope = shared / variance
     if block == "mlp":
-        residual = (residual - slope * covariance).clamp_min(1e-3 * residual).clamp_min(1e-30)
+        residual = (residual - slope * shared).clamp_min(1e-3 * residual).clamp_min(1e-30)
     # A score that does not rise with what it predicts keeps the sign of its bias at any threshold of this size.
     return (slope / residual.sqrt()).clamp_min(1e-9).float()
 

@@ -45,7 +45,7 @@ class LayerWeights:
         )  # fmt: skip
 
 
-def _covariance(second: torch.Tensor, a_sum: torch.Tensor, b_sum: torch.Tensor, n: int) -> torch.Tensor:
+def covariance(second: torch.Tensor, a_sum: torch.Tensor, b_sum: torch.Tensor, n: int) -> torch.Tensor:
     return second / n - torch.outer(a_sum / n, b_sum / n)
 
 
@@ -61,11 +61,11 @@ def fit_mlp(
     s, n = moments.layer(layer), moments.num_tokens
     name = state_name("mlp", layer_lookahead(lookahead, layer))
     m_sum, x_sum = s["mlp_input.sum"], s[f"{name}.sum"]
-    cov_m = _covariance(s["mlp_input.second"], m_sum, m_sum, n)
+    cov_m = covariance(s["mlp_input.second"], m_sum, m_sum, n)
     cov_x, cov_xm = cov_m, cov_m
     if name != "mlp_input":
-        cov_x = _covariance(s[f"{name}.second"], x_sum, x_sum, n)
-        cov_xm = _covariance(s[f"{name}.mlp_input"], x_sum, m_sum, n)
+        cov_x = covariance(s[f"{name}.second"], x_sum, x_sum, n)
+        cov_xm = covariance(s[f"{name}.mlp_input"], x_sum, m_sum, n)
         if form.own_input:
             raise ValueError(f"form {form.name!r} is for lookahead 'self' only, found {lookahead!r}.")
     task = MlpTask(
@@ -88,8 +88,8 @@ def fit_heads(moments: Moments, layer: int, lookahead: str) -> FittedHeads:
     s, n = moments.layer(layer), moments.num_tokens
     name = state_name("attention", layer_lookahead(lookahead, layer))
     x_sum, y_sum = s[f"{name}.sum"], s["heads.sum"]
-    cov_x = _covariance(s[f"{name}.second"], x_sum, x_sum, n)
-    cov_xy = _covariance(s[f"{name}.heads"], x_sum, y_sum, n)
+    cov_x = covariance(s[f"{name}.second"], x_sum, x_sum, n)
+    cov_xy = covariance(s[f"{name}.heads"], x_sum, y_sum, n)
     ridge = RIDGE * cov_x.diagonal().mean()
     weight = torch.linalg.solve(cov_x + ridge * torch.eye(len(cov_x), dtype=cov_x.dtype), cov_xy).T
     y_mean = y_sum / n
