@@ -26,7 +26,7 @@ demo: install
 	@$(RUN) scripts/demo.py
 
 test: install
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile
+	$(RUN) -m pytest -n $(JOBS) --dist loadgroup
 
 lint: install
 	$(RUN) -m ruff check .

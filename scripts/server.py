@@ -113,7 +113,7 @@ class Server:
             return
         if not self.ready:
             grace_s = min(grace_s, 2)  # until it is ready, vLLM's front end ignores SIGTERM
-        for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5)):
+        for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 60)):
             deadline = time.monotonic() + wait_s
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)

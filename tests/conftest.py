@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 
 _cache_root = tempfile.mkdtemp(prefix="vllm-dejavu-tests.")
 os.environ.update(
@@ -29,18 +30,34 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 import pytest  # noqa: E402
+from serving import Served  # noqa: E402
 from tiny import make_artifact, make_opt  # noqa: E402
+
+# What the rest of a file shares, a module's fixtures and engines, is made once where one process runs all of it. Tests of
+# kernels share nothing: whichever process is idle takes the next one.
+SPREAD = "test_kernel_"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if not item.path.name.startswith(SPREAD) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
         if "on_demand" in item.keywords and os.environ.get("DEJAVU_ON_DEMAND") != "1":
             item.add_marker(pytest.mark.skip(reason="takes minutes: DEJAVU_ON_DEMAND=1 runs it"))
-    if HAS_GPU:
-        return
-    for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the time went: no test decides by it, but the suite as a whole is to stay short."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("ten slowest files, seconds of one process")
+    for name, spent in seconds.most_common(10):
+        terminalreporter.write_line(f"{spent:7.1f}  {name}")
 
 
 def pytest_unconfigure() -> None:
@@ -69,3 +86,17 @@ def opt(tmp_path_factory):
 def predictors(tmp_path_factory):
     """predictors(model_dir, **kwargs of tiny.make_artifact) -> directory of an artifact; one a session for equal arguments."""
     return _cached(tmp_path_factory, "artifact", make_artifact)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A `serving.Served`; its server is started when it is first asked for."""
+    served = Served(tmp_path_factory.mktemp("served"))
+    yield served
+    served.stop()
+
+
+@pytest.fixture
+def server(served):
+    """The shared server, running."""
+    return served.running()

@@ -3,8 +3,8 @@
 DEJAVU_LOAD_CLIENTS sets the number of concurrent clients (default 64; 200 on demand). DEJAVU_SOAK_S runs the soak test, which is
 skipped otherwise, for about that many seconds.
 
-Tests that use one server come in the order of the file: the last of them breaks it. `place`, where the artifact lies, goes through
-all of it: served, deleted, replaced by another, replaced by a broken one.
+Tests that use one server come in the order of the file: the last of them breaks it, after which a new one is started for whoever
+asks. `served.place`, where the artifact lies, goes through all of it: served, deleted, replaced by another.
 """
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import re
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,77 +32,63 @@ from load_client import (
     FAILED,
     REFUSED,
     Ask,
+    Outcome,
     ask,
     ends,
     random_asks,
     run,
     send,
 )
-from test_server import PROMPT, Server, ServerError, complete, counted, gauge, wait_until
-from tiny import VOCAB, make_artifact, make_opt
+from serving import (
+    COMMON,
+    MAX_SEQS,
+    PROMPT,
+    ROOMY,
+    SCRIPTS,
+    TINY,
+    WAIT_S,
+    assert_idle,
+    complete,
+    counted,
+    dejavu,
+    gauge,
+    held,
+    start,
+    wait_until,
+)
+from tiny import VOCAB, make_artifact
 
 from vllm_dejavu import artifact
+
+sys.path.insert(0, str(SCRIPTS))
+from server import Server  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("servers")  # with test_server.py: one server, in one process
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "opt-books-7m"
 CLIENTS = int(os.environ.get("DEJAVU_LOAD_CLIENTS", "64"))
 SOAK_S = float(os.environ.get("DEJAVU_SOAK_S", "0"))
 SOAK_GROWTH_MB = 64  # of all processes together, after warm-up
 
-POSITIONS = 2048
-MAX_SEQS = 16
-COMMON = (
-    "--model-impl", "dejavu", "--enforce-eager", "--dtype", "float32", "--max-num-seqs", str(MAX_SEQS), "--block-size", "32",
-    "--gpu-memory-utilization", "0.3",
-)  # fmt: skip
-TINY = (*COMMON, "--skip-tokenizer-init", "--served-model-name", "tiny")
-ROOMY = ("--max-model-len", str(POSITIONS), "--kv-cache-memory-bytes", "256M")
 # One request of 512 tokens needs 16 blocks of 32, and 16 requests of 220 need 112.
 CRAMPED = ("--max-model-len", "512", "--kv-cache-memory-bytes", "256M", "--num-gpu-blocks-override", "24")
-WAIT_S = 120  # only ever waited for in full when something is broken
-
-
-def dejavu(predictor: Path, **changes) -> tuple[str, str]:
-    return "--additional-config", json.dumps({"dejavu": {"predictor": str(predictor), "row_exact": True, **changes}})
-
-
-def start(server: Server) -> Server:
-    server.start()
-    server.wait_until_healthy(600)
-    return server
+BURSTS = 20  # at most, until requests were preempted
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_opt(tmp_path_factory.mktemp("model"), positions=POSITIONS)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, model):
-    return make_artifact(tmp_path_factory.mktemp("place") / "artifact", model, density=0.5)
-
-
-@pytest.fixture(scope="module")
-def first_digest(place):
+def first_digest(served):
     """Of the artifact that lies there before any test replaces it."""
-    return artifact.load(place).digest
+    served.running()
+    return artifact.load(served.place).digest
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, model, place, first_digest):
-    """Default settings but for row_exact, and memory for every request."""
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with Server(model, *TINY, *ROOMY, *dejavu(place), log=log) as server:
-        yield start(server)
-
-
-@pytest.fixture(scope="module")
-def restarted(tmp_path_factory, model, place, server):
-    """The same place with another artifact, served by a new process, with prompts sparse too and KV blocks for three long requests."""
-    server.stop()
-    shutil.rmtree(place, ignore_errors=True)
-    make_artifact(place, model, density=0.5, seed=1)
+def restarted(tmp_path_factory, served):
+    """The same place with another artifact, served by a new process, with prompts sparse too and KV blocks for three requests."""
+    served.stop()
+    served.make_artifact(seed=1)
     log = tmp_path_factory.mktemp("log") / "restarted.log"
-    with Server(model, *TINY, *CRAMPED, *dejavu(place, apply_to="all"), log=log) as server:
+    with Server(served.model, *TINY, *CRAMPED, *dejavu(served.place, apply_to="all"), log=log) as server:
         yield start(server)
 
 
@@ -120,19 +108,14 @@ def books(tmp_path_factory, template):
         yield start(server)
 
 
-def assert_idle(server: Server) -> None:
-    """No request is left behind, in the engine or in the cache."""
-    gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    assert wait_until(lambda: not any(gauge(server, name) for name in gauges), WAIT_S), {name: gauge(server, name) for name in gauges}
-
-
 def load(server: Server, clients: int, seed: int) -> list:
     """A burst of random requests, a quarter of them aborted. Asserts that each ended as it should.
 
     Returns:
         The outcomes of those that were not aborted.
     """
-    before, asks = counted(server)["steps"], random_asks(clients, seed, vocab=VOCAB, prompt=(1, 48), tokens=(8, 48))
+    before = counted(server)["steps"]
+    asks = random_asks(clients, seed, vocab=VOCAB, prompt=(1, 48), tokens=(8, 48))
     succeeded = gauge(server, "vllm:request_success_total")
     outcomes = run(server, "tiny", asks)
     aborted = sum(a.abort_after is not None for a in asks)
@@ -141,9 +124,9 @@ def load(server: Server, clients: int, seed: int) -> list:
     whole = [o for o in outcomes if o.end == DONE]
     assert all(o.ask.abort_after is None and len(o.tokens) == o.ask.max_tokens and o.finish_reason == "length" for o in whole)
     assert all(len(o.tokens) >= o.ask.abort_after for o in outcomes if o.end == ABORTED)
-    assert_idle(server)
     # Not more than were sent; an aborted one may run to its end before vLLM notices that its client has left.
-    assert len(whole) <= gauge(server, "vllm:request_success_total") - succeeded <= clients
+    assert wait_until(lambda: gauge(server, "vllm:request_success_total") - succeeded >= len(whole))
+    assert gauge(server, "vllm:request_success_total") - succeeded <= clients
     assert counted(server)["steps"]["sparse"] > before["sparse"]
     return whole
 
@@ -155,18 +138,21 @@ def test_load_with_aborts(server):
     on who arrives when. `test_load_gives_what_each_request_gives_alone` compares them.
     """
     expected = complete(server)
-    whole = load(server, CLIENTS, seed=1)
-    gate = counted(server)["layers"][0]["mlp"]
-    assert gate["rows"] > 2 * gate["steps"], "requests shared sparse steps"
-    assert 0 < gate["density"] < 1
+    with held(server, [PROMPT, PROMPT[:3]]):
+        first = counted(server)["layers"][0]["mlp"]
+        whole = load(server, CLIENTS, seed=1)
+        last = counted(server)["layers"][0]["mlp"]
+    # The two that are held are in every step; whoever of the others came last made sparse steps beside them.
+    assert last["rows"] - first["rows"] > 2 * (last["steps"] - first["steps"]) > 0
+    assert 0 < last["density"] < 1
     assert complete(server) == expected
     assert len({tuple(o.tokens) for o in whole}) > len(whole) // 2, "as good as every request asks for something else"
 
 
-def test_a_deleted_artifact_is_not_missed(server, place, first_digest):
+def test_a_deleted_artifact_is_not_missed(server, served, first_digest):
     """The tensors are in memory."""
     expected = complete(server)
-    shutil.rmtree(place)
+    shutil.rmtree(served.place)
     steps = counted(server)["steps"]["sparse"]
     assert complete(server) == expected
     assert ask(server, "tiny", Ask(tuple(PROMPT), 24)).tokens == expected
@@ -188,23 +174,38 @@ def kill_process(server: Server, name: str) -> None:
 
 
 def break_amid_requests(server: Server, breaks: Callable[[], None], asks: list[Ask]) -> None:
-    """Call `breaks` while requests run and wait.
+    """Call `breaks` while requests run and wait. Whoever has an answer asks again, until there is none.
 
-    Each must end with an error, unless it was answered in full before; then the server must end too.
+    So at any time each client has a request, however fast they are answered. Each must end with an error, unless it was
+    answered in full before; then the server must end too.
     """
+    given_up = threading.Event()
+
+    def client(asked: Ask) -> list[Outcome]:
+        outcomes = [ask(server, "tiny", asked)]
+        while outcomes[-1].end == DONE and not given_up.is_set():
+            outcomes.append(ask(server, "tiny", asked))
+        return outcomes
+
+    def running_and_waiting() -> bool:
+        return gauge(server, "vllm:num_requests_running") > 1 and gauge(server, "vllm:num_requests_waiting") > 0
+
     with ThreadPoolExecutor(len(asks)) as pool:
-        futures = [pool.submit(ask, server, "tiny", a) for a in asks]
-        assert wait_until(lambda: gauge(server, "vllm:num_requests_running") > 1 and gauge(server, "vllm:num_requests_waiting") > 0, WAIT_S)
-        breaks()
-        outcomes = [future.result() for future in futures]
-    failed = [o for o in outcomes if o.end in FAILED]
-    assert len(failed) > 2, "the kill came too late"
-    assert all(o.end == DONE and len(o.tokens) == o.ask.max_tokens for o in outcomes if o not in failed), "all others were answered before"
-    told = [o.detail for o in failed if o.end == ERROR or o.detail.startswith("500")]  # the rest found the connection closed
+        futures = [pool.submit(client, a) for a in asks]
+        try:
+            assert wait_until(running_and_waiting)
+            breaks()
+            outcomes = [future.result(WAIT_S) for future in futures]
+        finally:
+            given_up.set()
+    answered, last = [o for some in outcomes for o in some[:-1]], [some[-1] for some in outcomes]
+    assert all(o.end in FAILED for o in last), last
+    assert all(len(o.tokens) == o.ask.max_tokens for o in answered)
+    told = [o.detail for o in last if o.end == ERROR or o.detail.startswith("500")]  # the rest found the connection closed
     assert told and all("EngineCore" in detail for detail in told), told[:3]
-    assert wait_until(lambda: not healthy(server), WAIT_S)
+    assert wait_until(lambda: not healthy(server))
     assert ask(server, "tiny", Ask((2, 5), 4)).end == REFUSED, "who comes later is told at once"
-    assert wait_until(lambda: server.process.poll() is not None, WAIT_S), "the server outlived its engine"
+    assert wait_until(lambda: server.process.poll() is not None), "the server outlived its engine"
     assert any(re.search(r"ERROR.*(died unexpectedly|EngineDeadError|Engine core proc|WorkerProc)", line) for line in server.log_lines())
     server.stop()
     assert server.processes() == []
@@ -219,14 +220,24 @@ def healthy(server: Server) -> bool:
 
 def test_a_killed_worker_fails_every_request(server):
     """Breaks the server, so it is the last test that uses it."""
-    asks = [Ask((2, *range(10, 20 + i)), 1900, stream=i % 4 > 0) for i in range(MAX_SEQS + 4)]
+    asks = [Ask((2, *range(10, 20 + i)), 500, stream=i % 4 > 0) for i in range(MAX_SEQS + 4)]
     break_amid_requests(server, lambda: kill_process(server, "VLLM::Worker"), asks)
 
 
-def test_a_restart_serves_the_artifact_that_lies_there_then(restarted, place, first_digest):
-    served = counted(restarted)["artifact"]
-    assert served["path"] == str(place) and served["fingerprint_verified"]
-    assert served["digest"] == artifact.load(place).digest != first_digest
+def test_a_restart_serves_the_artifact_that_lies_there_then(first_digest, restarted, served):
+    found = counted(restarted)["artifact"]
+    assert found["path"] == str(served.place) and found["fingerprint_verified"]
+    assert found["digest"] == artifact.load(served.place).digest != first_digest
+
+
+def until_preempted(server: Server) -> Iterator[int]:
+    """Numbers of bursts, 0 on, until the server has preempted a request; whether it must in one depends on how fast it is."""
+    before = gauge(server, "vllm:num_preemptions_total")
+    for number in range(BURSTS):
+        yield number
+        if gauge(server, "vllm:num_preemptions_total") > before:
+            return
+    raise AssertionError(f"no request was preempted in {BURSTS} bursts")
 
 
 def test_load_gives_what_each_request_gives_alone(restarted):
@@ -236,23 +247,25 @@ def test_load_gives_what_each_request_gives_alone(restarted):
     One of the requests may differ: sums are ordered by the size of the batch, and a score within rounding (1e-7) of its
     threshold, or two equally likely tokens, then fall the other way.
     """
-    preempted = gauge(restarted, "vllm:num_preemptions_total")
-    whole = load(restarted, CLIENTS, seed=2)
-    assert gauge(restarted, "vllm:num_preemptions_total") > preempted
-    alone = [complete(restarted, prompt=list(o.ask.prompt), max_tokens=o.ask.max_tokens) for o in whole]
-    different = [(o.ask, o.tokens, tokens) for o, tokens in zip(whole, alone, strict=True) if o.tokens != tokens]
-    assert len(different) <= 1, f"{len(different)} of {len(whole)}: {different[:2]}"
+    different, compared = [], 0
+    for number in until_preempted(restarted):
+        whole = load(restarted, CLIENTS, seed=2 + number)
+        assert_idle(restarted)
+        for o in whole:
+            alone = complete(restarted, prompt=list(o.ask.prompt), max_tokens=o.ask.max_tokens)
+            different += [(o.ask, o.tokens, alone)] if o.tokens != alone else []
+        compared += len(whole)
+        assert len(different) <= 1, f"{len(different)} of {compared}: {different[:2]}"
     assert counted(restarted)["steps"]["prefill_or_mixed"] == 0
 
 
 def test_preempted_requests_complete(restarted):
     """24 KV blocks, and 16 requests that grow to 7 or 8 blocks each: most are thrown out half-way, and computed again."""
-    before = gauge(restarted, "vllm:num_preemptions_total")
-    outcomes = run(restarted, "tiny", [Ask((2, *range(10, 20 + i)), 200, stream=i % 2 == 0) for i in range(MAX_SEQS)])
-    assert ends(outcomes) == {DONE: MAX_SEQS}, outcomes
-    assert all(len(o.tokens) == 200 and o.finish_reason == "length" for o in outcomes)
-    assert gauge(restarted, "vllm:num_preemptions_total") - before > 0
-    assert_idle(restarted)
+    for _ in until_preempted(restarted):
+        outcomes = run(restarted, "tiny", [Ask((2, *range(10, 20 + i)), 200, stream=i % 2 == 0) for i in range(MAX_SEQS)])
+        assert ends(outcomes) == {DONE: MAX_SEQS}, outcomes
+        assert all(len(o.tokens) == 200 and o.finish_reason == "length" for o in outcomes)
+        assert_idle(restarted)
     complete(restarted)
 
 
@@ -263,10 +276,11 @@ def test_a_killed_engine_fails_every_request(restarted):
 
 
 @pytest.mark.on_demand
-def test_data_parallel_engines_answer_and_count(tmp_path, model):
+def test_data_parallel_engines_answer_and_count(tmp_path, served):
     """Two engines of their own behind one front end; each has its counts in /metrics. The dense switch reaches both."""
-    predictor = make_artifact(tmp_path / "artifact", model, density=0.5)
-    with Server(model, *TINY, *ROOMY, *dejavu(predictor), "--data-parallel-size", "2", log=tmp_path / "server.log") as server:
+    predictor = make_artifact(tmp_path / "artifact", served.model, density=0.5)
+    options = (*TINY, *ROOMY, *dejavu(predictor), "--data-parallel-size", "2")
+    with Server(served.model, *options, log=tmp_path / "server.log") as server:
         start(server)
         outcomes = run(server, "tiny", [Ask((2, *range(10, 20 + i)), 24, stream=i % 2 == 0) for i in range(12)])
         assert ends(outcomes) == {DONE: 12}
@@ -278,9 +292,9 @@ def test_data_parallel_engines_answer_and_count(tmp_path, model):
         answered = of_engines("vllm:request_success_total")
         assert sum(answered) == 12 and all(answered), answered
         # Each request has a prompt step, its own or shared, and 23 steps that add one token.
-        assert wait_until(lambda: all(count >= 24 for count in of_engines("vllm:dejavu_steps_total")), WAIT_S), of_engines("vllm:dejavu_steps_total")
+        assert wait_until(lambda: all(count >= 24 for count in of_engines("vllm:dejavu_steps_total"))), of_engines("vllm:dejavu_steps_total")
         server.post("/collective_rpc", {"method": "dejavu_set_dense", "args": [True]})
-        assert wait_until(lambda: of_engines("vllm:dejavu_dense_switch") == [1, 1], WAIT_S)
+        assert wait_until(lambda: of_engines("vllm:dejavu_dense_switch") == [1, 1])
 
 
 @contextlib.contextmanager
@@ -302,7 +316,7 @@ def ray_nodes(count: int) -> Iterator[Any]:
 
 
 @pytest.mark.on_demand
-def test_a_lost_ray_node_fails_every_request(tmp_path, model, place, monkeypatch):
+def test_a_lost_ray_node_fails_every_request(tmp_path, served, monkeypatch):
     """Tensor parallel over two nodes, of which one dies without a word."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dejavu[ray]'")
     tests = Path(__file__).parent
@@ -311,29 +325,17 @@ def test_a_lost_ray_node_fails_every_request(tmp_path, model, place, monkeypatch
     for name, value in {"DEJAVU_TEST_RAY_CPU": "1", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
         monkeypatch.setenv(name, value)
     parallel = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "ray")
-    predictor = make_artifact(tmp_path / "artifact", model, density=0.5)
+    predictor = make_artifact(tmp_path / "artifact", served.model, density=0.5)
     with ray_nodes(2) as cluster:
         env = {"RAY_ADDRESS": cluster.address}
-        with Server(model, *TINY, *ROOMY, *dejavu(predictor), *parallel, log=tmp_path / "server.log", env=env) as server:
+        options = (*TINY, *ROOMY, *dejavu(predictor), *parallel)
+        with Server(served.model, *options, log=tmp_path / "server.log", env=env) as server:
             start(server)
             assert len(server.metrics()) == 2
             complete(server)
-            asks = [Ask((2, *range(10, 20 + i)), 1900, stream=i % 4 > 0) for i in range(MAX_SEQS + 4)]
+            asks = [Ask((2, *range(10, 20 + i)), 500, stream=i % 4 > 0) for i in range(MAX_SEQS + 4)]
             lost = next(iter(cluster.worker_nodes))
             break_amid_requests(server, lambda: cluster.remove_node(lost, allow_graceful=False), asks)
-
-
-def test_a_half_replaced_artifact_ends_the_start(tmp_path, model, place):
-    """The copy of another artifact stopped between its two files."""
-    shutil.rmtree(place, ignore_errors=True)
-    make_artifact(place, model, seed=1)
-    shutil.copy(make_artifact(tmp_path / "other", model, seed=2) / artifact.TENSORS_FILE, place)
-    with Server(model, *TINY, *ROOMY, *dejavu(place), log=tmp_path / "server.log") as server:
-        server.start()
-        with pytest.raises(ServerError, match=f"{re.escape(str(place))}.*The two files are not of the same artifact"):
-            server.wait_until_healthy(600)
-        assert server.process.returncode > 0
-        assert wait_until(lambda: server.processes() == [], WAIT_S)
 
 
 QUESTION = [{"role": "system", "content": "Speak."}, {"role": "user", "content": "What did the old gentleman say?"}]
@@ -360,8 +362,7 @@ def test_chat(books, expected):
 def test_chat_streamed(books, expected):
     events = list(books.stream("/v1/chat/completions", {**GREEDY, "messages": QUESTION}))
     choices = [choice for event in events for choice in event["choices"]]
-    texts = [choice["delta"].get("content") for choice in choices]
-    assert len([t for t in texts if t]) > 1, "in pieces"
+    texts = [choice["delta"].get("content") for choice in choices]  # how many depends on how fast they are read
     assert "".join(t for t in texts if t) == expected["text"]
     assert choices[-1]["finish_reason"] == "length"
 
@@ -417,6 +418,16 @@ def test_malformed_requests_leave_nothing_behind(books, expected):
     assert books.post("/v1/completions", good)["choices"][0]["token_ids"] == expected["token_ids"]
 
 
+def test_stops_clean(books):
+    """Stops the server, so it is the last test that uses it."""
+    assert len(books.processes()) > 1, "front end and engine"
+    books.stop(grace_s=WAIT_S)
+    assert books.process.returncode == 0, "SIGTERM was enough"
+    assert books.processes() == []
+    with pytest.raises(OSError):
+        books.get("/health")
+
+
 def resident_mb(server: Server) -> float:
     """Resident memory of all processes of the server; what they share counts for each."""
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in server.processes())
@@ -425,18 +436,19 @@ def resident_mb(server: Server) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SOAK_S, reason="a soak run, on demand: DEJAVU_SOAK_S=SECONDS")
-def test_memory_stays_flat(tmp_path, model):
+def test_memory_stays_flat(tmp_path, served):
     """Bursts of random requests with aborts; memory after each is sampled. The first third is warm-up.
 
     The median of the last third may be at most SOAK_GROWTH_MB above that of the second.
     """
-    predictor = make_artifact(tmp_path / "artifact", model, density=0.5)
+    predictor = make_artifact(tmp_path / "artifact", served.model, density=0.5)
     samples = []
-    with Server(model, *TINY, *CRAMPED, *dejavu(predictor), log=tmp_path / "server.log") as server:
+    with Server(served.model, *TINY, *CRAMPED, *dejavu(predictor), log=tmp_path / "server.log") as server:
         start(server)
         end = time.monotonic() + SOAK_S
         while time.monotonic() < end or len(samples) < 9:
             load(server, CLIENTS, seed=len(samples))
+            assert_idle(server)
             samples.append(resident_mb(server))
     third = len(samples) // 3
     growth = statistics.median(samples[-third:]) - statistics.median(samples[third : 2 * third])
