@@ -55,6 +55,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 seconds[report.nodeid.partition("::")[0]] += report.duration
+    if not seconds:
+        return
     terminalreporter.section("ten slowest files, seconds of one process")
     for name, spent in seconds.most_common(10):
         terminalreporter.write_line(f"{spent:7.1f}  {name}")

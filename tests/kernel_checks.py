@@ -20,7 +20,8 @@ from vllm_dejavu.predictor import quantize
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 every_density = pytest.mark.parametrize("density", DENSITIES, ids=DENSITY_IDS)
-every_padding = pytest.mark.parametrize("padding", ["none", "some", "all"], ids=lambda name: f"padding-{name}")
+PADDINGS = ["none", "some", "all"]
+every_padding = pytest.mark.parametrize("padding", PADDINGS, ids=lambda name: f"padding-{name}")
 
 
 def of_dtype(tensors, dtype):

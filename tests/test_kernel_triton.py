@@ -11,9 +11,11 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from fuzz import fuzz
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 from kernel_checks import (
+    PADDINGS,
     Checks,
     as_half,
     as_int64,
@@ -26,19 +28,23 @@ from kernel_checks import (
     same_bits,
     wider_strides,
 )
-from test_kernel_reference import NAN, paged_cache, scores_of
+from test_kernel_reference import DENSITIES, NAN, paged_cache, scores_of
 from test_kernel_reference import rand as cpu_rand
 from test_kernel_reference import rand_mask as cpu_rand_mask
-from tolerances import DTYPES, assert_close
+from tolerances import DTYPE_IDS, DTYPES, assert_close
 
 from vllm_dejavu.kernels import cpu, gpu, launch, predict, reference, sparse_attention, sparse_mlp
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # No shrinking: it takes minutes under the interpreter, and the sizes are small already.
-FUZZ = settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+FUZZ = fuzz(40, phases=[Phase.explicit, Phase.generate])
 # One token has kernels of its own; then each tile from both sides, and more tokens than the largest tile takes.
 TOKENS = [1, 2, 5, 16, 17, 33, 64, 70]
-some_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}-tokens")
+# All of them in fp32; the other types, which differ in the tiles' contents alone, with each kind of kernel.
+SOME = [(tokens, dtype) for dtype in DTYPES for tokens in (TOKENS if dtype == torch.float32 else (1, 5, 70))]
+some_tokens_and_dtypes = pytest.mark.parametrize(
+    ("tokens", "dtype"), SOME, ids=[f"{n}-tokens-{DTYPE_IDS[DTYPES.index(dtype)]}" for n, dtype in SOME]
+)
 
 checks = Checks(gpu, DEVICE)
 rand = checks.rand
@@ -49,19 +55,25 @@ def multiprocessors(number):
     return contextlib.nullcontext() if number is None else patch.object(launch, "num_sms", lambda device: number)
 
 
+# Every density meets every padding with few tokens; one token and two blocks of tokens meet each of them once.
+densities_and_paddings = pytest.mark.parametrize(
+    ("tokens", "density", "padding"),
+    [(4, density, padding) for density in DENSITIES for padding in PADDINGS]
+    + [(tokens, density, padding) for tokens in (1, 70) for density, padding in zip(DENSITIES, PADDINGS, strict=True)],
+    ids=lambda value: {4: "few-tokens", 1: "one-token", 70: "two-token-blocks"}.get(value) if type(value) is int else None,
+)
+
+
 # Selection
 
 
-@every_dtype
-@some_tokens
+@some_tokens_and_dtypes
 def test_select_neurons_for_every_batch_size(tokens, dtype):
     """The list, row mask, counters and head scores, with a row of padding in three; ffn ends inside a segment."""
     checks.select_neurons(tokens, dtype=dtype)
 
 
-@every_padding
-@every_density
-@pytest.mark.parametrize("tokens", [1, 4], ids=["one-token", "few-tokens"])
+@densities_and_paddings
 def test_select_neurons_for_every_density_and_padding(tokens, density, padding):
     checks.select_neurons(tokens, density=density, padding=padding)
 
@@ -103,25 +115,26 @@ def test_down_projection_cut_in_pieces(tokens, heads, dtype):
 
 
 @every_padding
-@every_dtype
-@pytest.mark.parametrize("tokens", [1, 5, 17, 70], ids=lambda n: f"{n}-tokens")
-def test_score_heads(tokens, dtype, padding):
-    checks.score_heads(tokens, dtype, padding)
+@pytest.mark.parametrize("tokens", [1, 5, 70], ids=lambda n: f"{n}-tokens")
+def test_score_heads_for_every_padding(tokens, padding):
+    checks.score_heads(tokens, padding=padding)
+
+
+@some_tokens_and_dtypes
+def test_score_heads_for_every_batch_size(tokens, dtype):
+    checks.score_heads(tokens, dtype)
 
 
 # MLP
 
 
-@every_dtype
-@some_tokens
+@some_tokens_and_dtypes
 def test_sparse_mlp_for_every_batch_size(tokens, dtype):
     """Each row its own neurons, a row of padding in three, fc2 rows counted over all token blocks."""
     checks.sparse_mlp(tokens, dtype=dtype)
 
 
-@every_padding
-@every_density
-@pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
+@densities_and_paddings
 def test_sparse_mlp_for_every_density_and_padding(tokens, density, padding):
     checks.sparse_mlp(tokens, density=density, padding=padding)
 
@@ -169,37 +182,36 @@ def test_mlp_for_any_shape_selection_and_padding(tokens, hidden, ffn, rank, dtyp
 # Projections
 
 
-@every_dtype
-@some_tokens
+@some_tokens_and_dtypes
 def test_sparse_qkv_for_every_batch_size(tokens, dtype):
     checks.sparse_qkv(tokens, dtype=dtype, kv_heads=2)
 
 
-@every_padding
-@every_density
-@pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
+@densities_and_paddings
 def test_sparse_qkv_for_every_density_and_padding(tokens, density, padding):
     checks.sparse_qkv(tokens, density=density, padding=padding)
 
 
-@pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("head_size", [8, 32, 80], ids=lambda n: f"head-size-{n}")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "grouped", "one-kv-head"])
-def test_sparse_qkv_for_every_head_shape_and_option(heads, kv_heads, head_size, with_bias, counted):
+def test_sparse_qkv_for_every_head_shape(heads, kv_heads, head_size):
     for tokens in (1, 5):
-        checks.sparse_qkv(tokens, heads, kv_heads, head_size, with_bias=with_bias, counted=counted)
+        checks.sparse_qkv(tokens, heads, kv_heads, head_size)
 
 
-@every_dtype
-@some_tokens
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_sparse_qkv_with_every_option(with_bias, counted):
+    for tokens in (1, 5):
+        checks.sparse_qkv(tokens, 4, 2, with_bias=with_bias, counted=counted)
+
+
+@some_tokens_and_dtypes
 def test_sparse_out_proj_for_every_batch_size(tokens, dtype):
     checks.sparse_out_proj(tokens, dtype=dtype)
 
 
-@every_padding
-@every_density
-@pytest.mark.parametrize("tokens", [1, 4, 70], ids=["one-token", "few-tokens", "two-token-blocks"])
+@densities_and_paddings
 def test_sparse_out_proj_for_every_density_and_padding(tokens, density, padding):
     checks.sparse_out_proj(tokens, density=density, padding=padding, given_output=False)
 
