@@ -5,15 +5,22 @@ Engines run in this process (no engine-core child), with private vLLM caches, on
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
+import zlib
 from collections import Counter
 
-_cache_root = tempfile.mkdtemp(prefix="vllm-dejavu-tests.")
+# Made by the process that was started; those that pytest-xdist starts inherit it.
+CACHE = "DEJAVU_TESTS_CACHE"
+_owner = CACHE not in os.environ
+_cache_root = os.environ[CACHE] if not _owner else tempfile.mkdtemp(prefix="vllm-dejavu-tests.")
+os.environ[CACHE] = _cache_root
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     # Private, yet shared by the session: vLLM inspects a model class in a child process of 8 s once, then finds it here.
     VLLM_CACHE_ROOT=_cache_root,
+    VLLM_RPC_BASE_PATH=_cache_root,  # sockets, which a killed process leaves behind
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
 )
@@ -29,6 +36,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from serving import Served  # noqa: E402
 from tiny import make_artifact, make_opt  # noqa: E402
@@ -36,6 +44,9 @@ from tiny import make_artifact, make_opt  # noqa: E402
 # What the rest of a file shares, a module's fixtures and engines, is made once where one process runs all of it. Tests of
 # kernels share nothing: whichever process is idle takes the next one.
 SPREAD = "test_kernel_"
+# What a child process may take before it counts as hung. Not a measure of anything: no child takes a tenth of it, on a
+# busy machine either.
+HANG_S = 1800
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,8 +73,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{spent:7.1f}  {name}")
 
 
+# Numbers drawn without a generator of one's own depend neither on the order of tests nor on who was first to ask for a shared
+# fixture. A generator with a seed is still better: it says what the numbers depend on.
+
+
+def _seed(name: str) -> None:
+    number = zlib.crc32(name.encode())  # hash() would differ from process to process
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _seed(f"{item.path.name}::{item.name}")  # not its nodeid, to which pytest-xdist adds
+
+
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_cache_root, ignore_errors=True)
+    if _owner:
+        shutil.rmtree(_cache_root, ignore_errors=True)
 
 
 def _cached(tmp_path_factory: pytest.TempPathFactory, kind: str, make):

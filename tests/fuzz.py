@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 ON_DEMAND = os.environ.get("DEJAVU_ON_DEMAND") == "1"
 
 
 def fuzz(examples: int, **options: Any) -> settings:
-    """Settings for so many examples with DEJAVU_ON_DEMAND=1, and for a fifth without; time decides nothing."""
+    """Settings for so many examples with DEJAVU_ON_DEMAND=1, and for a fifth without; neither time nor chance decides."""
     number = examples if ON_DEMAND else -(-examples // 5)
-    return settings(max_examples=number, deadline=None, derandomize=True, **options)
+    unchecked = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    return settings(
+        max_examples=number, deadline=None, derandomize=True, print_blob=True, suppress_health_check=unchecked, **options
+    )

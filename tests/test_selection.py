@@ -54,7 +54,8 @@ def test_static_selection_takes_the_most_active(density, count):
 
 
 def test_head_contributions_are_norms_after_out_proj():
-    attn, weight = torch.randn(7, 3, 8), torch.randn(20, 24)
+    g = torch.Generator().manual_seed(0)
+    attn, weight = torch.randn(7, 3, 8, generator=g), torch.randn(20, 24, generator=g)
     explicit = torch.stack([(attn[:, h] @ weight[:, 8 * h : 8 * h + 8].T).norm(dim=1) for h in range(3)], 1)
     assert torch.allclose(head_contributions(attn, head_grams(weight, 3)), explicit, rtol=1e-4)
 
@@ -89,9 +90,13 @@ class TestGateInput:
 
 @pytest.mark.parametrize("low_rank", [True, False], ids=["low-rank", "linear"])
 def test_a_ranks_predictor_scores_its_own_units(low_rank):
-    tensors = {"bias": torch.randn(12), "activation_rate": torch.rand(12)}
-    tensors |= {"down": torch.randn(4, 16).half(), "up": torch.randn(12, 4).half()} if low_rank else {"weight": torch.randn(12, 16).half()}
-    x = torch.randn(5, 16)
+    def rand(*shape):
+        return torch.randn(*shape, generator=g)
+
+    g = torch.Generator().manual_seed(0)
+    tensors = {"bias": rand(12), "activation_rate": rand(12).sigmoid()}
+    tensors |= {"down": rand(4, 16).half(), "up": rand(12, 4).half()} if low_rank else {"weight": rand(12, 16).half()}
+    x = rand(5, 16)
     whole = Predictor(tensors)
     parts = [Predictor(tensors, start, 4).scores(x) for start in (0, 4, 8)]
     assert torch.allclose(torch.cat(parts, 1), whole.scores(x), atol=1e-5)

@@ -280,10 +280,11 @@ class TestIntegers:
         made["bias"][3:5] = torch.tensor([-2.0, 0.0])
         integers = quantize(made, 8)
         assert all(torch.isfinite(t.float()).all() for t in integers.values())
-        scores = Predictor(integers).scores(torch.randn(20, 40))
+        x = torch.randn(20, 40, generator=torch.Generator().manual_seed(9))
+        scores = Predictor(integers).scores(x)
         assert torch.isfinite(scores).all() and scores[:, 3].lt(0).all(), "a unit without weights is decided by its bias"
         nothing = quantize({k: torch.zeros_like(v) for k, v in made.items()}, 8)
-        assert Predictor(nothing).scores(torch.randn(20, 40)).eq(0).all()
+        assert Predictor(nothing).scores(x).eq(0).all()
 
     def test_references_take_them(self, heads):
         """As the floats of the same values, bit by bit, whatever the activations' type."""
@@ -291,7 +292,7 @@ class TestIntegers:
         floats = {k: v.float() for k, v in integers.items()}
         lens = torch.tensor([3, 0, 5], dtype=torch.int32)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            x = torch.randn(3, 40).to(dtype)
+            x = torch.randn(3, 40, generator=torch.Generator().manual_seed(9)).to(dtype)
             if heads:
                 args = (integers["weight"], integers["bias"]), (floats["weight"], floats["bias"])
                 a, b = (reference.score_heads(x, *t, lens) for t in args)

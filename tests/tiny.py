@@ -17,14 +17,15 @@ VOCAB = 256
 def make_opt(directory: Path, *, seed: int = 0, dtype: str = "float32", layers: int = 3, hidden: int = 64, heads: int = 2,
              pre_ln: bool = True, tied: bool = True, embed_dim: int | None = None, bias: bool = True, positions: int = 128, vocab: int = VOCAB) -> Path:
     """Write a random OPT checkpoint whose activations are well spread (weights by 1/sqrt(fan-in))."""
-    torch.manual_seed(seed)
     config = OPTConfig(
         vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * hidden,
         max_position_embeddings=positions, do_layer_norm_before=pre_ln, word_embed_proj_dim=embed_dim or hidden,
         tie_word_embeddings=tied, enable_bias=bias, activation_function="relu", bos_token_id=2, eos_token_id=2, pad_token_id=1,
     )
-    model = OPTForCausalLM(config)
-    with torch.no_grad():
+    # transformers draws from the global generator, which is the caller's: whether a model is made or was made must not change its numbers.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = OPTForCausalLM(config)
         for name, p in model.named_parameters():
             if p.ndim == 2 and "embed" not in name:
                 p.normal_(std=p.shape[1] ** -0.5)
