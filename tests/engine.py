@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,16 +41,31 @@ def engine(model: Path, *, impl: str = "dejavu", dejavu: dict[str, Any] | None =
         "kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False, "max_logprobs": -1, "disable_log_stats": True, "skip_tokenizer_init": True,
     }  # fmt: skip
     llm = None
-    try:
-        with _one_collection():
-            llm = LLM(model=str(model), model_impl=impl, **{**small, **options})
-        yield llm
-    finally:
-        with _one_collection():
-            if llm is not None:
-                llm.llm_engine.engine_core.shutdown()
-            cleanup_dist_env_and_memory()
-        gc.collect()
+    with _process_as_before():
+        try:
+            with _one_collection():
+                llm = LLM(model=str(model), model_impl=impl, **{**small, **options})
+            yield llm
+        finally:
+            with _one_collection():
+                if llm is not None:
+                    llm.llm_engine.engine_core.shutdown()
+                cleanup_dist_env_and_memory()
+            gc.collect()
+
+
+@contextlib.contextmanager
+def _process_as_before() -> Iterator[None]:
+    """vLLM's CPU worker puts torch.set_num_threads out of action, and tells child processes things in the environment; process groups
+    each hook on to uncaught exceptions."""
+    set_num_threads, threads, hook = torch.set_num_threads, torch.get_num_threads(), sys.excepthook
+    with mock.patch.dict(os.environ):
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(threads)
+            sys.excepthook = hook
 
 
 def _one_collection() -> contextlib.AbstractContextManager:

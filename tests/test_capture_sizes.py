@@ -10,6 +10,15 @@ from vllm.config import CUDAGraphMode
 from vllm_dejavu import support
 
 
+@pytest.fixture
+def heard(caplog, monkeypatch):
+    """What our logger says, whatever vLLM has made of loggers in this process."""
+    for name in ("vllm", "vllm.dejavu"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="vllm.dejavu"):
+        yield caplog
+
+
 def sizes_after(sizes, max_num_seqs, mode=CUDAGraphMode.FULL_AND_PIECEWISE):
     compilation = SimpleNamespace(cudagraph_capture_sizes=list(sizes), cudagraph_mode=mode)
     support.add_capture_size(SimpleNamespace(compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs)))
@@ -17,12 +26,11 @@ def sizes_after(sizes, max_num_seqs, mode=CUDAGraphMode.FULL_AND_PIECEWISE):
 
 
 @pytest.mark.parametrize("mode", [CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY])
-def test_max_num_seqs_is_captured(mode, caplog):
+def test_max_num_seqs_is_captured(mode, heard):
     """vLLM captures [.., 96, 104, ..] but full decode graphs only up to max_num_seqs: 97 to 100 requests would run piecewise."""
-    with caplog.at_level(logging.WARNING, logger="vllm.dejavu"):
-        assert sizes_after([1, 2, 4, 8, 96, 104, 200], 100, mode) == [1, 2, 4, 8, 96, 100, 104, 200]
-        assert sizes_after([1, 2, 4, 8], 8, mode) == [1, 2, 4, 8]
-    assert not caplog.records
+    assert sizes_after([1, 2, 4, 8, 96, 104, 200], 100, mode) == [1, 2, 4, 8, 96, 100, 104, 200]
+    assert sizes_after([1, 2, 4, 8], 8, mode) == [1, 2, 4, 8]
+    assert not heard.records
 
 
 @pytest.mark.parametrize(
@@ -32,11 +40,9 @@ def test_max_num_seqs_is_captured(mode, caplog):
         pytest.param(6, CUDAGraphMode.PIECEWISE, "PIECEWISE replays decode steps in piecewise graphs, which run dense", id="piecewise"),
     ],
 )
-def test_what_cannot_be_captured_is_said(max_num_seqs, mode, warning, caplog):
-    logging.getLogger("vllm.dejavu").propagate = True
-    with caplog.at_level(logging.WARNING, logger="vllm.dejavu"):
-        assert sizes_after([1, 4, 8], max_num_seqs, mode) == [1, 4, 8]
-    assert warning in caplog.text
+def test_what_cannot_be_captured_is_said(max_num_seqs, mode, warning, heard):
+    assert sizes_after([1, 4, 8], max_num_seqs, mode) == [1, 4, 8]
+    assert warning in heard.text
 
 
 def test_without_graphs_nothing_happens():
