@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import HANG_S
 
 from vllm_dejavu import artifact
 from vllm_dejavu.kernels import reference
@@ -254,7 +255,7 @@ def test_dry_run_on_a_cpu(tmp_path):
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "bench_engine.py"), *command, "--output", str(out), "--work", str(tmp_path / "work")],
-        capture_output=True, text=True, timeout=400,
+        capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     with (out / "speed.csv").open(encoding="utf-8") as file:
@@ -266,5 +267,5 @@ def test_dry_run_on_a_cpu(tmp_path):
     assert float(row["dejavu_weight_mb"]) < float(row["dense_weight_mb"])
     if shutil.which("git"):
         assert row["commit"] and row["device"]
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "plots.py"), str(out)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "plots.py"), str(out)], capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0 and ((out / "speed.png").exists() or "not installed" in done.stdout), done.stdout + done.stderr

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import HANG_S
 
 BREAK = """
 import sys
@@ -18,7 +19,7 @@ sys.meta_path.insert(0, Broken())
 def doctor(**env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k != "VLLM_PLUGINS"}
     return subprocess.run(
-        [sys.executable, "-m", "vllm_dejavu.cli", "doctor"], env=clean | env, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "vllm_dejavu.cli", "doctor"], env=clean | env, capture_output=True, text=True, timeout=HANG_S
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HANG_S
 from engine import TOLERANCE, random_prompt
 from parallel_worker import load, observe
 from replay import Replay
@@ -33,7 +34,6 @@ SHIPPED = TESTS.parent / "examples" / "opt-books-7m"
 NEW_TOKENS = 16
 # Units whose score is so near to 0 that the order of a sum decides. Measured: none.
 FLIPS_ALLOWED = 3
-TIMEOUT_S = 600  # half a minute where nothing else runs
 
 TEXTS = (
     "The old house stood at the end of the lane, and nobody in the village could remember who had lived there before the war.",
@@ -71,9 +71,9 @@ def in_processes(directory: Path, arguments: dict, **environment: str) -> dict:
             env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            status = process.wait(TIMEOUT_S)
+            status = process.wait(HANG_S)
         except subprocess.TimeoutExpired:
-            status = f"none after {TIMEOUT_S} s"
+            status = f"none after {HANG_S} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

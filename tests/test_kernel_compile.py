@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG_S
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "compile_kernels.py"
@@ -22,7 +23,7 @@ from compile_kernels import ARCHS, MODULES, configs, problems  # noqa: E402
 def _check(*args: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "--check", str(BASELINE), *args]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "nothing is worse" in done.stdout
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HANG_S
 
 from vllm_dejavu import artifact
 from vllm_dejavu.predictor_training.calibrate import Gate, Masked
@@ -99,7 +100,7 @@ def lm_eval(directory: Path, dejavu: dict, **model_args) -> Result:
         "--include_path", str(directory), "--output_path", str(directory / "out"), "--log_samples", "--batch_size", "auto",
     ]  # fmt: skip
     environment = os.environ | {"HF_HOME": str(directory / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_COLOR": "1"}
-    done = subprocess.run(command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    done = subprocess.run(command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stdout[-6000:]
     return Result(directory / "out", done.stdout)
 
