@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +18,7 @@ from typing import Any
 
 import torch
 from engine import Recorder, Step, engine, metrics_of, run_requests
+from local_ray import local_ray
 from safetensors.torch import load_file, save_file
 
 
@@ -45,23 +43,9 @@ def observe(model: str, dejavu: dict[str, Any], prompts: dict[str, list[int]], t
         return {"steps": steps, "tokens": tokens, "metrics": metrics_of(llm), "shards": llm.collective_rpc(_shards)}
 
 
-@contextlib.contextmanager
-def _ray_cluster(workers: int) -> Iterator[None]:
+def _ray_cluster(workers: int) -> contextlib.AbstractContextManager:
     """A cluster of this process's own; none for 0 workers."""
-    if not workers:
-        yield
-        return
-    import ray
-
-    # Removed afterwards; its name is short because sockets lie in it, whose paths may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as directory:
-        ray.init(
-            num_cpus=workers, num_gpus=workers, _temp_dir=directory, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="ERROR"
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    return local_ray(num_cpus=workers, num_gpus=workers, object_store_memory=100 * 2**20) if workers else contextlib.nullcontext()
 
 
 # Sent to the workers and called there, with the worker.
@@ -133,6 +117,5 @@ def load(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # or Ray writes a token into the home directory
     job, out = map(Path, sys.argv[1:])
     save(observe(**json.loads(job.read_text())), out)

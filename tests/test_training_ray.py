@@ -1,6 +1,7 @@
 """`--ray` on a real cluster of this machine: the same moments, shards and artifact as one process, whatever dies on the way."""
 import os
 import signal
+import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from conftest import HANG_S
+from local_ray import local_ray
 from safetensors.torch import load_file
 
 from vllm_dejavu.predictor_training import distributed, pipeline
@@ -26,13 +29,8 @@ REQUEST = Request({"mlp": ("previous",), "attention": ("previous",)}, range(3), 
 @pytest.fixture(scope="module")
 def cluster():
     """Address of a Ray cluster of this process's own; its environment is as before afterwards."""
-    before = dict(os.environ)
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # or Ray writes a token into the home directory
-    context = ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="ERROR")
-    yield context.address_info["address"]
-    ray.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with local_ray(num_cpus=2, object_store_memory=200 * 2**20, log_to_driver=False) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +177,9 @@ class TestInOrder:
         def act(start):
             (tmp_path / str(start)).touch()
             if start == 0:  # the slowest of all: until the other worker has done what it may
+                hung = time.monotonic() + HANG_S
                 while not (tmp_path / "3").exists():
+                    assert time.monotonic() < hung, "the other worker never came"
                     time.sleep(0.01)
 
         found, taken = [], None
@@ -233,8 +233,11 @@ class TestConnecting:
     def test_nobody_at_the_address(self, monkeypatch):
         """Ray itself tries for minutes."""
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
-        with pytest.raises(ValueError, match=r"--ray 127.0.0.1:9: .*refused.*`ray start --head`"):
-            distributed.connect("127.0.0.1:9")
+        with socket.socket() as taken:  # by us, who do not listen
+            taken.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            with pytest.raises(ValueError, match=rf"--ray {address}: .*refused.*`ray start --head`"):
+                distributed.connect(address)
 
     def test_ray_not_installed(self, monkeypatch):
         monkeypatch.setattr(distributed, "ray", None)
