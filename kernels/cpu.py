@@ -12,11 +12,19 @@ from typing import Any
 import torch
 
 # What only controls and measurements need; the paged kernel has no CPU form, as vLLM's CPU cache is packed by its own rules.
-from vllm_dejavu.kernels.reference import ACTIVATIONS, compact_union, mlp_activations, paged_attention, select
+from vllm_dejavu.kernels.reference import (
+    ACTIVATIONS,
+    LARGEST_BATCH,
+    compact_union,
+    mlp_activations,
+    paged_attention,
+    select,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "CROSSOVERS",
+    "LARGEST_BATCH",
     "compact_union",
     "count_dense",
     "dense_mlp",

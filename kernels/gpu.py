@@ -20,6 +20,10 @@ from vllm_dejavu.kernels.reference import (  # isort: skip
     select,
 )
 
+# The largest tile (`launch.py`) takes 64 tokens. With more it is repeated, and every repeat reads the
+# selected weights again, where a dense layer reads its own once. Not measured: `tune` on a GPU replaces it.
+LARGEST_BATCH = 64
+
 
 def describe() -> str:
     return "Triton kernels"
@@ -28,6 +32,7 @@ def describe() -> str:
 __all__ = [
     "ACTIVATIONS",
     "CROSSOVERS",
+    "LARGEST_BATCH",
     "compact_union",
     "count_dense",
     "dense_mlp",

@@ -26,6 +26,8 @@ COUNTERS = ("steps", "rows", "selected", "read", "survived")
 # {block: {hidden size: {tokens: union density}}} above which dense is faster than sparse, as measured for an implementation;
 # here and where nothing was measured, never.
 CROSSOVERS: dict[str, dict[int, dict[int, float]]] = {}
+# Tokens of the largest batch that runs sparse until `tune` has measured a larger one; None: any.
+LARGEST_BATCH: int | None = None
 
 
 def describe() -> str:

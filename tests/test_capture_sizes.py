@@ -5,9 +5,10 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.config import CUDAGraphMode
 
-from vllm_dejavu import support
+from vllm_dejavu import ops, support
 
 
 @pytest.fixture
@@ -48,3 +49,21 @@ def test_what_cannot_be_captured_is_said(max_num_seqs, mode, warning, heard):
 def test_without_graphs_nothing_happens():
     assert sizes_after([], 7) == []
     assert sizes_after([1, 8], 7, CUDAGraphMode.NONE) == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("mode", "capturing", "expected"),
+    [(CUDAGraphMode.NONE, False, False), (CUDAGraphMode.FULL, False, True), (CUDAGraphMode.NONE, True, True)],
+    ids=["eager", "replayed", "captured-by-the-second-runner"],
+)
+def test_a_step_knows_that_it_is_captured(monkeypatch, mode, capturing, expected):
+    """Bug: vLLM's second model runner captures full graphs in mode NONE; steps took themselves for eager."""
+    metadata = SimpleNamespace(max_query_len=1)
+    context = SimpleNamespace(
+        attn_metadata={"attn": metadata}, additional_kwargs={}, cudagraph_runtime_mode=mode
+    )  # fmt: skip
+    monkeypatch.setattr(ops, "get_forward_context", lambda: context)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    step = ops.current_step("attn", "decode")
+    assert step.sparse and step.in_graph == expected

@@ -1,4 +1,6 @@
 """Blocks that an artifact or the crossover keeps dense are reported as dense, not hidden behind sparse steps."""
+from dataclasses import replace
+
 import pytest
 from engine import engine, metrics_of, random_prompt, run_requests
 
@@ -34,6 +36,10 @@ def test_batches_beyond_the_calibrated_sizes_are_above_the_crossover(opt, predic
 
 
 UNION = {1: 0.1, 2: 0.2, 8: 0.5, 64: 0.9}
+PLAIN = GateSpec(
+    state="sparse", form="low_rank", lookahead="self", rank=4, density={"mean": 0.1, "upper": 0.1}
+)  # fmt: skip
+CALIBRATED = replace(PLAIN, union_density={str(b): {"mean": d, "upper": d} for b, d in UNION.items()})
 
 
 @pytest.mark.parametrize(
@@ -53,16 +59,53 @@ UNION = {1: 0.1, 2: 0.2, 8: 0.5, 64: 0.9}
 )
 def test_the_crossover_is_given_or_as_measured_for_the_kernels(crossover, measured, expected):
     """The largest batch that runs sparse, by the calibrated unions 0.1, 0.2, 0.5, 0.9 of batches 1, 2, 8 and 64."""
-    spec = GateSpec(
-        state="sparse", form="low_rank", lookahead="self", rank=4, density={"mean": 0.1, "upper": 0.1},
-        union_density={str(batch): {"mean": d, "upper": d} for batch, d in UNION.items()},
-    )  # fmt: skip
-    assert _largest_batch(spec, crossover, measured) == expected
+    assert _largest_batch(CALIBRATED, crossover, measured) == expected
+
+
+@pytest.mark.parametrize(
+    ("crossover", "measured", "cap", "expected"),
+    [
+        pytest.param(None, {}, 64, 64, id="nothing-measured"),
+        pytest.param(None, {1: 0.3}, 64, 3, id="the-crossover-comes-first"),
+        pytest.param(None, {1: 0.95}, 16, 16, id="below-the-calibrated-sizes"),
+        pytest.param(1.0, {}, 64, None, id="never-dense-is-asked-for"),
+        pytest.param(0.95, {}, 16, 64, id="a-crossover-is-given"),
+    ],
+)
+def test_no_more_tokens_than_the_kernels_are_made_for(crossover, measured, cap, expected):
+    """A table {65: 0} would not do: only sizes up to the last calibrated one are looked up in it."""
+    assert _largest_batch(CALIBRATED, crossover, measured, cap) == expected
+
+
+def test_the_cap_needs_no_calibrated_unions():
+    assert _largest_batch(PLAIN, None, {}, 64) == 64
+    assert (reference.LARGEST_BATCH, cpu.LARGEST_BATCH, gpu.LARGEST_BATCH) == (None, None, 64)
+
+
+def test_batches_of_64_are_sparse_and_of_65_dense(opt, predictors, monkeypatch):
+    """Bug: on a GPU, where nothing is measured, any batch ran sparse; above 64 rows weights are read twice.
+
+    Bug: a step in which every block ran dense was counted as a sparse one.
+    """
+    monkeypatch.setattr(ops.implementation("cpu"), "LARGEST_BATCH", 64)
+    monkeypatch.setattr(ops.implementation("cpu"), "CROSSOVERS", {})
+    model = opt()
+    with engine(model, dejavu={"predictor": predictors(model)}, max_num_seqs=65) as llm:
+        for number, counted_as in ((64, "sparse"), (65, "above_crossover")):
+            run_requests(llm, {0: {str(i): random_prompt(3, seed=i) for i in range(number)}}, 4)
+            counted = metrics_of(llm, reset=True)
+            steps = {reason: number for reason, number in counted["steps"].items() if number}
+            assert steps == {"prefill_or_mixed": 1, counted_as: 3}
+            assert counted["sparse_step_share"] == (0.75 if number == 64 else 0)
+            for layer in counted["layers"]:
+                for block in ("mlp", "attention"):
+                    counts, dense = layer[block], number > 64
+                    assert (counts["rows"], counts["above_crossover"]) == (3 * number, 3 * dense)
+                    assert (counts["density"] == counts["read_density"] == 1) == dense, block
 
 
 def test_without_calibrated_unions_nothing_is_above_a_crossover():
-    spec = GateSpec(state="sparse", form="low_rank", lookahead="self", rank=4, density={"mean": 0.1, "upper": 0.1})
-    assert _largest_batch(spec, 0.01, {}) is None
+    assert _largest_batch(PLAIN, 0.01, {}) is None
 
 
 @pytest.mark.parametrize(("hidden", "expected"), [(64, 768), (768, 768), (1024, 768), (2048, 2048), (12288, 2048)])

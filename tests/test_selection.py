@@ -103,7 +103,7 @@ def test_a_ranks_predictor_scores_its_own_units(low_rank):
     assert not whole.state_dict(), "no loader of model weights may reach the predictors"
 
 
-def snapshot(gates, steps=(8, 2, 0, 0, 0)):
+def snapshot(gates, steps=(8, 2, 0, 0, 0, 0)):
     names = ("layer", "block", "units", *metrics.GATE_COUNTERS)
     gates = [(*g, *[0] * (len(names) - len(g))) for g in gates]
     return {
@@ -130,5 +130,5 @@ def test_tensor_parallel_ranks_add_their_units_not_their_steps():
 
 
 def test_nothing_counted_is_none_not_zero():
-    s = metrics.summarize([snapshot([(0, "mlp", 10, 0, 0, 0, 0, 0, 0, 0)], steps=(0, 0, 0, 0, 0))])
+    s = metrics.summarize([snapshot([(0, "mlp", 10, 0, 0, 0, 0, 0, 0, 0)], steps=(0,) * 6)])
     assert s["layers"][0]["mlp"]["density"] is None and s["mlp_density"] is None and s["sparse_step_share"] is None

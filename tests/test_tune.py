@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine import engine, model_of
 
-from vllm_dejavu import artifact, cli, tune
+from vllm_dejavu import artifact, cli, ops, tune
 from vllm_dejavu.artifact import ArtifactError
 
 CPU = torch.device("cpu")
@@ -131,6 +131,19 @@ def test_an_engine_takes_what_was_measured_here(made, place):
     assert limits == {"mlp": 1, "attention": 0}
     with engine(made[0], dejavu={"predictor": place, "crossover": 1.0}) as llm:
         assert {gate.max_tokens for gate in model_of(llm).gates} == {None}, "the setting comes first"
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"), [(2, 64), (96, 96)], ids=["measured-below-the-cap", "measured-beyond-it"]
+)  # fmt: skip
+def test_the_cap_gives_way_to_larger_batches_that_were_measured(made, place, monkeypatch, largest, expected):
+    monkeypatch.setattr(ops.implementation("cpu"), "LARGEST_BATCH", 64)
+    with engine(made[0], dejavu={"predictor": place}) as llm:
+        threads = torch.get_num_threads()  # of the worker, which is this process
+    never = {1: 1.0, largest: 1.0}
+    write(place, dataclasses.replace(key_of(place), threads=threads), {"mlp": never, "attention": never})
+    with engine(made[0], dejavu={"predictor": place}) as llm:
+        assert {gate.max_tokens for gate in model_of(llm).gates} == {expected}
 
 
 def test_the_command(place, capsys):

@@ -56,9 +56,13 @@ class Gate(nn.Module):
         self.predictor = Predictor(tensors, self.start, units, device)
         # The oracle looks at the block's own input: it asks what is truly active, not what can be foreseen.
         self.lookahead = "self" if settings.mode == "oracle" else spec.lookahead
+        kernels = ops.implementation(device.type)
+        cap = kernels.LARGEST_BATCH
         if tuned is None:
-            tuned = _of_size(ops.implementation(device.type).CROSSOVERS.get(block, {}), self.predictor.hidden)
-        self.max_tokens = _largest_batch(spec, settings.crossover, tuned)
+            tuned = _of_size(kernels.CROSSOVERS.get(block, {}), self.predictor.hidden)
+        elif cap is not None:
+            cap = max(cap, *tuned)
+        self.max_tokens = _largest_batch(spec, settings.crossover, tuned, cap)
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
         self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
@@ -70,6 +74,10 @@ class Gate(nn.Module):
         self.recorder: Recorder | None = None
         self.calibrated_bias: torch.Tensor | None = None  # kept while everything is selected
         self.long_passes = 0
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a sparse step of so many tokens, padding included, is sparse in this block."""
+        return self.max_tokens is None or num_tokens <= self.max_tokens or self.settings.apply_to == "all"
 
     def set_dense(self, dense: bool) -> None:
         """Select everything, by biases that no score can outweigh: also in graphs that are captured already."""
@@ -112,12 +120,16 @@ def _of_size(measured: dict[int, dict[int, float]], hidden: int) -> dict[int, fl
     return measured[max((size for size in measured if size <= hidden), default=min(measured))] if measured else {}
 
 
-def _largest_batch(spec: GateSpec, crossover: float | None, measured: dict[int, float]) -> int | None:
+def _largest_batch(
+    spec: GateSpec, crossover: float | None, measured: dict[int, float], cap: int | None = None
+) -> int | None:
     """Largest padded token count up to which a gate's union density stays below the crossover; None: all do.
 
     Args:
-        crossover: the setting; None takes `measured`, {tokens: density}.
+        crossover: the setting; None takes `measured`, {tokens: density}, and no more tokens than `cap`.
     """
+    if crossover is not None:
+        cap = None
 
     def limit(tokens: int) -> float:
         if crossover is not None:
@@ -127,8 +139,9 @@ def _largest_batch(spec: GateSpec, crossover: float | None, measured: dict[int, 
     # A union only grows with the batch, so what lies beyond the calibrated sizes counts as over.
     last = max(map(int, spec.union_density), default=0)
     if not last or all(limit(tokens) >= 1 for tokens in range(1, last + 1)):
-        return None
-    return next((tokens - 1 for tokens in range(1, last + 1) if spec.density_at(tokens) > limit(tokens)), last)
+        return cap
+    over = (tokens - 1 for tokens in range(1, last + 1) if spec.density_at(tokens) > limit(tokens))
+    return min(next(over, last), last if cap is None else cap)
 
 
 # Prompts of at least this many tokens are sampled, on so many rows: there the products of a few rows more are noise.
@@ -152,8 +165,7 @@ class _GatedBlock(nn.Module):
         step = ops.current_step(self.attention_name, self.settings.apply_to)
         if step is None or not step.sparse:
             return None
-        limit = self.gate.max_tokens
-        return None if limit is not None and num_tokens > limit and self.settings.apply_to != "all" else step
+        return step if self.gate.takes(num_tokens) else None
 
     def count_dense(self, num_tokens: int, device: torch.device) -> None:
         """Count a dense pass: nothing in a dense step; everything where only this layer, above its crossover, is dense."""
@@ -338,8 +350,9 @@ class DejaVuAttention(Attention):
     The plain `forward(query, key, value)` stays vLLM's, for layers that are not gated.
     """
 
-    # Whether our op writes keys and values to the cache itself. On a GPU vLLM's own op does, outside of what runs eagerly between
-    # the pieces of a graph; a CPU has no graphs, and an op costs more there than what it does.
+    # Whether our op writes keys and values to the cache itself. On a GPU vLLM's own op does, as in a layer
+    # that is not gated: vLLM 0.26 splits graphs at it as at ours. A CPU has no graphs, and an op costs more
+    # there than what it does.
     updates_cache = False
     # Called once after the weights are in place, whatever the load format.
     after_loading: Callable[[], None] | None = None

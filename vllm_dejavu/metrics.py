@@ -16,14 +16,18 @@ from vllm_dejavu.kernels.reference import COUNTERS
 #   read: units read, summed over steps (the union of the rows)
 #   survived: MLP: fc2 rows read, summed over steps (neurons that came out positive)
 #   active: truly active units, summed over rows; with `measure` or in oracle mode only; hit: those of them that were selected
-#   above_crossover: of the steps, those in which the gate's block ran dense because the batch was above its crossover
+#   above_crossover: of the steps, those in which the gate's block ran dense because the batch was above its
+#       crossover; also those in which every other block did so too, which are no sparse steps of the model
 #   sampled_*: rows of long dense passes on which prediction was compared with truth (`sample_recall`): rows, units
 #       predicted, truly active, and both; of prompts, and in no other counter
 GATE_COUNTERS = (*COUNTERS, "active", "hit", "above_crossover", "sampled_rows", "sampled_selected", "sampled_active", "sampled_hit")
 # The same on every tensor-parallel rank; the others add up.
 SHARED = ("steps", "rows", "above_crossover", "sampled_rows")
 # One int64 vector a model: sparse steps, then dense steps by reason.
-STEP_REASONS = ("sparse", "prefill_or_mixed", "piecewise_graph", "microbatched", "mode_dense")
+# above_crossover: it could have been sparse, and the batch was above the crossover of every gate.
+STEP_REASONS = (
+    "sparse", "prefill_or_mixed", "piecewise_graph", "microbatched", "mode_dense", "above_crossover"
+)  # fmt: skip
 
 
 def new_gate_counters(device: torch.device | None = None) -> torch.Tensor:

@@ -301,17 +301,19 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        self._count_step()
+        self._count_step(positions.shape[-1])
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
 
-    def _count_step(self) -> None:
+    def _count_step(self, num_tokens: int) -> None:
         # Outside the compiled part: run by Python in eager and PIECEWISE steps, captured as one addition in FULL graphs.
         step = ops.current_step(self.first_attention, self.settings.apply_to)
         if step is not None:
             reason = step.reason if self.gates else "mode_dense"
+            if reason == "sparse" and not any(gate.takes(num_tokens) for gate in self.gates):
+                reason = "above_crossover"
             self.step_counters[metrics.STEP_REASONS.index(reason)] += 1
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

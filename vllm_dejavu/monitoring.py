@@ -29,7 +29,7 @@ _GATE_COUNTERS = (
     ("selectable_units", "Neurons or heads there were, summed likewise: selected / selectable is the density per token.", lambda c: c["rows"] * c["units"]),
     ("read_units", "Neurons or heads read, summed over sparse steps (the union of the rows).", lambda c: c["read"]),
     ("readable_units", "Neurons or heads there were, summed likewise: read / readable is the density per step.", lambda c: c["steps"] * c["units"]),
-    ("above_crossover_steps", "Sparse steps in which this block ran dense, the batch being above its crossover.", lambda c: c["above_crossover"]),
+    ("above_crossover_steps", "Decode steps in which this block ran dense, the batch being above its crossover.", lambda c: c["above_crossover"]),
     ("sampled_active_units", "Truly active neurons or heads on sampled prompt rows.", lambda c: c["sampled_active"]),
     ("sampled_hit_units", "Those of them that the predictor selects: hit / active is the recall.", lambda c: c["sampled_hit"]),
     ("sampled_selected_units", "Neurons or heads that the predictor selects on sampled prompt rows.", lambda c: c["sampled_selected"]),

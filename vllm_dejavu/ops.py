@@ -106,7 +106,11 @@ def current_step(attention_name: str, apply_to: str) -> Step | None:
             reason = "piecewise_graph"
         else:
             reason = "sparse" if apply_to == "all" or metadata.max_query_len == 1 else "prefill_or_mixed"
-        step = steps[id(metadata)] = Step(reason, metadata, context.cudagraph_runtime_mode != CUDAGraphMode.NONE)
+        # vLLM's second model runner says NONE while it captures full graphs.
+        in_graph = context.cudagraph_runtime_mode != CUDAGraphMode.NONE or (
+            torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        )
+        step = steps[id(metadata)] = Step(reason, metadata, in_graph)
     return step
 
 
