@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernel_reference import DENSITIES, DENSITY_IDS, NAN, poison, row_lens_of, scores_of
-from test_kernel_reference import rand as cpu_rand
-from test_kernel_reference import rand_mask as cpu_rand_mask
+from kernel_inputs import DENSITIES, DENSITY_IDS, NAN, poison, row_lens_of, scores_of
+from kernel_inputs import rand as cpu_rand
+from kernel_inputs import rand_mask as cpu_rand_mask
 from tolerances import DTYPE_IDS, DTYPES, assert_close
 
 from vllm_dejavu.kernels import reference

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HANG_S
-from test_kernel_reference import NAN, rand
+from kernel_inputs import NAN, rand
 from tolerances import assert_close
 
 from vllm_dejavu.kernels import gpu, launch, reference
@@ -266,4 +266,7 @@ def test_compute_sanitizer_finds_nothing(tool):
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    output = done.stdout + done.stderr
+    if "Device not supported" in output:  # as under gVisor
+        pytest.skip("compute-sanitizer does not support this device here")
+    assert done.returncode == 0, output[-4000:]

@@ -29,7 +29,7 @@ from kernel_checks import (
     same_bits,
     wider_strides,
 )
-from test_kernel_reference import NAN, scores_of
+from kernel_inputs import NAN, scores_of
 from tolerances import DTYPE_IDS, DTYPES, assert_close
 
 from vllm_dejavu.kernels import cpu, reference

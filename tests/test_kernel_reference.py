@@ -6,43 +6,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import (
+    DENSITIES,
+    DENSITY_IDS,
+    NAN,
+    paged_cache,
+    poison,
+    rand,
+    rand_mask,
+    row_lens_of,
+    scores_of,
+)
 from tolerances import DTYPE_IDS, DTYPES, assert_close
 
 from vllm_dejavu.kernels import reference
 
-NAN = float("nan")
 FUZZ = settings(max_examples=80, deadline=None, derandomize=True)
 
 # (tokens, hidden, units): odd sizes, one token, one neuron, and sizes that tile well.
 SIZES = [(1, 64, 256), (3, 37, 301), (5, 16, 1), (1, 1, 1), (8, 48, 192)]
 SIZE_IDS = ["one-token", "odd", "one-neuron", "all-one", "tiled"]
-DENSITIES = [0.0, 0.2, 1.0]
-DENSITY_IDS = ["none-selected", "some-selected", "all-selected"]
-
-
-def rand(*shape, seed=0, dtype=torch.float32, fan_in=1):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * fan_in**-0.5).to(dtype)
-
-
-def rand_mask(*shape, density, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < density
-
-
-def poison(tensor, keep, dim=0):
-    """A copy with NaN at the indices of `dim` that are not kept, and behind its end."""
-    guarded = torch.cat([tensor, torch.full_like(tensor[:1], NAN)])
-    return guarded[:-1].index_fill_(dim, (~keep).nonzero().flatten(), NAN)
-
-
-def row_lens_of(valid):
-    """Lengths of rows, 0 where they only pad the batch."""
-    return torch.where(valid, torch.arange(1, len(valid) + 1, device=valid.device), 0).to(torch.int32)
-
-
-def scores_of(mask):
-    """Head scores that select `mask`: small positive ones, and among the others 0 and -0."""
-    size = torch.rand(mask.shape, generator=torch.Generator().manual_seed(6)).to(mask.device)
-    return torch.where(mask, size + 1e-6, torch.where(size < 0.3, -0.0, torch.where(size < 0.6, 0.0, -size)))
 
 
 # Scores and selection
@@ -274,34 +257,6 @@ def test_masked_heads_through_out_proj_equal_a_sum_over_each_rows_heads(tokens, 
     assert_close(out, expected)
     output = torch.full_like(out, NAN)
     assert reference.sparse_out_proj(masked, weight, scores_of(mask), output) is output and torch.equal(output, out)
-
-
-def paged_cache(keys, values, needed, block_size, layout):
-    """Scatter sequences over shuffled blocks; all that is not needed stays NaN.
-
-    Args:
-        keys, values: per sequence [length, kv_heads, head_size]. needed: [sequences, kv_heads], bool.
-        layout: physical order inside a block, "HND" or "NHD".
-
-    Returns:
-        kv_cache [num_blocks, kv_heads, block_size, 2 * head_size] by the layout's strides, block_table whose unused
-        entries name the block behind the cache's last, which holds NaN.
-    """
-    kv_heads, head_size = keys[0].shape[1:]
-    counts = [-(-len(k) // block_size) for k in keys]
-    num_blocks = sum(counts) + 2
-    shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5)).tolist()
-    outer, inner = (kv_heads, block_size) if layout == "HND" else (block_size, kv_heads)
-    cache = torch.full((num_blocks + 1, outer, inner, 2 * head_size), NAN, dtype=keys[0].dtype)
-    cache = cache if layout == "HND" else cache.transpose(1, 2)
-    table = torch.full((len(keys), max(counts) + 1), num_blocks, dtype=torch.int32)
-    for row, (k, v) in enumerate(zip(keys, values, strict=True)):
-        kv = torch.where(needed[row, :, None], torch.cat([k, v], 2), NAN).transpose(0, 1)
-        for i in range(counts[row]):
-            table[row, i] = shuffled.pop()
-            part = kv[:, i * block_size : (i + 1) * block_size]
-            cache[int(table[row, i]), :, : part.shape[1]] = part
-    return cache[:-1], table
 
 
 def plain_attention(query, keys, values, scale, head_mask):

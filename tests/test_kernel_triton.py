@@ -28,9 +28,9 @@ from kernel_checks import (
     same_bits,
     wider_strides,
 )
-from test_kernel_reference import DENSITIES, NAN, paged_cache, scores_of
-from test_kernel_reference import rand as cpu_rand
-from test_kernel_reference import rand_mask as cpu_rand_mask
+from kernel_inputs import DENSITIES, NAN, paged_cache, scores_of
+from kernel_inputs import rand as cpu_rand
+from kernel_inputs import rand_mask as cpu_rand_mask
 from tolerances import DTYPE_IDS, DTYPES, assert_close
 
 from vllm_dejavu.kernels import cpu, gpu, launch, predict, reference, sparse_attention, sparse_mlp
