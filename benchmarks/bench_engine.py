@@ -4,7 +4,7 @@
     python benchmarks/bench_engine.py --device cpu --geometry 1.3b --mlp-density 0.10 --head-density 0.5 --output results/
     python benchmarks/bench_engine.py --device cpu --model DIR --text FILE.txt --output results/
     python benchmarks/bench_engine.py --dry-run --output /tmp/out        # tiny, on a CPU; times mean nothing
-    python benchmarks/bench_engine.py --smoke examples/opt-books-7m
+    python benchmarks/bench_engine.py --smoke examples/opt-books-7m      # dense; sparse; sparse and eager
 
 Each side runs in a process of its own with the same settings (engine_side.py); sides alternate, and their order changes
 from repeat to repeat. In a process every (batch, context) is driven step by step. With --geometry weights and predictors
@@ -13,8 +13,9 @@ say `synthetic` False. Densities counted in the timed steps stand in every row. 
 their median; on a GPU it is printed beside the roofline MODEL at the counted densities.
 
 Sides: `dense` is vLLM's own OPT; `dejavu` the sparse one; `dejavu-dense` ours with mode "dense"; `hf` is Hugging Face
-Transformers, eager, one point unless --hf-points all. Time per token is the host's clock between two steps that gave
-tokens, without async scheduling unless asked for: what the host adds is in it, on both sides.
+Transformers, eager, one point unless --hf-points all. Time per token is the host's clock between two steps
+that gave tokens, with async scheduling as vLLM has it by default (rows say whether it was on): what the host
+adds to a step beyond what that hides is in it, on both sides.
 
 On a CPU vLLM's defaults hold (compiled, its own attention), engines use all cores this process may use, the KV cache is
 as large as the largest point needs, and no point's prompts are read twice: short prompts warm an engine up. `speed.csv` there
@@ -27,12 +28,14 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,7 @@ PREFILLS = {"cuda": 0, "cpu": 3}
 MAX_LEN = 2048
 CPU_BLOCK = 128  # tokens of a block of vLLM's KV cache on a CPU
 ESTIMATED_START_S = 60.0
+RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit)\b")  # the last line of a traceback
 BUSY_CORES = 0.1  # more than this with other processes: the row is no measurement of this machine (engine_side.Others)
 
 
@@ -63,7 +67,8 @@ def run_child(spec: dict[str, Any], log: Path, timeout_s: float | None) -> tuple
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = log.with_suffix(".jsonl")
     rows.unlink(missing_ok=True)
-    command = [sys.executable, engine_side.__file__, json.dumps({**spec, "rows": str(rows)})]
+    spec = {**spec, "rows": str(rows), "limit_s": timeout_s}
+    command = [sys.executable, engine_side.__file__, json.dumps(spec)]
     error = ""
     with log.open("w", encoding="utf-8") as file:
         try:
@@ -72,8 +77,10 @@ def run_child(spec: dict[str, Any], log: Path, timeout_s: float | None) -> tuple
                 error = f"failed with status {done.returncode}, see {log}"
         except subprocess.TimeoutExpired:
             error = "not run: out of time"
-    if error.startswith("failed"):
-        print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]))
+    if error:  # of one that hung, the stack where it did
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(lines[-25:]))
+        error += next((f" ({line[:200]})" for line in reversed(lines) if RAISED.match(line)), "")
     return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else [], error
 
 
@@ -222,7 +229,7 @@ def run_geometry(args: argparse.Namespace, name: str, budget: Budget) -> list[di
 
 # Of the spec, put into every row.
 SHARED = (
-    "geometry", "rank", "overlap", "mlp_lookahead", "survive", "spread", "seed", "steps", "async_scheduling", "dense_projections", "synthetic",
+    "geometry", "rank", "overlap", "mlp_lookahead", "survive", "spread", "seed", "steps", "dense_projections", "synthetic",
     "dry_run", "dtype", "predictor_dtype", "mlp_asked", "head_asked", "densities_from", "temperature",
 )  # fmt: skip
 
@@ -249,6 +256,7 @@ def ratios(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[st
                 "speedup": median(values), "speedup_min": min(values), "speedup_max": max(values), "repeats": len(values),
                 "ttft_ratio": median(d["ttft_p50_ms"] / r["ttft_p50_ms"] for d, r in pairs),
                 "kv_ratio": pairs[0][1].get("kv_tokens", 0) / (pairs[0][0].get("kv_tokens") or 1),
+                "async_scheduling": pairs[0][1].get("async_scheduling"),
             }  # fmt: skip
             last = mine[-1]
             if side == "dejavu":
@@ -328,7 +336,7 @@ def pivot(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "head_union": seen["head_union_density"], "survivors": seen["survivors"], "sparse_step_share": middle(ours, "sparse_step_share"),
             "predictor_mb": middle(ours, "predictor_mb"),
             "others_cores": max((v for runs in sides.values() for run in runs.values() if (v := number(run, "others_cores")) is not None), default=None),
-            **{k: some.get(k) for k in ("rank", "predictor_dtype", "dtype", "threads", "compilation", "densities_from", "synthetic", "weights", "label", "steps", "seed", "dry_run")},
+            **{k: some.get(k) for k in ("rank", "predictor_dtype", "dtype", "threads", "compilation", "async_scheduling", "densities_from", "synthetic", "weights", "label", "steps", "seed", "dry_run")},
             **{k: ", ".join(dict.fromkeys(str(run[k]) for runs in sides.values() for run in runs.values() if run.get(k))) for k in PROVENANCE},
         })  # fmt: skip
     # a real model's densities differ from point to point: not sorted by
@@ -336,16 +344,29 @@ def pivot(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def smoke(args: argparse.Namespace) -> None:
-    """Both sides answer; steps ran sparse; graphs and eager agree."""
-    results = {}
-    for variant in ("dense", "dejavu", "dejavu-eager"):
+    """Both sides answer; steps ran sparse; graphs and eager agree.
+
+    All variants run, beside each other, before anything is judged: which of them fail tells kernels,
+    compilation and graphs apart.
+    """
+    variants, results, failed = ("dense", "dejavu", "dejavu-eager"), {}, []
+
+    def answer(variant: str) -> tuple[list[dict[str, Any]], str]:
         spec = {"smoke": str(args.smoke), "side": variant, "dry_run": args.dry_run}
-        rows, error = run_child(spec, args.output / "logs" / f"smoke-{variant}.log", args.budget_s)
+        return run_child(spec, args.output / "logs" / f"smoke-{variant}.log", args.budget_s)
+
+    with ThreadPoolExecutor(len(variants)) as pool:
+        answers = list(pool.map(answer, variants))
+    for variant, (rows, error) in zip(variants, answers, strict=True):
         if error or not rows:
-            raise SystemExit(f"smoke: {variant}: {error or 'no answer'}")
+            failed.append(f"{variant}: {error or 'no answer'}")
+            continue
         results[variant] = row = rows[0]
         print(f"{variant}: backend {row['backend']}, graphs {row['cudagraph_mode']}, steps {row.get('steps', '-')}")
         print(f"    {SMOKE_PROMPTS[0]} ...{row['text']!r}")
+    if failed:
+        failed.append(f"answered: {', '.join(results) or 'none'}")
+        raise SystemExit("\n".join(f"smoke: {line}" for line in failed))
 
     def agreement(a: str, b: str) -> float:
         """Mean share of an answer before the first different token."""
@@ -390,7 +411,10 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, help="of the MLP predictor; a small one shows what its bytes cost (not given: 3%% of the MLP)")
     parser.add_argument("--spread", type=float, default=0.0, help="densities of layers vary by this share")
     parser.add_argument("--dense-projections", action="store_true", help="ablation: Q and out_proj read every head; head densities are not counted then")
-    parser.add_argument("--async-scheduling", action="store_true", help="on both sides")
+    parser.add_argument(
+        "--async-scheduling", choices=["default", "on", "off"], default="default",
+        help="on both sides (%(default)s: vLLM's)",
+    )  # fmt: skip
     parser.add_argument("--memory", type=float, default=0.9, help="gpu_memory_utilization (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", default="", help="put into file names and rows: the name of an ablation")
@@ -453,7 +477,7 @@ def main() -> None:
         for row in ratios(args, rows):
             table.add(benchmark="engine ratio", dry_run=args.dry_run, **row)
         every += table.rows
-    columns = ("geometry", "batch", "context", "side", "dense_ms", "side_ms", "speedup", "speedup_min", "speedup_max", "repeats", "model_speedup", "mlp_union_density", "head_density", "ttft_ratio", "kv_ratio")
+    columns = ("geometry", "batch", "context", "side", "dense_ms", "side_ms", "speedup", "speedup_min", "speedup_max", "repeats", "model_speedup", "mlp_union_density", "head_density", "ttft_ratio", "kv_ratio", "async_scheduling")
     if args.device == "cpu":
         every = pivot(read_rows("engine-*.csv", args.output))
         columns = ("geometry", "label", "batch", "context", "mlp_density", "head_density", "dense_ms", "dejavu_ms", "speedup", "speedup_min", "speedup_max", "repeats", "hf_ms", "dense_state_ratio", "prefill_ratio", "ttft_ratio", "dense_gbps", "gbps_ratio", "mlp_counted", "head_counted", "others_cores")

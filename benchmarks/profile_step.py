@@ -93,8 +93,9 @@ def main() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     shared = argparse.Namespace(
-        **vars(args), rank=None, spread=0.0, seed=0, blocks=["mlp", "attention"], survive=1.0, warmup=4, memory=0.9, async_scheduling=False, dense_projections=False
-    )
+        **vars(args), rank=None, spread=0.0, seed=0, blocks=["mlp", "attention"], survive=1.0, warmup=4, memory=0.9, dense_projections=False,
+        async_scheduling="off",  # launches are counted by the step: none may begin before the last has ended
+    )  # fmt: skip
     shared.batch, shared.context = [args.batch], [args.context]
     spec = {**prepare(shared, args.geometry), "side": args.side, "budget_s": None}
     llm = build_llm(spec)

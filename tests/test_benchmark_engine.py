@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +181,82 @@ def test_options_follow_the_device():
     for wrong in (["--mlp-density", "0"], ["--head-density", "1.2"], ["--model", "m"], ["--model", "m", "--text", "t", "--dry-run"]):
         with pytest.raises(SystemExit):
             bench_engine.parse_args(wrong)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [([], None), (["--async-scheduling", "on"], True), (["--async-scheduling", "off"], False)],
+)
+def test_async_scheduling_is_vllms_unless_named(monkeypatch, argument, expected):
+    """Bug: both sides ran without it, which vLLM has on by default: the host's time hid what a step saves."""
+
+    class Made(Exception):
+        pass
+
+    def llm(**options):
+        raise Made(options.get("async_scheduling"))
+
+    monkeypatch.setattr("vllm.LLM", llm)
+    args = bench_engine.parse_args(["--dry-run", "--side", "dense", *argument])
+    spec = {k: getattr(args, k) for k in bench_engine.PASSED_ON}
+    spec |= {"side": "dense", "synthetic": False, "model": "m"}
+    with pytest.raises(Made) as made:
+        engine_side.build_llm(spec | {"slots": 1, "prefill_tokens": 64, "max_model_len": 64})
+    assert made.value.args == (expected,)
+
+
+# Smoke.
+
+
+def smoke_row(tokens, **more):
+    tokens = [tokens] * len(engine_side.SMOKE_PROMPTS)
+    return {"backend": "B", "cudagraph_mode": "G", "text": "t", "tokens": tokens, **more}
+
+
+SPARSE = {"steps": {}, "sparse_step_share": 0.98, "mlp_density": 0.1, "head_density": 0.5}
+ANSWERS = {
+    "dense": smoke_row([1, 2, 3, 4]),
+    "dejavu": smoke_row([1, 2, 3, 5], **SPARSE),
+    "dejavu-eager": smoke_row([1, 2, 3, 5], **SPARSE),
+}
+
+
+def smoke(monkeypatch, answers):
+    """Run bench_engine.smoke with answers {variant: row or what went wrong}."""
+    together = Barrier(3, timeout=300)
+
+    def run_child(spec, log, timeout_s):
+        together.wait()
+        found = answers[spec["side"]]
+        return ([], found) if isinstance(found, str) else ([found], "")
+
+    monkeypatch.setattr(bench_engine, "run_child", run_child)
+    bench_engine.smoke(bench_engine.parse_args(["--smoke", "m", "--dry-run"]))
+
+
+def test_smoke_variants_run_beside_each_other_and_agree(monkeypatch, capsys):
+    smoke(monkeypatch, ANSWERS)
+    assert "graphs and eager 100%, dense and sparse 75%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["dense", "dejavu", "dejavu-eager"])
+def test_smoke_says_of_every_variant_whether_it_answered(monkeypatch, capsys, broken):
+    """Bug: it ended at the first variant that failed, so that a fault of graphs hid whether eager works."""
+    with pytest.raises(SystemExit, match=f"{broken}: failed with status 1") as ended:
+        smoke(monkeypatch, {**ANSWERS, broken: "failed with status 1"})
+    others = [variant for variant in ANSWERS if variant != broken]
+    assert f"answered: {', '.join(others)}" in str(ended.value)
+    assert all(f"{variant}: backend B" in capsys.readouterr().out for variant in others[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"sparse_step_share": 0.5}, "ran sparse"), (smoke_row([9] * 4), "part in the first half")],
+    ids=["dense-steps", "graphs-say-something-else"],
+)
+def test_smoke_judges(monkeypatch, change, message):
+    with pytest.raises(SystemExit, match=message):
+        smoke(monkeypatch, {**ANSWERS, "dejavu": ANSWERS["dejavu"] | change})
 
 
 def test_earlier_points_are_kept():
