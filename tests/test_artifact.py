@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 from conftest import HANG_S
-from hypothesis import HealthCheck, given, settings
+from fuzz import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -409,7 +410,7 @@ JUNK = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@fuzz(300)
 @given(data=st.data())
 def test_fuzzed_manifests_load_or_are_refused(original, tmp_path, data):
     """Values replaced, removed or added anywhere in a good manifest: never another kind of error."""
@@ -442,7 +443,7 @@ def test_fuzzed_manifests_load_or_are_refused(original, tmp_path, data):
     artifact_table(loaded)  # what loads can be shown
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@fuzz(200)
 @given(name=st.sampled_from([MANIFEST_FILE, TENSORS_FILE]), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3))
 def test_flipped_bytes_are_refused_or_change_nothing_that_is_checked(original, tmp_path, name, flips):
     """In the tensors every flipped byte is noticed; in the manifest a changed digit may pass, but nothing else than ArtifactError comes out."""

@@ -325,7 +325,7 @@ def test_pivot_of_a_real_model_shows_what_was_counted():
 # All of it.
 
 
-@pytest.mark.slow
+@pytest.mark.on_demand
 def test_dry_run_on_a_cpu(tmp_path):
     """Every side in an engine of its own, heads dense: one row a point, and a picture of it."""
     command = ["--dry-run", "--device", "cpu", "--batch", "2", "--repeats", "1", "--sides", "dense", "dejavu", "hf", "--mlp-density", "0.2", "--head-density", "1"]

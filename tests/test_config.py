@@ -3,7 +3,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from fuzz import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dejavu.config import DIGEST_KEY, DejaVuConfig
@@ -94,7 +95,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
+@fuzz(100)
 @given(st.one_of(JSON, st.dictionaries(st.sampled_from([*FIELDS, "x"]), JSON | st.sampled_from(["sparse", "all", "mlp", True, 1]), max_size=4)))
 def test_anything_gives_settings_or_a_value_error(value):
     try:

@@ -44,22 +44,26 @@ def test_schedulers(both, options):
     assert counted["sparse_step_share"] > 0.8
 
 
+REPEATING = [[2, *[17, 101, 5, 77] * 5], [2, *[30, 31] * 8]]  # prompts that n-gram speculation finds something in
+
+
 def speculated(model, dejavu):
-    """Tokens of prompts that n-gram speculation finds something in, and the counts of steps."""
+    """Tokens, and the counts of steps."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    with engine(model, impl="vllm" if dejavu is None else "dejavu", dejavu=dejavu, speculative_config=speculative) as llm:
-        tokens = generate(llm, [[2, *[17, 101, 5, 77] * 5], [2, *[30, 31] * 8]], 24)
-        return tokens, None if dejavu is None else metrics_of(llm)["steps"]
+    with engine(model, dejavu=dejavu, speculative_config=speculative) as llm:
+        return generate(llm, REPEATING, 24), metrics_of(llm)["steps"]
 
 
 def test_speculative_decoding_verifies_densely(opt, predictors):
-    """A verified step adds several tokens a request, so it runs dense: correct, and without gain.
+    """A verified step adds several tokens a request, so it runs dense: vLLM's own tokens, with which speculation has nothing to do.
 
-    Each engine has a process of its own: the n-gram proposer imports numba, after which vLLM 0.32 starts no other engine in a process.
+    In a process of its own: the n-gram proposer imports numba, after which vLLM 0.32 starts no other engine in a process.
     """
     model = opt()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        (vllm, _), (everything, steps) = (pool.submit(speculated, model, d).result() for d in (None, {"predictor": predictors(model, select_all=True)}))
+    with engine(model, impl="vllm") as llm:
+        vllm = generate(llm, REPEATING, 24)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        everything, steps = pool.submit(speculated, model, {"predictor": predictors(model, select_all=True)}).result()
     assert everything == vllm
     assert steps["prefill_or_mixed"] > 2, "steps that verify are dense"
 

@@ -18,7 +18,8 @@ from vllm_dejavu.kernels.launch import Workspace
 
 # Small: under the interpreter a sparse step of one layer takes about 0.3 s.
 MODEL = {"layers": 2, "tied": False}
-ARRIVALS = {0: {"a": random_prompt(20), "b": random_prompt(33)}, 3: {"c": random_prompt(7), "d": random_prompt(1)}}
+ARRIVALS = {0: {"a": random_prompt(20), "b": random_prompt(33)}, 2: {"c": random_prompt(7), "d": random_prompt(1)}}
+TOKENS = 4  # each: steps of two rows before the others arrive and after they have, and one of all four between
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stand-in; on a GPU the real backends run")
 
@@ -84,7 +85,7 @@ def test_a_request_arriving_midway(variant, gates, settings, paged, opt, predict
     calls = paged(gpu)
     model = opt(**{**MODEL, **variant})
     artifact = predictors(model, **gates)
-    steps, tokens, counted = record(model, artifact, ARRIVALS, 6, settings)
+    steps, tokens, counted = record(model, artifact, ARRIVALS, TOKENS, settings)
     sparse = sum(s.sparse for s in steps)
     assert calls["paged_attention"] == calls["sparse_out_proj"] == MODEL["layers"] * sparse, "attention did not go through the paged kernel"
     if gates.get("attention") == "previous" and "mlp" not in gates:
@@ -120,7 +121,7 @@ def test_the_reference_kernels_give_the_same_tokens_over_the_same_cache(paged, o
     results = []
     for module in (gpu, reference):
         paged(module)
-        _, tokens, counted = record(model, artifact, ARRIVALS, 6)
+        _, tokens, counted = record(model, artifact, ARRIVALS, TOKENS)
         results.append((tokens, counted["steps"], counted["layers"]))
     assert results[0] == results[1]
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzz import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dejavu import artifact
@@ -57,7 +58,6 @@ JSON = st.recursive(
 MAX_BYTES = 1 << 30
 
 valid_settings = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in VALID.items()})
-fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def text(value) -> str:
@@ -73,7 +73,7 @@ def test_every_setting_is_fuzzed():
     assert sorted(VALID) == sorted(ALLOWED) == FIELDS, "a new setting needs an entry in both tables"
 
 
-@settings(fuzz, max_examples=100)
+@fuzz(100)
 @given(raw=valid_settings, digest=st.none() | JSON)
 def test_valid_settings_are_taken_as_they_are(raw, digest):
     """Every combination, in JSON, as the front end passes it on to the workers: with our digest in it."""
@@ -83,7 +83,7 @@ def test_valid_settings_are_taken_as_they_are(raw, digest):
     assert text(config_of(found)) == text(found), "written out and read again"
 
 
-@settings(fuzz, max_examples=300)
+@fuzz(300)
 @given(raw=valid_settings, key=st.sampled_from(FIELDS), value=JSON | st.sampled_from([v for values in VALID.values() for v in values]))
 def test_one_fuzzed_value_is_taken_or_named(raw, key, value):
     raw = {**raw, key: value}
@@ -98,7 +98,7 @@ def test_one_fuzzed_value_is_taken_or_named(raw, key, value):
     assert all(text(found[k]) == text(v) for k, v in raw.items())
 
 
-@settings(fuzz, max_examples=100)
+@fuzz(100)
 @given(raw=valid_settings, unknown=st.dictionaries(st.text(max_size=12), JSON, min_size=1, max_size=3))
 def test_unknown_keys_are_named(raw, unknown):
     unknown = {k: v for k, v in unknown.items() if k not in FIELDS and k != DIGEST_KEY} or {"x": 1}
@@ -108,7 +108,7 @@ def test_unknown_keys_are_named(raw, unknown):
     assert all(f"'{name}'" in str(e.value) for name in FIELDS)
 
 
-@settings(fuzz, max_examples=100)
+@fuzz(100)
 @given(raw=JSON.filter(lambda v: not isinstance(v, dict)))
 def test_what_is_no_object_is_shown(raw):
     with pytest.raises(ValueError, match="must be an object of settings") as e:
@@ -198,7 +198,7 @@ def paths(node, at=()) -> list[tuple]:
 SIZES = st.sampled_from([0, 1, 2, 10**6, 10**9, 2**31, 2**63, 2**64, 10**18, 10**400])
 
 
-@settings(fuzz, max_examples=350)
+@fuzz(350)
 @given(data=st.data())
 def test_fuzzed_manifests_are_taken_as_they_are_or_refused(original, target, data):
     raw = json.loads((original / MANIFEST_FILE).read_text())
@@ -230,7 +230,7 @@ def test_fuzzed_manifests_are_taken_as_they_are_or_refused(original, target, dat
         written(loaded.manifest, raw)
 
 
-@settings(fuzz, max_examples=100)
+@fuzz(100)
 @given(data=st.data())
 def test_cut_and_overwritten_manifests(original, target, data):
     """Bytes lost at the end or in the middle, or replaced by others."""
@@ -244,7 +244,7 @@ def test_cut_and_overwritten_manifests(original, target, data):
         written(loaded.manifest, json.loads(changed))
 
 
-@settings(fuzz, max_examples=100)
+@fuzz(100)
 @given(share=st.floats(0, 1, exclude_max=True), extra=st.binary(max_size=64))
 def test_tensors_cut_short_are_refused(original, target, share, extra):
     """As a copy that stopped; with something else behind it, as a download that was resumed wrongly."""
@@ -258,7 +258,7 @@ def test_tensors_cut_short_are_refused(original, target, share, extra):
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "U16", "U64", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64", "x", 3, None]
 
 
-@settings(fuzz, max_examples=200)
+@fuzz(200)
 @given(data=st.data())
 def test_fuzzed_headers_of_the_tensors_are_refused(original, target, data):
     """A header that claims other types, shapes, places and sizes than the file has; its recorded checksum is made to fit."""

@@ -4,7 +4,8 @@ Everything a function must not read holds NaN, so that reading it shows in the r
 """
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_inputs import (
     DENSITIES,
@@ -21,7 +22,7 @@ from tolerances import DTYPE_IDS, DTYPES, assert_close
 
 from vllm_dejavu.kernels import reference
 
-FUZZ = settings(max_examples=80, deadline=None, derandomize=True)
+FUZZ = fuzz(80)
 
 # (tokens, hidden, units): odd sizes, one token, one neuron, and sizes that tile well.
 SIZES = [(1, 64, 256), (3, 37, 301), (5, 16, 1), (1, 1, 1), (8, 48, 192)]

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dejavu.kernels import reference
@@ -302,7 +303,7 @@ class TestIntegers:
                 assert all(torch.equal(p, q) for p, q in zip(a[:3], b[:3], strict=True)) and a[2].any()
 
 
-@settings(max_examples=50, deadline=None)
+@fuzz(50)
 @given(seed=st.integers(0, 10**6), hidden=st.integers(1, 40), units=st.integers(1, 60), rank=st.integers(1, 20), bits=st.integers(2, 8))
 def test_integers_of_any_shape(seed, hidden, units, rank, bits):
     made = predictor(seed, hidden, units, rank)

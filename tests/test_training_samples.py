@@ -5,7 +5,8 @@ import math
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from fuzz import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dejavu.predictor_training.collect import Collector, Request
@@ -85,7 +86,7 @@ def test_output_norm_is_before_out_proj_and_contribution_behind_it():
 # Shards
 
 
-@settings(max_examples=100, deadline=None)
+@fuzz(100)
 @given(rows=st.integers(1, 9), units=st.integers(1, 70), seed=st.integers(0, 99))
 def test_bits_round_trip(rows, units, seed):
     mask = torch.rand(rows, units, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -182,7 +183,7 @@ def test_even_if_every_neuron_is_positive(tmp_path):
     assert 0.8 * 20 * row_bytes(48, 1000, 12, True, True) < store.num_bytes() <= 20 * row_bytes(48, 1000, 12, True, True)
 
 
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 @given(limit=st.integers(1, 10**7), tokens=st.integers(1, 10**5), layers=st.integers(1, 96), row=st.integers(1, 10**4))
 def test_stride_is_the_smallest_that_fits(limit, tokens, layers, row):
     if limit < layers * row:
