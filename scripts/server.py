@@ -53,7 +53,9 @@ class Server:
     """
 
     def __init__(self, model: Path | str, *args: str, log: Path, command: tuple[str, ...] = API_SERVER, env: dict[str, str] | None = None):
-        self.host, self.port = "127.0.0.1", free_port()
+        self.host = "127.0.0.1"
+        self.reserved = reserve_port(self.host)
+        self.port = self.reserved.getsockname()[1]
         self.command = [*command, str(model), *args, "--host", self.host, "--port", str(self.port)]
         self.log = log
         self.env = {k: v for k, v in os.environ.items() if k not in UNSET} | ENV | (env or {})
@@ -109,6 +111,7 @@ class Server:
         Raises:
             ServerError: a process of the group is still there.
         """
+        self.reserved.close()
         if self.process is None or self.stopped:
             return
         if not self.ready:
@@ -195,11 +198,15 @@ class Server:
         return body
 
 
-def free_port() -> int:
-    """A port that is free now; another program could take it before the server does, which then fails to start."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def reserve_port(host: str) -> socket.socket:
+    """A socket bound to a free port, which nobody else is given while it is open.
+
+    It never listens, so that on Linux a server that sets SO_REUSEADDR, as vLLM does, can bind the same port and listen.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((host, 0))
+    return reserved
 
 
 def group_members(group: int) -> list[int]:
