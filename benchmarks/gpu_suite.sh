@@ -226,18 +226,22 @@ result_of() { cat "$WORK/stages/$1" 2>/dev/null || echo "${2:-not run}"; }
 is_done() { [[ $(result_of "$1") == ok* || $(result_of "$1") == "does not fit"* ]]; }
 
 summary() {
-    local s left=() before=()
+    local s left=() before=() lines wanted=0 most=40
     for s in "${listed[@]}"; do
         [[ " ${ran[*]} " == *" $s "* ]] && continue
         if is_done "$s"; then before+=("$s"); else left+=("$s"); fi
     done
+    for s in "${ran[@]}"; do wanted=$((wanted + ${SHOWN[$s]:-6} + 1)); done
+    # of many stages all results are shown, and a few lines each
+    [ "$wanted" -gt 37 ] && most=$((36 / ${#ran[@]} - 1))
     {
         cat "$WORK/environment.txt"
         echo "done before: ${before[*]:-nothing}; not run: ${left[*]:-nothing}"
         [ -n "${DRY_RUN:-}" ] && echo "DRY RUN: no measurement"
         for s in "${ran[@]}"; do
             echo "== $s: $(result_of "$s" running)"
-            grep -v '^[[:space:]]*$' "$WORK/logs/$s.log" 2>/dev/null | tail -n "${SHOWN[$s]:-6}"
+            lines=${SHOWN[$s]:-6}
+            grep -v '^[[:space:]]*$' "$WORK/logs/$s.log" 2>/dev/null | tail -n $((lines < most ? lines : most))
         done
     } | cut -c1-220 | head -n 40
 }

@@ -160,6 +160,8 @@ def test_no_time_left(host):
 def test_the_next_call_takes_what_is_not_done(host):
     status, output = host.run("next", DONE="smoke test-kernels kernels", LIMIT_S="99999")
     assert status == 0, output
+    summary = (host.out / "summary.txt").read_text()
+    assert len(summary.splitlines()) <= 40 and all(f"== {stage}: ok" in summary for stage in host.calls())
     assert host.calls() == [stage for stage in NEXT if stage not in ("smoke", "test-kernels", "kernels")]
     (host.fake / "calls").unlink()
     assert host.run("next", LIMIT_S="99999")[0] == 0 and host.calls() == []
