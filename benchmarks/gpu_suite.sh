@@ -175,7 +175,8 @@ PY
     # installed, or a copy of another state: always this checkout's
     local site=${VLLM_SITE:-} log="$WORK/logs/install.log"
     local find='import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("vllm").origin).parents[1])'
-    [ -n "$site" ] || site=$(py -c "$find") || return 1
+    [ -n "$site" ] || site=$(py -c "$find" 2>"$log") ||
+        { echo "no vllm here: source its env.sh first" >&2 && return 1; }
     rm -rf build "$site"/vllm_dejavu "$site"/vllm_dejavu-*.dist-info
     # no C++ build: nothing here runs on the CPU but dry runs
     if VLLM_DEJAVU_CPU_KERNELS=0 py -m pip install --quiet --no-index --no-deps --no-build-isolation \
