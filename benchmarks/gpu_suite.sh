@@ -97,7 +97,8 @@ ablation() { # LABEL SIDES OPTION...
 }
 
 tests() { # SECONDS_A_TEST PYTEST_ARGUMENT...
-    local options=(-q -p no:cacheprovider -o "faulthandler_timeout=$1")
+    # -v: each result as it comes, should the time end before the tests do
+    local options=(-v -p no:cacheprovider -o "faulthandler_timeout=$1")
     py -c 'import pytest_timeout' && options+=("--timeout=$1") || echo "one test may take all the time"
     py -c 'import xdist' && options+=(-n "$JOBS") || echo "tests run one by one"
     py -m pytest "${options[@]}" "${@:2}"
@@ -261,7 +262,7 @@ pack() { # what there is so far, into OUT: the kill at a command's end runs no t
     tar -C "$WORK" -cf "$OUT/traces.part" -T "$list" && mv "$OUT/traces.part" "$OUT/traces.tar"
 }
 
-# A job in the background of a script ignores SIGINT, at which pytest would tell what it had so far.
+# A job in the background of a script ignores SIGINT, at which pytest tells of the failures it had so far.
 interruptible=()
 env --default-signal=INT true 2>/dev/null && interruptible=(env --default-signal=INT)
 
