@@ -26,7 +26,7 @@ demo: install
 	@$(RUN) scripts/demo.py
 
 test: install
-	$(RUN) -m pytest -n $(JOBS) --dist loadgroup
+	$(RUN) -m pytest -n $(JOBS)
 
 lint: install
 	$(RUN) -m ruff check .

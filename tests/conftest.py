@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
+from typing import Any
 
 # Made by the process that was started; those that pytest-xdist starts inherit it.
 CACHE = "DEJAVU_TESTS_CACHE"
@@ -41,9 +42,6 @@ import pytest  # noqa: E402
 from serving import Served  # noqa: E402
 from tiny import make_artifact, make_opt  # noqa: E402
 
-# What the rest of a file shares, a module's fixtures and engines, is made once where one process runs all of it. Tests of
-# kernels share nothing: whichever process is idle takes the next one.
-SPREAD = "test_kernel_"
 # What a child process may take before it counts as hung. Not a measure of anything: no child takes a tenth of it, on a
 # busy machine either.
 HANG_S = 1800
@@ -51,12 +49,26 @@ HANG_S = 1800
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not item.path.name.startswith(SPREAD) and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
         if "on_demand" in item.keywords and os.environ.get("DEJAVU_ON_DEMAND") != "1":
             item.add_marker(pytest.mark.skip(reason="takes minutes: DEJAVU_ON_DEMAND=1 runs it"))
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests one process runs one after the other. Not by `xdist_group`, which pytest 9.2 ignores (pytest-xdist 3.8)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            name = file.rpartition("/")[2]
+            if name.startswith("test_kernel_"):
+                return nodeid  # they share nothing: whoever is idle takes the next one
+            return "servers" if name.startswith("test_server") else file  # module fixtures, engines, one server
+
+    return Scheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -36,8 +36,6 @@ from vllm_dejavu import artifact
 sys.path.insert(0, str(SCRIPTS))
 from server import API_SERVER, Server, ServerError, group_members  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("servers")  # with test_server_load.py: one server, in one process
-
 VLLM_COMMAND = Path(sys.executable).with_name("vllm")  # beside the Python of this environment
 
 

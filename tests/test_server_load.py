@@ -63,8 +63,6 @@ from vllm_dejavu import artifact
 sys.path.insert(0, str(SCRIPTS))
 from server import Server  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("servers")  # with test_server.py: one server, in one process
-
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "opt-books-7m"
 CLIENTS = int(os.environ.get("DEJAVU_LOAD_CLIENTS", "64"))
 SOAK_S = float(os.environ.get("DEJAVU_SOAK_S", "0"))
