@@ -61,7 +61,7 @@ class Gate(nn.Module):
         if tuned is None:
             tuned = _of_size(kernels.CROSSOVERS.get(block, {}), self.predictor.hidden)
         elif cap is not None:
-            cap = max(cap, *tuned)
+            cap = max((cap, *tuned))
         self.max_tokens = _largest_batch(spec, settings.crossover, tuned, cap)
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
