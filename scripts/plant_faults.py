@@ -161,9 +161,8 @@ class Runner:
 
     def run(self, fault: Fault) -> Result:
         """One fault, test file by test file until one notices."""
-        started = time.monotonic()
-        outcome, test = self._lacking(fault) or self._noticed(fault)
-        seconds = time.monotonic() - started
+        reason = self._lacking(fault)
+        outcome, test, seconds = (*reason, 0.0) if reason else self._noticed(fault)
         print(f"{outcome:10} {seconds:7.1f} s  {fault.name}: {test}", flush=True)
         return Result(fault.name, fault.file, fault.drawn, outcome, test, round(seconds, 1))
 
@@ -177,38 +176,44 @@ class Runner:
             return "broken", f"none of its test files is there: {', '.join(fault.tests)}"
         return None
 
-    def _noticed(self, fault: Fault) -> tuple[str, str]:
-        for file in fault.tests:
-            if file in self.present:
-                why, limit_s = self._without_fault(file, fault.native)
-                outcome, test = ("broken", why) if why else self._run(file, limit_s, fault.native, fault)
-                if outcome != "green":
-                    return outcome, test
-        return "survived", ""
+    def _noticed(self, fault: Fault) -> tuple[str, str, float]:
+        seconds = 0.0
+        for file in filter(self.present.__contains__, fault.tests):
+            why, limit_s = self._without_fault(file, fault.native)
+            if why:
+                return "broken", why, seconds
+            outcome, test, took = self._run(file, limit_s, fault.native, fault)
+            seconds += took
+            if outcome != "green":
+                return outcome, test, seconds
+        return "survived", "", seconds
 
     def _without_fault(self, file: str, native: bool) -> tuple[str, float]:
         with self.locks[file, native]:
             if (file, native) not in self.green:
-                started = time.monotonic()
-                outcome, why = self._run(file, 3600, native)
-                seconds = time.monotonic() - started
+                outcome, why, seconds = self._run(file, 3600, native)
                 what = f"{file}{' (switched build)' if native else ''}"
                 print(f"{outcome:10} {seconds:7.1f} s  {what} without a fault {why}", flush=True)
                 problem = "" if outcome == "green" else f"{file} is {outcome} without a fault: {why}"
                 self.green[file, native] = problem, max(LEAST_LIMIT_S, SLOWER * seconds)
             return self.green[file, native]
 
-    def _run(self, file: str, limit_s: float, native: bool, fault: Fault | None = None) -> tuple[str, str]:
+    def _run(
+        self, file: str, limit_s: float, native: bool, fault: Fault | None = None
+    ) -> tuple[str, str, float]:
+        """As `run_tests`, and the seconds it took, in a copy that no other job uses."""
         folder = self.copies.get()
+        started = time.monotonic()
         try:
             if self.library[native].exists():
                 shutil.copy2(self.library[native], folder / LIBRARY)
             if fault is None or native:
-                return run_tests(folder, file, limit_s, 0 if fault is None else self.native.index(fault) + 1)
+                number = 0 if fault is None else self.native.index(fault) + 1
+                return *run_tests(folder, file, limit_s, number), time.monotonic() - started
             path, text = folder / fault.file, (ROOT / fault.file).read_text(encoding="utf-8")
             path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
             try:
-                return run_tests(folder, file, limit_s)
+                return *run_tests(folder, file, limit_s), time.monotonic() - started
             finally:
                 path.write_text(text, encoding="utf-8")
         finally:
@@ -245,6 +250,13 @@ def write(results: list[Result], out: Path) -> None:
             writer.writerows(rows)
 
 
+def read(out: Path) -> list[Result]:
+    """What an interrupted run left; only of CSV."""
+    with open(out, encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    return [Result(**{**r, "drawn": r["drawn"] == "True", "seconds": float(r["seconds"])}) for r in rows]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults, by name")
@@ -255,12 +267,15 @@ def main() -> int:
         help="run the tests of another checkout against this one's code",
     )
     parser.add_argument("--out", type=Path, help="write the results to a .csv or .json file")
+    parser.add_argument("--resume", action="store_true", help="keep the results that --out (a .csv) holds")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time (default 1)")
     parser.add_argument("--list", action="store_true", help="only list the faults")
     args = parser.parse_args()
     faults = [f for f in FAULTS if not args.only or f.name in args.only]
     if unknown := set(args.only or ()) - {f.name for f in faults}:
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    if args.resume and not (args.out and args.out.suffix == ".csv" and args.out.is_file()):
+        parser.error("--resume needs --out with the .csv of an earlier run")
     if problems := [p for p in map(stale, faults) if p]:
         parser.error("\n".join(problems))
     if args.list:
@@ -268,13 +283,16 @@ def main() -> int:
             print(f"{f.name:45} {'drawn ' if f.drawn else 'picked'} {f.file:36} {', '.join(f.tests)}")
         return 0
 
+    made = {r.name: r for r in read(args.out)} if args.resume else {}
+    results = [made[fault.name] for fault in faults if fault.name in made]
     with tempfile.TemporaryDirectory(prefix="dejavu-faults.") as work, ThreadPoolExecutor(args.jobs) as pool:
         tests_from = None if args.tests_from is None else args.tests_from.resolve()
-        runner = Runner(Path(work), args.jobs, tests_from, faults)
-        made = {result.name: result for result in pool.map(runner.run, in_turns(faults))}
-    results = [made[fault.name] for fault in faults]
-    if args.out:
-        write(results, args.out)
+        runner = Runner(Path(work), args.jobs, tests_from, [f for f in faults if f.name not in made])
+        for result in pool.map(runner.run, in_turns([f for f in faults if f.name not in made])):
+            made[result.name] = result
+            results = [made[fault.name] for fault in faults if fault.name in made]
+            if args.out:  # what there is so far: a run takes long
+                write(results, args.out)
     counts = {
         kind: [r.name for r in results if r.result == kind]
         for kind in ("killed", "survived", "broken", "not run")
