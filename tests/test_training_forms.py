@@ -113,6 +113,19 @@ def test_closed_form_finds_the_subspace(synthetic):
     assert forms.closed_form(synthetic.task(rank=RANK)).explained > 0.9 > 0.8 > forms.closed_form(synthetic.task(rank=RANK // 3)).explained
 
 
+def test_closed_form_spends_its_rank_on_the_undecided(synthetic):
+    """A neuron that never fires needs no precision: it takes none from the others."""
+    z, half = synthetic.z[synthetic.test], FFN // 2
+
+    def explained(first, second):
+        """Share of the first neurons' variance that their scores explain, when so many tokens activate the first and the second half."""
+        rate = torch.tensor([first] * half + [second] * half, dtype=torch.float64)
+        scores = synthetic.scores(forms.closed_form(synthetic.task(rank=2, activation_rate=rate)))
+        return float(torch.stack([torch.corrcoef(torch.stack([scores[:, i], z[:, i]]))[0, 1] ** 2 for i in range(half)]).mean())
+
+    assert explained(0.5, 0.0) > 1.01 * explained(0.5, 0.5) and explained(0.5, 0.5) > 1.01 * explained(0.0, 0.5)
+
+
 def test_closed_form_needs_no_samples(synthetic):
     forms.closed_form(synthetic.task(samples=lambda: pytest.fail("samples were read")))
 

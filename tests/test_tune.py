@@ -93,6 +93,25 @@ def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch):
     assert min(result.abs().max() for result in results) > 0.1
 
 
+def test_on_a_cpu_masking_heads_is_timed_too(made, monkeypatch):
+    """Its attention computes all heads, of which a served layer then drops those that a row did not select."""
+    layers, masked = tune._Layers(key_of(made[1]), 32, CPU, 3), []
+    inner = layers.impl.mask_heads
+    monkeypatch.setattr(layers.impl, "mask_heads", lambda *args: masked.append(args) or inner(*args))
+    runs, real = layers.attention(3, [0.5])
+    assert real == {"1": 0.5}
+    runs["dense"](0)
+    assert not masked
+    runs["1"](0)
+    assert len(masked) == 1
+
+
+def test_the_largest_rank_is_measured(made):
+    """Gates of heads have none."""
+    loaded = artifact.load(made[1])
+    assert key_of(made[1]).rank == max(layer["mlp"].rank for layer in loaded.manifest.layers) > 0
+
+
 def test_kept_and_found_again(place):
     key = key_of(place)
     assert tune.load(place, key) is None
