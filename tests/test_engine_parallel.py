@@ -148,7 +148,7 @@ def check_shards(ranks: list[list[dict]], predictor: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "executor"),
     [
-        pytest.param(2, "mp", id="2"),
+        pytest.param(2, "mp", id="2", marks=pytest.mark.on_demand),
         pytest.param(4, "mp", id="4", marks=pytest.mark.on_demand),
         pytest.param(2, "ray", id="2-ray"),
     ],

@@ -76,7 +76,7 @@ def record(model, artifact, arrivals, max_tokens, dejavu=None, **options):
         pytest.param({}, {}, {}, id="self"),
         pytest.param({}, {"attention": "previous"}, {}, id="heads_ride_along"),
         pytest.param({}, {"mlp": "attn_input", "attention": "previous"}, {"row_exact": True}, id="attn_input_row_exact"),
-        pytest.param({"pre_ln": False, "embed_dim": 32}, {"attention": "previous"}, {}, id="post_ln"),
+        pytest.param({"pre_ln": False, "embed_dim": 32}, {"attention": "previous"}, {}, id="post_ln", marks=pytest.mark.on_demand),
         pytest.param({"hidden": 160}, {}, {}, id="head_size_80"),
     ],
 )
@@ -100,6 +100,7 @@ def test_a_request_arriving_midway(variant, gates, settings, paged, opt, predict
                 assert entry[block]["read"] == sum(int(m.any(0).sum()) for m in masks)
 
 
+@pytest.mark.on_demand
 def test_preemption_and_prefix_hits(paged, opt, predictors):
     """Blocks change hands: 5 blocks for three growing requests, one of which starts from another's cached block."""
     paged(gpu)
@@ -114,6 +115,7 @@ def test_preemption_and_prefix_hits(paged, opt, predictors):
     assert_replayed(model, artifact, arrivals, steps, tokens, counted["steps"])
 
 
+@pytest.mark.on_demand
 def test_the_reference_kernels_give_the_same_tokens_over_the_same_cache(paged, opt, predictors):
     """Triton and reference over one layout: equal tokens, equal counts."""
     model = opt(**MODEL)

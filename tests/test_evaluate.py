@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine import one_collection
 
 from vllm_dejavu import artifact, cli
-from vllm_dejavu.predictor_training import data
+from vllm_dejavu.predictor_training import data, evaluate
 from vllm_dejavu.predictor_training.calibrate import Gate, Masked
-from vllm_dejavu.predictor_training.evaluate import EvaluateConfig, _increase, run
+from vllm_dejavu.predictor_training.evaluate import EvaluateConfig, _increase
 from vllm_dejavu.predictor_training.hf_opt import OptModel
 from vllm_dejavu.quantization import quantize_model
 
@@ -26,6 +27,11 @@ PROSE = (
     "where a great fire was burning, and sat down without taking off his cloak. His wife said that he had a look of her poor "
     "brother, who was drowned at sea in the year of the great storm, and that she would not sleep that night. "
 )
+
+
+def run(config, *args):
+    with one_collection():
+        return evaluate.run(config, *args)
 
 
 @pytest.fixture(scope="module")

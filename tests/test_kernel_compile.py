@@ -29,7 +29,7 @@ def _check(*args: str) -> None:
 
 
 SUBSETS = [
-    pytest.param(["sm_90"], "opt-6.7b|head=64", "fp16", "1|16|64", id="sm_90"),
+    pytest.param(["sm_90"], "opt-6.7b|head=64", "fp16", "1|64", id="sm_90"),
     pytest.param(["sm_80", "sm_100"], "opt-6.7b|head=128", "fp16", "16", id="sm_80 and sm_100"),
     pytest.param(
         ["sm_80", "sm_90", "sm_100"], "opt-6.7b|opt-6.7b int8 predictor|head=(?:64|80|128)", "(?:fp16|bf16)", "1|16|32|64",

@@ -785,7 +785,7 @@ def python(code, **env):
     return subprocess.run([sys.executable, "-c", begin + code], env=os.environ | env, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", [*ISAS, "sse9"])
+@pytest.mark.parametrize("name", [ISAS[-1], "sse9"])
 def test_the_environment_names_the_instruction_set(name):
     """Read when a kernel first runs; a name that this CPU does not have is an error, not another instruction set."""
     done = python("import torch; print(cpu.linear(torch.ones(1, 3), torch.ones(1, 3)).item(), cpu.isa())", VLLM_DEJAVU_CPU_ISA=name)

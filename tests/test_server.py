@@ -173,7 +173,7 @@ def half_replaced(tmp_path: Path, model: Path) -> tuple[Path, str]:
 @pytest.mark.parametrize(
     ("command", "fault"),
     [
-        pytest.param(API_SERVER, half_replaced, id="api_server-half_replaced"),
+        pytest.param(API_SERVER, half_replaced, id="api_server-half_replaced", marks=pytest.mark.on_demand),
         pytest.param(
             (str(VLLM_COMMAND), "serve"), missing, id="vllm_serve-missing",
             marks=pytest.mark.skipif(not has_vllm_command(), reason="no metadata of a distribution `vllm`: its command cannot run; see scripts/install.py"),

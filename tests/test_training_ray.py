@@ -127,6 +127,7 @@ def test_a_killed_driver_resumes_alone_or_on_ray(cluster, model, tokens, alone, 
     assert_same(resumed, alone[0])
 
 
+@pytest.mark.on_demand
 def test_the_whole_pipeline_gives_the_artifact_of_one_machine(cluster, opt, tmp_path):
     def run(name, **options):
         config = TrainConfig(
