@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
 import sys
@@ -53,7 +52,6 @@ def engine(model: Path, *, impl: str = "dejavu", dejavu: dict[str, Any] | None =
                     llm.llm_engine.engine_core.shutdown()
                 cleanup_dist_env_and_memory()
             gc.collect()
-            _spare_what_is_imported()
 
 
 @contextlib.contextmanager
@@ -70,15 +68,9 @@ def _process_as_before() -> Iterator[None]:
             sys.excepthook = hook
 
 
-@functools.cache
-def _spare_what_is_imported() -> None:
-    """What is alive after the first engine, modules above all, no later collection looks at: each took 0.4 s."""
-    gc.freeze()
-
-
 def one_collection() -> contextlib.AbstractContextManager:
-    """vLLM collects garbage eight times in an engine's life, which is most of the time a tiny engine takes, and thaws what is frozen."""
-    return mock.patch.multiple(gc, collect=lambda *_: 0, freeze=lambda: None, unfreeze=lambda: None)
+    """vLLM collects garbage eight times in an engine's life, which is most of the time a tiny engine takes."""
+    return mock.patch("gc.collect", lambda *_: 0)
 
 
 def runner_of(llm: LLM) -> Any:
