@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG_S
 
 ROOT = Path(__file__).parent.parent
 IN_PLACE = ROOT / "kernels/_cpu.so"
@@ -15,7 +16,7 @@ def build(folder: Path, **env: str) -> subprocess.CompletedProcess:
     """`setup.py build_ext` into a folder; the library is then folder/lib/vllm_dejavu/kernels/_cpu.so."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_DEJAVU_CPU_")}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
-    return subprocess.run(command, cwd=ROOT, env=clean | env, capture_output=True, text=True, timeout=3600)
+    return subprocess.run(command, cwd=ROOT, env=clean | env, capture_output=True, text=True, timeout=HANG_S)
 
 
 def stamp(path: Path):
@@ -87,5 +88,5 @@ def test_sanitizers_find_nothing(tmp_path):
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "-k", SANITIZED, str(ROOT / "tests/test_kernel_native.py")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0 and " passed" in done.stdout and " skipped" not in done.stdout, (done.stdout + done.stderr)[-6000:]

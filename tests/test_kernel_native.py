@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import HANG_S
 from fuzz import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
@@ -782,7 +783,7 @@ def test_an_unknown_instruction_set_is_refused_with_the_list():
 
 def python(code, **env):
     begin = f"from pathlib import Path; from vllm_dejavu.kernels import cpu; cpu.LIBRARY = Path({str(cpu.LIBRARY)!r}); cpu.available()\n"
-    return subprocess.run([sys.executable, "-c", begin + code], env=os.environ | env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", begin + code], env=os.environ | env, capture_output=True, text=True, timeout=HANG_S)
 
 
 @pytest.mark.parametrize("name", [ISAS[-1], "sse9"])
