@@ -4,12 +4,14 @@ Engines run in this process (no engine-core child), with private vLLM caches, on
 """
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
 import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 # Made by the process that was started; those that pytest-xdist starts inherit it.
@@ -96,6 +98,13 @@ def _seed(name: str) -> None:
     torch.manual_seed(number)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """What a test left behind is that test's fault, not of whichever comes next in this process."""
+    yield
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "it left autograd off"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
     _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
@@ -107,6 +116,7 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what tests/engine.py froze: or nanobind calls it leaks
     if _owner:
         shutil.rmtree(_cache_root, ignore_errors=True)
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from tiny import make_artifact, make_opt
 
 from vllm_dejavu.metrics import summarize
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-from server import Server  # noqa: E402
+from server import API_SERVER, Server  # noqa: E402
 
 WAIT_S = 300  # only ever waited for in full when something is broken: the machine may be busy
 MAX_SEQS = 16
@@ -30,11 +32,13 @@ POSITIONS = 1 << 16  # so many that a request of ENDLESS tokens does not end bef
 ENDLESS = POSITIONS - 1024
 PROMPT = [2, 17, 101, 5, 77, 30]
 
+# A served model's name is always "tiny".
 COMMON = (
     *("--model-impl", "dejavu", "--enforce-eager", "--dtype", "float32"),
     *("--max-num-seqs", str(MAX_SEQS), "--block-size", "32", "--gpu-memory-utilization", "0.3"),
+    *("--served-model-name", "tiny"),
 )
-TINY = (*COMMON, "--skip-tokenizer-init", "--served-model-name", "tiny")
+TINY = (*COMMON, "--skip-tokenizer-init")
 ROOMY = ("--max-model-len", str(POSITIONS), "--kv-cache-memory-bytes", "512M")
 LOGGING = {"VLLM_LOG_STATS_INTERVAL": "1"}  # /metrics follow the workers' counts when vLLM logs
 
@@ -51,17 +55,30 @@ def start(server: Server) -> Server:
     return server
 
 
+def vllm_command() -> tuple[str, ...] | None:
+    """`vllm serve` of this environment; None where no distribution is called vllm, without which it does not run."""
+    command = Path(sys.executable).with_name("vllm")
+    try:
+        return (str(command), "serve") if metadata.version("vllm") and command.exists() else None
+    except metadata.PackageNotFoundError:
+        return None
+
+
 class Served:
     """One server of a tiny model for all files that need one; a new one takes the place of one that a test broke.
 
+    Started by `vllm serve`, as users do, where that runs.
+
     Attributes:
-        model: the checkpoint. place: where the served artifact lies; tests may replace it.
+        model: the checkpoint, random, with a real tokenizer. place: where the served artifact lies; tests may replace it.
     """
 
     def __init__(self, directory: Path):
         self.directory, self.place = directory, directory / "artifact"
         # Untied: with tied embeddings a random model repeats one token, and tokens then say little.
-        self.model = make_opt(directory / "model", positions=POSITIONS, tied=False)
+        self.model = make_opt(directory / "model", vocab=8192, positions=POSITIONS, tied=False)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ROOT / "examples" / "opt-books-7m" / name, self.model / name)
         self._server: Server | None = None
         self._started = 0
 
@@ -70,8 +87,9 @@ class Served:
             self.stop()
             self.make_artifact(seed=0)
             self._started += 1
-            log = self.directory / f"server-{self._started}.log"
-            self._server = Server(self.model, *TINY, *ROOMY, *dejavu(self.place), log=log, env=LOGGING)
+            log, command = self.directory / f"server-{self._started}.log", vllm_command() or API_SERVER
+            options = (*TINY, *ROOMY, *dejavu(self.place))
+            self._server = Server(self.model, *options, log=log, command=command, env=LOGGING)
             start(self._server)
         return self._server
 

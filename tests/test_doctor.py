@@ -37,7 +37,7 @@ def test_plugin_not_allowed_by_vllm_plugins():
     assert "VLLM_PLUGINS" in done.stdout and "would NOT take effect" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["vllm_dejavu.plugin", "vllm_dejavu.model"])
+@pytest.mark.parametrize("module", ["vllm_dejavu.plugin", pytest.param("vllm_dejavu.model", marks=pytest.mark.on_demand)])
 def test_broken_plugin_is_reported_with_its_error(tmp_path, module):
     """vLLM only logs a plugin that fails to import, and goes on with its own OPT."""
     (tmp_path / "sitecustomize.py").write_text(BREAK.format(module=module))

@@ -73,7 +73,7 @@ def record(model, artifact, arrivals, max_tokens, dejavu=None, **options):
 @pytest.mark.parametrize(
     ("variant", "gates", "settings"),
     [
-        pytest.param({}, {}, {}, id="self"),
+        pytest.param({}, {}, {}, id="self", marks=pytest.mark.on_demand),
         pytest.param({}, {"attention": "previous"}, {}, id="heads_ride_along"),
         pytest.param({}, {"mlp": "attn_input", "attention": "previous"}, {"row_exact": True}, id="attn_input_row_exact"),
         pytest.param({"pre_ln": False, "embed_dim": 32}, {"attention": "previous"}, {}, id="post_ln", marks=pytest.mark.on_demand),

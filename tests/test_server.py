@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from serving import (
     gauge,
     held,
     request,
+    vllm_command,
     wait_until,
 )
 from tiny import VOCAB, make_artifact, make_opt
@@ -35,15 +35,6 @@ from vllm_dejavu import artifact
 
 sys.path.insert(0, str(SCRIPTS))
 from server import API_SERVER, Server, ServerError, group_members  # noqa: E402
-
-VLLM_COMMAND = Path(sys.executable).with_name("vllm")  # beside the Python of this environment
-
-
-def has_vllm_command() -> bool:
-    try:
-        return bool(metadata.version("vllm")) and VLLM_COMMAND.exists()
-    except metadata.PackageNotFoundError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -170,18 +161,13 @@ def half_replaced(tmp_path: Path, model: Path) -> tuple[Path, str]:
     return path, f"{re.escape(str(path))}.*The two files are not of the same artifact"
 
 
-@pytest.mark.parametrize(
-    ("command", "fault"),
-    [
-        pytest.param(API_SERVER, half_replaced, id="api_server-half_replaced", marks=pytest.mark.on_demand),
-        pytest.param(
-            (str(VLLM_COMMAND), "serve"), missing, id="vllm_serve-missing",
-            marks=pytest.mark.skipif(not has_vllm_command(), reason="no metadata of a distribution `vllm`: its command cannot run; see scripts/install.py"),
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.on_demand
+@pytest.mark.parametrize("command", [API_SERVER, vllm_command()], ids=["api_server", "vllm_serve"])
+@pytest.mark.parametrize("fault", [missing, half_replaced])
 def test_a_faulty_artifact_is_refused_at_start(tmp_path, served, command, fault):
     """Both entry points come as far as our class, whose check speaks before any worker starts."""
+    if command is None:
+        pytest.skip("no metadata of a distribution `vllm`: its command cannot run; see scripts/install.py")
     path, message = fault(tmp_path, served.model)
     options = (*TINY, *ROOMY, *dejavu(path))
     with Server(served.model, *options, log=tmp_path / "server.log", command=command) as server:
@@ -193,9 +179,8 @@ def test_a_faulty_artifact_is_refused_at_start(tmp_path, served, command, fault)
         assert wait_until(lambda: server.processes() == [])
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.on_demand)], ids=lambda s: s.name
-)
+@pytest.mark.on_demand
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_demo_leaves_no_server_behind(tmp_path, number):
     """Ctrl-C, and even SIGKILL, of the demo while its server starts: vLLM 0.32 then ignores SIGTERM, so it must be killed."""
     model = make_opt(tmp_path / "model", layers=1, positions=512)
@@ -220,22 +205,25 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from server import Server
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(3600)"
-server = Server("model", log=Path(sys.argv[2]), command=(sys.executable, "-c", stubborn))
-server.start()
-print(server.process.pid, flush=True)
-sys.stdin.read()
+with Server("model", log=Path(sys.argv[2]), command=(sys.executable, "-c", stubborn)) as server:
+    server.start()
+    print(server.process.pid, flush=True)
+    sys.stdin.read()
 """
 
 
-def test_a_server_ends_with_its_owner(tmp_path):
-    """SIGKILL of whoever started it, which no handler sees: even a server that ignores SIGTERM."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_server_ends_with_its_owner(tmp_path, number):
+    """Ctrl-C in whoever started it, or SIGKILL, which no handler sees: even a server that ignores SIGTERM."""
     command = [sys.executable, "-c", OWNER, str(SCRIPTS), str(tmp_path / "log")]
-    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         group = int(owner.stdout.readline())
         assert wait_until(lambda: "deaf" in (tmp_path / "log").read_text()), "it did not start"
         assert group_members(group)
+        owner.send_signal(number)
+        _, said = owner.communicate(timeout=WAIT_S)
     finally:
         owner.kill()
-        owner.communicate()
+    assert owner.returncode == -number, said
     assert wait_until(lambda: not group_members(group))

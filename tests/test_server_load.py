@@ -63,7 +63,6 @@ from vllm_dejavu import artifact
 sys.path.insert(0, str(SCRIPTS))
 from server import Server  # noqa: E402
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "opt-books-7m"
 CLIENTS = int(os.environ.get("DEJAVU_LOAD_CLIENTS", "64"))
 SOAK_S = float(os.environ.get("DEJAVU_SOAK_S", "0"))
 SOAK_GROWTH_MB = 64  # of all processes together, after warm-up
@@ -81,16 +80,6 @@ def first_digest(served):
 
 
 @pytest.fixture(scope="module")
-def restarted(tmp_path_factory, served):
-    """The same place with another artifact, served by a new process, with prompts sparse too and KV blocks for three requests."""
-    served.stop()
-    served.make_artifact(seed=1)
-    log = tmp_path_factory.mktemp("log") / "restarted.log"
-    with Server(served.model, *TINY, *CRAMPED, *dejavu(served.place, apply_to="all"), log=log) as server:
-        yield start(server)
-
-
-@pytest.fixture(scope="module")
 def template(tmp_path_factory):
     path = tmp_path_factory.mktemp("template") / "chat.jinja"
     path.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
@@ -98,11 +87,14 @@ def template(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory, template):
-    """A trained model with its tokenizer and its own predictors, as users serve it."""
-    log = tmp_path_factory.mktemp("log") / "books.log"
-    options = (*COMMON, "--max-model-len", "512", "--kv-cache-memory-bytes", "256M", "--served-model-name", "books", "--chat-template", str(template))
-    with Server(EXAMPLE, *options, log=log) as server:
+def restarted(tmp_path_factory, served, template):
+    """The same place with another artifact, served by a new process, with prompts sparse too, KV blocks for three requests, and
+    the tokenizer."""
+    served.stop()
+    served.make_artifact(seed=1)
+    log = tmp_path_factory.mktemp("log") / "restarted.log"
+    options = (*COMMON, *CRAMPED, *dejavu(served.place, apply_to="all"), "--chat-template", str(template))
+    with Server(served.model, *options, log=log) as server:
         yield start(server)
 
 
@@ -267,10 +259,13 @@ def test_preempted_requests_complete(restarted):
     complete(restarted)
 
 
-def test_a_killed_engine_fails_every_request(restarted):
-    """Breaks the server, so it is the last test that uses it."""
+@pytest.mark.on_demand
+def test_a_killed_engine_fails_every_request(tmp_path, served):
+    predictor = make_artifact(tmp_path / "artifact", served.model, density=0.5)
     asks = [Ask((2, *range(10, 20 + i)), 480, stream=i % 4 > 0) for i in range(MAX_SEQS)]
-    break_amid_requests(restarted, lambda: kill_process(restarted, "VLLM::EngineCore"), asks)
+    with Server(served.model, *TINY, *CRAMPED, *dejavu(predictor), log=tmp_path / "server.log") as server:
+        start(server)
+        break_amid_requests(server, lambda: kill_process(server, "VLLM::EngineCore"), asks)
 
 
 @pytest.mark.on_demand
@@ -337,28 +332,28 @@ def test_a_lost_ray_node_fails_every_request(tmp_path, served, monkeypatch):
 
 
 QUESTION = [{"role": "system", "content": "Speak."}, {"role": "user", "content": "What did the old gentleman say?"}]
-GREEDY = {"model": "books", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+GREEDY = {"model": "tiny", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
-def expected(books):
+def expected(restarted):
     """Completion of the text that the template makes of QUESTION."""
     prompt = "system: Speak.\nuser: What did the old gentleman say?\nassistant:"
-    return books.post("/v1/completions", {**GREEDY, "prompt": prompt, "add_special_tokens": False})["choices"][0]
+    return restarted.post("/v1/completions", {**GREEDY, "prompt": prompt, "add_special_tokens": False})["choices"][0]
 
 
-def test_chat(books, expected):
-    before = counted(books)["steps"]["sparse"]
-    answer = books.post("/v1/chat/completions", {**GREEDY, "messages": QUESTION})
+def test_chat(restarted, expected):
+    before = counted(restarted)["steps"]["sparse"]
+    answer = restarted.post("/v1/chat/completions", {**GREEDY, "messages": QUESTION})
     choice = answer["choices"][0]
     assert choice["message"]["role"] == "assistant" and choice["message"]["content"].strip()
     assert answer["prompt_token_ids"] == expected["prompt_token_ids"], "the template was used"
     assert choice["token_ids"] == expected["token_ids"] and choice["message"]["content"] == expected["text"]
-    assert counted(books)["steps"]["sparse"] - before == 23
+    assert counted(restarted)["steps"]["sparse"] - before == 24, "the prompt's too"
 
 
-def test_chat_streamed(books, expected):
-    events = list(books.stream("/v1/chat/completions", {**GREEDY, "messages": QUESTION}))
+def test_chat_streamed(restarted, expected):
+    events = list(restarted.stream("/v1/chat/completions", {**GREEDY, "messages": QUESTION}))
     choices = [choice for event in events for choice in event["choices"]]
     texts = [choice["delta"].get("content") for choice in choices]  # how many depends on how fast they are read
     assert "".join(t for t in texts if t) == expected["text"]
@@ -395,35 +390,35 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_requests_are_refused(books, name):
+def test_malformed_requests_are_refused(restarted, name):
     path, payload = MALFORMED[name]
-    status, body = send(books, "POST", path, payload)
+    status, body = send(restarted, "POST", path, payload)
     assert 400 <= status < 500, (status, body[:500])
     answer = json.loads(body)
     assert answer["error"]["message"] and answer["error"]["code"] == status
-    assert healthy(books)
+    assert healthy(restarted)
 
 
-def test_malformed_requests_leave_nothing_behind(books, expected):
+def test_malformed_requests_leave_nothing_behind(restarted, expected):
     """All of them at once, beside good ones, which get what they get alone."""
     good = {**GREEDY, "prompt": expected["prompt_token_ids"]}
     with ThreadPoolExecutor(16) as pool:
-        bad = [pool.submit(send, books, "POST", *request) for request in MALFORMED.values()]
-        answers = [pool.submit(books.post, "/v1/completions", good) for _ in range(4)]
+        bad = [pool.submit(send, restarted, "POST", *request) for request in MALFORMED.values()]
+        answers = [pool.submit(restarted.post, "/v1/completions", good) for _ in range(4)]
         assert all(400 <= future.result()[0] < 500 for future in bad)
         assert all(len(future.result()["choices"][0]["token_ids"]) == 24 for future in answers)
-    assert_idle(books)
-    assert books.post("/v1/completions", good)["choices"][0]["token_ids"] == expected["token_ids"]
+    assert_idle(restarted)
+    assert restarted.post("/v1/completions", good)["choices"][0]["token_ids"] == expected["token_ids"]
 
 
-def test_stops_clean(books):
+def test_stops_clean(restarted):
     """Stops the server, so it is the last test that uses it."""
-    assert len(books.processes()) > 1, "front end and engine"
-    books.stop(grace_s=WAIT_S)
-    assert books.process.returncode == 0, "SIGTERM was enough"
-    assert books.processes() == []
+    assert len(restarted.processes()) > 1, "front end and engine"
+    restarted.stop(grace_s=WAIT_S)
+    assert restarted.process.returncode == 0, "SIGTERM was enough"
+    assert restarted.processes() == []
     with pytest.raises(OSError):
-        books.get("/health")
+        restarted.get("/health")
 
 
 def resident_mb(server: Server) -> float:

@@ -40,7 +40,7 @@ def text(tmp_path_factory):
 
 
 def config(model, text, output, **changes) -> TrainConfig:
-    small = {"seq_len": 64, "max_tokens": 2048, "valid_tokens": 256, "valid_share": 0.25, "rank": 16, "max_ppl_increase": 0.1, "batch": 4}
+    small = {"seq_len": 64, "max_tokens": 2048, "valid_tokens": 128, "valid_share": 0.25, "rank": 16, "max_ppl_increase": 0.1, "batch": 4}
     return TrainConfig(model=model, data=(text,), output=str(output), **{**small, **changes})
 
 
@@ -440,7 +440,7 @@ class TestCommandLine:
 
     def test_resume(self, trained, model, text, tmp_path, monkeypatch, capsys):
         """Refused in a line, then granted; without --resume the same command would continue as well."""
-        command = ["train", "--model", model, "--data", text, "--output", str(tmp_path / "a"), "--seq-len", "64", "--max-tokens", "2048", "--valid-tokens", "256",
+        command = ["train", "--model", model, "--data", text, "--output", str(tmp_path / "a"), "--seq-len", "64", "--max-tokens", "2048", "--valid-tokens", "128",
                    "--valid-share", "0.25", "--rank", "16", "--max-ppl-increase", "0.1", "--max-memory", "1G"]  # fmt: skip
         assert cli.main([*command, "--resume"]) == 1
         assert "holds no interrupted run" in capsys.readouterr().err
