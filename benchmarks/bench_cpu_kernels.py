@@ -2,12 +2,14 @@
 
     python benchmarks/bench_cpu_kernels.py --geometry 1.3b --output results/cpu
 
-Weights are random and rotate over more layers than the last cache holds; lists of neurons are random. In every round each
-side runs once, so that what else the machine does falls on all alike; a row has the median of the rounds' ratios, with
-their 20th and 80th percentile. Sides: `stock`, vLLM's packed oneDNN linears with ReLU in between; `dense`, ours over all
-rows from weights as they lie; `sparse`, ours over a list, with the prediction of it. The crossover of a batch is the union
-density at which `sparse` takes as long as `dense`, by linear interpolation: fc2's rows survive at the union's rate on both.
+Weights are random and rotate over more layers than the last cache holds; lists of neurons are random. In
+every round each side runs once, so that what else the machine does falls on all alike; a row has the median
+of the rounds' ratios, with their 20th and 80th percentile. Sides: `stock`, vLLM's packed oneDNN linears with
+ReLU in between; `dense`, ours over all rows from weights as they lie; `sparse`, ours over a list, with the
+prediction of it. The crossover of a batch is the union density at which `sparse` takes as long as `dense`, by
+linear interpolation: fc2's rows survive at the union's rate on both.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +38,11 @@ def rounds(sides: dict[str, Callable[[int], Any]], layers: int, number: int) -> 
 
 def ratio(times: dict[str, list[float]], over: str, side: str) -> dict[str, float]:
     values = [a / b for a, b in zip(times[over], times[side], strict=True)]
-    return {"ratio": median(values), "ratio_p20": percentile(values, 0.2), "ratio_p80": percentile(values, 0.8)}
+    return {
+        "ratio": median(values),
+        "ratio_p20": percentile(values, 0.2),
+        "ratio_p80": percentile(values, 0.8),
+    }
 
 
 class Layers:
@@ -63,7 +69,8 @@ class Layers:
         self.packed_fc1, self.packed_fc2 = packed(self.fc1), packed(self.fc2_t, transposed=True)
         self.packed_qkv, self.packed_out = packed(self.qkv), packed(self.out)
         self.qkv_bias = torch.zeros(3 * hidden, dtype=dtype)
-        self.fc1_bias = torch.full((ffn,), 5.0, dtype=dtype)  # every neuron comes out positive: a list's rows are all read
+        # every neuron comes out positive: a list's rows are all read
+        self.fc1_bias = torch.full((ffn,), 5.0, dtype=dtype)
         self.down = torch.randint(-127, 128, (rank, hidden), dtype=torch.int8)
         self.up = torch.randint(-127, 128, (ffn, rank), dtype=torch.int8)
         self.bias = torch.zeros(ffn)
@@ -75,13 +82,17 @@ def mlp_rows(weights: Layers, x: torch.Tensor, layers: int, number: int) -> list
     lists = {d: reference.compact_union(torch.rand(1, ffn) < d) for d in DENSITIES}
 
     def stock(i: int) -> torch.Tensor:
-        return weights.mm(weights.packed_fc2[i], torch.relu_(weights.mm(weights.packed_fc1[i], x, weights.fc1_bias)), None)
+        return weights.mm(
+            weights.packed_fc2[i], torch.relu_(weights.mm(weights.packed_fc1[i], x, weights.fc1_bias)), None
+        )
 
     def select(i: int) -> Any:
         return cpu.select_neurons(x, weights.down, weights.up, weights.bias, lens)
 
     def sparse(density: float) -> Callable[[int], Any]:
-        return lambda i: cpu.sparse_mlp(x, weights.fc1[i], weights.fc1_bias, weights.fc2_t[i], *lists[density], lens)
+        return lambda i: cpu.sparse_mlp(
+            x, weights.fc1[i], weights.fc1_bias, weights.fc2_t[i], *lists[density], lens
+        )
 
     sides: dict[str, Callable[[int], Any]] = {"stock": stock, "select": select}
     sides["dense"] = lambda i: cpu.dense_mlp(x, weights.fc1[i], weights.fc1_bias, weights.fc2_t[i])
@@ -90,30 +101,74 @@ def mlp_rows(weights: Layers, x: torch.Tensor, layers: int, number: int) -> list
     times = rounds(sides, layers, number)
     size = weights.fc1[0].nbytes + weights.fc2_t[0].nbytes
     predict = median(times["select"])
-    rows = [{"block": "mlp", "side": "stock", "density": 1.0, "ms": median(times["stock"]), "gbps": size / median(times["stock"]) / 1e6}]
-    rows.append({"block": "mlp", "side": "dense", "density": 1.0, "ms": median(times["dense"]), "gbps": size / median(times["dense"]) / 1e6, **ratio(times, "stock", "dense")})
+    rows = [
+        {
+            "block": "mlp",
+            "side": "stock",
+            "density": 1.0,
+            "ms": median(times["stock"]),
+            "gbps": size / median(times["stock"]) / 1e6,
+        }
+    ]
+    rows.append(
+        {
+            "block": "mlp",
+            "side": "dense",
+            "density": 1.0,
+            "ms": median(times["dense"]),
+            "gbps": size / median(times["dense"]) / 1e6,
+            **ratio(times, "stock", "dense"),
+        }
+    )
     stock_gbps = rows[0]["gbps"]
     for d in DENSITIES if tokens <= 64 else ():
         ms, read = median(times[f"sparse {d}"]), int(lists[d][1].sum()) / ffn
-        rows.append({"block": "mlp", "side": "sparse", "density": read, "ms": ms, "predict_ms": predict, "gbps": read * size / ms / 1e6, "gbps_ratio": read * size / ms / 1e6 / stock_gbps, **ratio(times, "stock", f"sparse {d}")})
+        rows.append(
+            {
+                "block": "mlp",
+                "side": "sparse",
+                "density": read,
+                "ms": ms,
+                "predict_ms": predict,
+                "gbps": read * size / ms / 1e6,
+                "gbps_ratio": read * size / ms / 1e6 / stock_gbps,
+                **ratio(times, "stock", f"sparse {d}"),
+            }
+        )
     return rows
 
 
-def projection_rows(weights: Layers, x: torch.Tensor, heads: int, layers: int, number: int) -> list[dict[str, Any]]:
+def projection_rows(
+    weights: Layers, x: torch.Tensor, heads: int, layers: int, number: int
+) -> list[dict[str, Any]]:
     tokens, hidden = x.shape
     lens, size = torch.ones(tokens, dtype=torch.int32), hidden // heads
     attn, out = x.view(tokens, heads, size), torch.empty_like(x)
     predictor, bias = torch.randint(-127, 128, (heads, hidden), dtype=torch.int8), torch.zeros(heads)
     rows = []
     for density in (0.5, 1.0) if tokens <= 64 else (1.0,):
-        scores = torch.where(torch.rand(heads).argsort() < density * heads, 1.0, -1.0).expand(tokens, heads).contiguous()
+        scores = (
+            torch.where(torch.rand(heads).argsort() < density * heads, 1.0, -1.0)
+            .expand(tokens, heads)
+            .contiguous()
+        )
         sides: dict[str, Callable[[int], Any]] = {
-            "stock": lambda i: (weights.mm(weights.packed_qkv[i], x, weights.qkv_bias), weights.mm(weights.packed_out[i], x, None)),
-            "dense": lambda i: (cpu.linear(x, weights.qkv[i], weights.qkv_bias), cpu.linear(x, weights.out[i])),
+            "stock": lambda i: (
+                weights.mm(weights.packed_qkv[i], x, weights.qkv_bias),
+                weights.mm(weights.packed_out[i], x, None),
+            ),
+            "dense": lambda i: (
+                cpu.linear(x, weights.qkv[i], weights.qkv_bias),
+                cpu.linear(x, weights.out[i]),
+            ),
         }
         if tokens <= 64:
-            # what a dense attention block does not do: scores, and zeros for the heads of a row that others selected
-            sides["select"] = lambda i, s=scores: (cpu.score_heads(x, predictor, bias, lens), cpu.mask_heads(attn, s))
+            # what a dense attention block does not do: scores, and zeros for the heads of a row that others
+            # selected
+            sides["select"] = lambda i, s=scores: (
+                cpu.score_heads(x, predictor, bias, lens),
+                cpu.mask_heads(attn, s),
+            )
             sides["sparse"] = lambda i, s=scores: (
                 cpu.sparse_qkv(x, weights.qkv[i], weights.qkv_bias, s, lens, size),
                 cpu.sparse_out_proj(attn, weights.out[i], s, out),
@@ -124,7 +179,13 @@ def projection_rows(weights: Layers, x: torch.Tensor, heads: int, layers: int, n
             if side not in times:
                 continue
             read = whole if side != "sparse" else whole * (2 + 2 * density) / 4
-            row = {"block": "qkv+out_proj", "side": side, "density": density, "ms": median(times[side]), "gbps": read / median(times[side]) / 1e6}
+            row = {
+                "block": "qkv+out_proj",
+                "side": side,
+                "density": density,
+                "ms": median(times[side]),
+                "gbps": read / median(times[side]) / 1e6,
+            }
             if side == "sparse":
                 row["predict_ms"] = median(times["select"])
             rows.append(row if side == "stock" else {**row, **ratio(times, "stock", side)})
@@ -134,7 +195,11 @@ def projection_rows(weights: Layers, x: torch.Tensor, heads: int, layers: int, n
 def crossover(rows: list[dict[str, Any]], block: str) -> float | None:
     """`timing.crossover` of a block of a batch's rows; None where only one side was measured."""
     dense = [r["ms"] for r in rows if r["block"] == block and r["side"] == "dense"]
-    points = [(r["density"], r["ms"] + r.get("predict_ms", 0.0)) for r in rows if r["block"] == block and r["side"] == "sparse"]
+    points = [
+        (r["density"], r["ms"] + r.get("predict_ms", 0.0))
+        for r in rows
+        if r["block"] == block and r["side"] == "sparse"
+    ]
     return timing.crossover(dense[0], points) if dense and points else None
 
 
@@ -157,11 +222,38 @@ def main() -> None:
     for tokens in args.tokens:
         x = torch.randn(tokens, g.hidden).to(DTYPES[args.dtype])
         number = max(5, min(args.rounds, 4 * args.rounds * 64 // (64 + tokens)))
-        rows = mlp_rows(weights, x, args.layers, number) + projection_rows(weights, x, g.num_heads, args.layers, number)
+        rows = mlp_rows(weights, x, args.layers, number) + projection_rows(
+            weights, x, g.num_heads, args.layers, number
+        )
         for row in rows:
-            table.add(benchmark="cpu kernels", geometry=args.geometry, dtype=args.dtype, isa=cpu.isa(), threads=torch.get_num_threads(),
-                      tokens=tokens, synthetic=True, crossover=crossover(rows, row["block"]), load=os.getloadavg()[0], **row)  # fmt: skip
-        print_rows([r for r in table.rows if r["tokens"] == tokens], ("tokens", "block", "side", "density", "ms", "predict_ms", "gbps", "ratio", "ratio_p20", "ratio_p80", "crossover"))
+            table.add(
+                benchmark="cpu kernels",
+                geometry=args.geometry,
+                dtype=args.dtype,
+                isa=cpu.isa(),
+                threads=torch.get_num_threads(),
+                tokens=tokens,
+                synthetic=True,
+                crossover=crossover(rows, row["block"]),
+                load=os.getloadavg()[0],
+                **row,
+            )
+        print_rows(
+            [r for r in table.rows if r["tokens"] == tokens],
+            (
+                "tokens",
+                "block",
+                "side",
+                "density",
+                "ms",
+                "predict_ms",
+                "gbps",
+                "ratio",
+                "ratio_p20",
+                "ratio_p80",
+                "crossover",
+            ),
+        )
 
 
 if __name__ == "__main__":

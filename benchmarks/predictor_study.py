@@ -1,10 +1,13 @@
-"""Predictors compared on one model: forms at equal bytes, losses and labels, lookaheads, amount of data, heads against the oracle.
+"""Predictors compared on one model: forms at equal bytes, losses and labels, lookaheads, amount of data,
+heads against the oracle.
 
     python benchmarks/predictor_study.py STUDY... --model DIR --data TRAIN --held-out TEXT --output DIR
 
-Studies: forms, quality, lookahead, data, heads. A CSV each, PNG, and a Markdown table of the forms; `plots` makes these alone. Held-out documents are scored, never trained on. Everything is
-computed with masks in transformers; what is served is scored by `vllm-dejavu evaluate`.
+Studies: forms, quality, lookahead, data, heads. A CSV each, PNG, and a Markdown table of the forms; `plots`
+makes these alone. Held-out documents are scored, never trained on. Everything is computed with masks in
+transformers; what is served is scored by `vllm-dejavu evaluate`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,16 +35,34 @@ from vllm_dejavu.predictor_training.calibrate import (
 from vllm_dejavu.predictor_training.collect import Collector, Moments, Request, layer_lookahead
 from vllm_dejavu.predictor_training.forms import FittedMlp
 from vllm_dejavu.predictor_training.hf_opt import OptModel
-from vllm_dejavu.predictor_training.labels import Labels, head_contributions, head_grams, neuron_energy, top_heads
+from vllm_dejavu.predictor_training.labels import (
+    Labels,
+    head_contributions,
+    head_grams,
+    neuron_energy,
+    top_heads,
+)
 from vllm_dejavu.predictor_training.samples import SampleStore
-from vllm_dejavu.predictor_training.train import FittedHeads, LayerWeights, fit_heads, fit_heads_by_gradient, fit_mlp
+from vllm_dejavu.predictor_training.train import (
+    FittedHeads,
+    LayerWeights,
+    fit_heads,
+    fit_heads_by_gradient,
+    fit_mlp,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import Table, pyplot  # noqa: E402
 
 BUDGETS = (0.015, 0.03, 0.06, 0.12)  # of the MLP's bytes in 16 bits
 WEIGHT_BITS = {"float16": 16, "int8": 8, "int4": 4}
-FORMS = (("closed_form", "bce"), ("closed_form", "energy"), ("finetuned", "bce"), ("finetuned", "energy"), ("paper", "bce"))
+FORMS = (
+    ("closed_form", "bce"),
+    ("closed_form", "energy"),
+    ("finetuned", "bce"),
+    ("finetuned", "energy"),
+    ("paper", "bce"),
+)
 # Neurons are compared at this multiple of their natural density.
 DENSITY = 1.25
 
@@ -56,8 +77,13 @@ class Study:
     def __init__(self, args: argparse.Namespace):
         self.args, self.opt = args, OptModel(args.model)
         self.seq_len = min(2048, self.opt.config.max_position_embeddings)
-        self.documents = {name: self._documents(sources) for name, sources in (("train", args.data), ("held_out", args.held_out))}
-        self.held_out = data.pack(self.documents["held_out"], self.seq_len, self.opt.bos, max_tokens=args.held_out_tokens, seed=0).tokens
+        self.documents = {
+            name: self._documents(sources)
+            for name, sources in (("train", args.data), ("held_out", args.held_out))
+        }
+        self.held_out = data.pack(
+            self.documents["held_out"], self.seq_len, self.opt.bos, max_tokens=args.held_out_tokens, seed=0
+        ).tokens
         self.weights = [LayerWeights.of(self.opt, i) for i in range(len(self.opt.layers))]
         self.seen = self._observe(self.held_out[: max(1, args.scored_tokens // self.seq_len)])
 
@@ -65,7 +91,9 @@ class Study:
         return data.tokenize([t for s in sources for t in data.read_documents(s)], self.opt.tokenizer())
 
     def train(self, tokens: int, seed: int) -> torch.Tensor:
-        return data.pack(self.documents["train"], self.seq_len, self.opt.bos, max_tokens=tokens, seed=seed).tokens
+        return data.pack(
+            self.documents["train"], self.seq_len, self.opt.bos, max_tokens=tokens, seed=seed
+        ).tokens
 
     def table(self, name: str) -> Table:
         return Table(Path(self.args.output) / f"{name}.csv")
@@ -88,7 +116,9 @@ class Study:
         return [{k: torch.cat(v) for k, v in layer.items()} for layer in kept]
 
     def score(self, layer: int, tensors: dict[str, torch.Tensor], lookahead: str) -> dict[str, float]:
-        """Held-out recall, precision and kept energy at DENSITY x the natural density, and AUC over all (token, neuron) pairs."""
+        """Held-out recall, precision and kept energy at DENSITY x the natural density, and AUC over all
+        (token, neuron) pairs.
+        """
         s = self.seen[layer]
         scores = Predictor(tensors).scores(s[state_name("mlp", layer_lookahead(lookahead, layer))])
         active = s["z"] > 0
@@ -99,10 +129,11 @@ class Study:
         positives = float(hits.sum())
         ranks = float((torch.arange(1, len(hits) + 1, dtype=torch.float64) * hits).sum())
         return {
-            "recall": float((selected & active).sum() / active.sum()), "precision": float((selected & active).sum() / selected.sum()),
+            "recall": float((selected & active).sum() / active.sum()),
+            "precision": float((selected & active).sum() / selected.sum()),
             "kept_energy": float((energy * selected).sum() / energy.sum()),
             "auc": (ranks - positives * (positives + 1) / 2) / (positives * (len(hits) - positives)),
-        }  # fmt: skip
+        }
 
     def rise(self, gates: dict[Key, Gate]) -> float:
         """Relative rise of the held-out perplexity."""
@@ -123,11 +154,17 @@ class Study:
 
 
 def stored(fit: FittedMlp, bits: int) -> dict[str, torch.Tensor]:
-    tensors = {"down": fit.down, "up": fit.up, "bias": fit.bias.float(), "activation_rate": fit.activation_rate.float()}
+    tensors = {
+        "down": fit.down,
+        "up": fit.up,
+        "bias": fit.bias.float(),
+        "activation_rate": fit.activation_rate.float(),
+    }
     if bits == 16:
         return {k: v.half() if k in ("down", "up") else v for k, v in tensors.items()}
     integers = quantize(tensors, bits)
-    # Quantization scales every neuron's score by itself, the threshold with it. Here one threshold serves all neurons: scale back.
+    # Quantization scales every neuron's score by itself, the threshold with it. Here one threshold serves all
+    # neurons: scale back.
     step = (fit.bias / integers["bias"].double()).float()
     return {**tensors, "down": integers["down"].float(), "up": integers["up"] * step[:, None]}
 
@@ -146,43 +183,93 @@ def study_forms(study: Study) -> None:
         tokens = study.train(args.tokens, seed)
         with tempfile.TemporaryDirectory() as directory:
             store = SampleStore(Path(directory), ffn, with_energy=True, with_heads=False)
-            moments = Collector(opt, Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers))), samples=store).run(tokens, 4)
+            moments = Collector(
+                opt,
+                Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers))),
+                samples=store,
+            ).run(tokens, 4)
             for i, weights in enumerate(study.weights):
                 for name, loss in FORMS if args.forms is None else [f for f in FORMS if f[0] in args.forms]:
                     for rank, stores in sorted(points.items()):
                         fit = fit_mlp(
-                            moments, i, weights, "self", rank, forms.get(name),
-                            samples=functools.partial(store.read, i), seed=seed, energy_loss=loss == "energy",
-                        )  # fmt: skip
+                            moments,
+                            i,
+                            weights,
+                            "self",
+                            rank,
+                            forms.get(name),
+                            samples=functools.partial(store.read, i),
+                            seed=seed,
+                            energy_loss=loss == "energy",
+                        )
                         for budget, dtype, bits in stores:
-                            table.add(study="forms", form=name, loss=loss, byte_budget=budget, dtype=dtype, rank=rank, layer=i, seed=seed,
-                                      tokens=tokens.numel(), density_multiple=DENSITY, **study.score(i, stored(fit, bits), "self"))  # fmt: skip
+                            table.add(
+                                study="forms",
+                                form=name,
+                                loss=loss,
+                                byte_budget=budget,
+                                dtype=dtype,
+                                rank=rank,
+                                layer=i,
+                                seed=seed,
+                                tokens=tokens.numel(),
+                                density_multiple=DENSITY,
+                                **study.score(i, stored(fit, bits), "self"),
+                            )
                 print(f"forms: seed {seed}, layer {i} done", flush=True)
 
 
 def study_quality(study: Study) -> None:
-    """What the forms are worth in perplexity: all MLPs at DENSITY x their natural density, heads dense, int8."""
+    """What the forms are worth in perplexity: all MLPs at DENSITY x their natural density, heads dense,
+    int8.
+    """
     table, args, opt = study.table("quality"), study.args, study.opt
     hidden, ffn = opt.config.hidden_size, opt.config.ffn_dim
     for seed in range(args.seeds):
         tokens = study.train(args.tokens, seed)
         with tempfile.TemporaryDirectory() as directory:
             store = SampleStore(Path(directory), ffn, with_energy=True, with_heads=False)
-            moments = Collector(opt, Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers))), samples=store).run(tokens, 4)
+            moments = Collector(
+                opt,
+                Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers))),
+                samples=store,
+            ).run(tokens, 4)
             for budget in (0.03, 0.08):
                 rank = int(budget * 2 * hidden * ffn * 2 / (hidden + ffn))
                 for name, loss in FORMS:
                     fits = [
-                        fit_mlp(moments, i, w, "self", rank, forms.get(name), samples=functools.partial(store.read, i), seed=seed, energy_loss=loss == "energy")
+                        fit_mlp(
+                            moments,
+                            i,
+                            w,
+                            "self",
+                            rank,
+                            forms.get(name),
+                            samples=functools.partial(store.read, i),
+                            seed=seed,
+                            energy_loss=loss == "energy",
+                        )
                         for i, w in enumerate(study.weights)
                     ]
                     rise = study.rise(study.mlp_gates(fits, "self"))
-                    table.add(study="quality", form=name, loss=loss, byte_budget=budget, dtype="int8", rank=rank, seed=seed, tokens=tokens.numel(),
-                              density_multiple=DENSITY, ppl_increase=rise)  # fmt: skip
+                    table.add(
+                        study="quality",
+                        form=name,
+                        loss=loss,
+                        byte_budget=budget,
+                        dtype="int8",
+                        rank=rank,
+                        seed=seed,
+                        tokens=tokens.numel(),
+                        density_multiple=DENSITY,
+                        ppl_increase=rise,
+                    )
                     print(f"quality: {name}, {loss}, rank {rank}: {100 * rise:+.2f}%", flush=True)
 
 
-def _fits(study: Study, moments: Moments, lookahead: str, rank: int, form: str = "closed_form") -> list[FittedMlp]:
+def _fits(
+    study: Study, moments: Moments, lookahead: str, rank: int, form: str = "closed_form"
+) -> list[FittedMlp]:
     return [fit_mlp(moments, i, w, lookahead, rank, forms.get(form)) for i, w in enumerate(study.weights)]
 
 
@@ -192,20 +279,41 @@ def study_lookahead(study: Study) -> None:
     every = {"mlp": ("self", "attn_input", "previous"), "attention": ("self", "previous")}
     hidden = opt.config.hidden_size
     for seed in range(args.seeds):
-        moments = Collector(opt, Request(every, range(len(opt.layers)))).run(study.train(args.tokens, seed), 4)
+        moments = Collector(opt, Request(every, range(len(opt.layers)))).run(
+            study.train(args.tokens, seed), 4
+        )
         for lookahead in every["mlp"]:
             for rank in (hidden // 8, hidden // 4, hidden // 2):
                 fits = _fits(study, moments, lookahead, rank)
                 scores = [study.score(i, stored(f, 8), lookahead) for i, f in enumerate(fits)]
                 mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
-                table.add(study="lookahead", block="mlp", lookahead=lookahead, rank=rank, dtype="int8", seed=seed, tokens=args.tokens,
-                          density_multiple=DENSITY, **mean, ppl_increase=study.rise(study.mlp_gates(fits, lookahead)))  # fmt: skip
+                table.add(
+                    study="lookahead",
+                    block="mlp",
+                    lookahead=lookahead,
+                    rank=rank,
+                    dtype="int8",
+                    seed=seed,
+                    tokens=args.tokens,
+                    density_multiple=DENSITY,
+                    **mean,
+                    ppl_increase=study.rise(study.mlp_gates(fits, lookahead)),
+                )
         fits = _fits(study, moments, "self", hidden // 4)
         for lookahead in every["attention"]:
             heads = [fit_heads(moments, i, lookahead) for i in range(len(opt.layers))]
             [(density, rise)] = _heads_only(study, fits, heads, lookahead, Calibrator, (0.01,))
-            table.add(study="lookahead", block="attention", lookahead=lookahead, dtype="int8", seed=seed, tokens=args.tokens, head_density=density,
-                      ppl_increase=rise, r2=float(torch.stack([f.r2 for f in heads]).mean()))  # fmt: skip
+            table.add(
+                study="lookahead",
+                block="attention",
+                lookahead=lookahead,
+                dtype="int8",
+                seed=seed,
+                tokens=args.tokens,
+                head_density=density,
+                ppl_increase=rise,
+                r2=float(torch.stack([f.r2 for f in heads]).mean()),
+            )
 
 
 def study_data(study: Study) -> None:
@@ -223,8 +331,17 @@ def study_data(study: Study) -> None:
                 fits = _fits(study, moments, "self", rank, form)
                 scores = [study.score(i, stored(f, 8), "self") for i, f in enumerate(fits)]
                 mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
-                table.add(study="data", form=form, tokens=0 if form == "svd" else tokens, rank=rank, dtype="int8", seed=seed, density_multiple=DENSITY,
-                          **mean, ppl_increase=study.rise(study.mlp_gates(fits, "self")))  # fmt: skip
+                table.add(
+                    study="data",
+                    form=form,
+                    tokens=0 if form == "svd" else tokens,
+                    rank=rank,
+                    dtype="int8",
+                    seed=seed,
+                    density_multiple=DENSITY,
+                    **mean,
+                    ppl_increase=study.rise(study.mlp_gates(fits, "self")),
+                )
 
 
 class OracleGate(Gate):
@@ -247,34 +364,63 @@ class OracleCalibrator(Calibrator):
             yield OracleGate(gate, grams), density, label
 
 
-def _heads_only(study: Study, fits: list[FittedMlp], heads: list[FittedHeads], lookahead: str, kind: type, budgets: tuple[float, ...]) -> list[tuple[float, float]]:
-    """(mean head density, perplexity rise) of calibrations of the heads alone, MLPs dense, a pair a budget."""
+def _heads_only(
+    study: Study,
+    fits: list[FittedMlp],
+    heads: list[FittedHeads],
+    lookahead: str,
+    kind: type,
+    budgets: tuple[float, ...],
+) -> list[tuple[float, float]]:
+    """(mean head density, perplexity rise) of calibrations of the heads alone, MLPs dense, a pair a
+    budget.
+    """
     calibrator = kind(
-        study.opt, fits, heads, {"mlp": "self", "attention": lookahead}, study.held_out,
-        budget=budgets[0], dtype="int8", batch=4, blocks=("attention",),
-    )  # fmt: skip
+        study.opt,
+        fits,
+        heads,
+        {"mlp": "self", "attention": lookahead},
+        study.held_out,
+        budget=budgets[0],
+        dtype="int8",
+        batch=4,
+        blocks=("attention",),
+    )
     out = []
     for calibrator.budget in budgets:  # what was measured for one is not measured again for the next
         gates, record = calibrator.run()
         run = Masked(study.opt, gates, measure=True)
         run.nll(study.held_out, 4)
         units = study.opt.config.num_attention_heads
-        densities = [float(torch.cat(run.counts[i, "attention"]).float().mean()) / units if (i, "attention") in gates else 1.0 for i in range(len(study.opt.layers))]
+        densities = [
+            (
+                float(torch.cat(run.counts[i, "attention"]).float().mean()) / units
+                if (i, "attention") in gates
+                else 1.0
+            )
+            for i in range(len(study.opt.layers))
+        ]
         out.append((sum(densities) / len(densities), record["ppl_increase"]))
     return out
 
 
 def study_heads(study: Study) -> None:
-    """Head density that a perplexity budget buys: predicted, by the paper's trained form, and known (oracle)."""
+    """Head density that a perplexity budget buys: predicted, by the paper's trained form, and known
+    (oracle).
+    """
     table, args, opt = study.table("heads"), study.args, study.opt
     for seed in range(args.seeds):
         tokens = study.train(args.tokens, seed)
         with tempfile.TemporaryDirectory() as directory:
             store = SampleStore(Path(directory), opt.config.ffn_dim, with_energy=False, with_heads=True)
-            request = Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers)), sample_stride=2)
+            request = Request(
+                {"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers)), sample_stride=2
+            )
             moments = Collector(opt, request, samples=store).run(tokens, 4)
             closed = [fit_heads(moments, i, "previous") for i in range(len(opt.layers))]
-            norms = Collector(opt, dataclasses.replace(request, labels=Labels(heads="output_norm"), sample_stride=1)).run(tokens, 4)
+            norms = Collector(
+                opt, dataclasses.replace(request, labels=Labels(heads="output_norm"), sample_stride=1)
+            ).run(tokens, 4)
             paper = []
             for i, start in enumerate(closed):
                 rows = list(store.read(i))
@@ -283,18 +429,36 @@ def study_heads(study: Study) -> None:
             by_norm = [fit_heads(norms, i, "previous") for i in range(len(opt.layers))]
             fits = _fits(study, moments, "self", opt.config.hidden_size // 4)
         for name, heads, kind in (
-            ("closed_form", closed, Calibrator), ("closed_form on output norms", by_norm, Calibrator),
-            ("paper (BCE, top share)", paper, Calibrator), ("oracle", closed, OracleCalibrator),
-        ):  # fmt: skip
+            ("closed_form", closed, Calibrator),
+            ("closed_form on output norms", by_norm, Calibrator),
+            ("paper (BCE, top share)", paper, Calibrator),
+            ("oracle", closed, OracleCalibrator),
+        ):
             if seed and name not in ("closed_form", "oracle"):
                 continue
             budgets = (0.005, 0.01, 0.03)
-            for budget, (density, rise) in zip(budgets, _heads_only(study, fits, heads, "previous", kind, budgets), strict=True):
-                table.add(study="heads", selection=name, budget=budget, seed=seed, tokens=tokens.numel(), head_density=density, ppl_increase=rise)
+            for budget, (density, rise) in zip(
+                budgets, _heads_only(study, fits, heads, "previous", kind, budgets), strict=True
+            ):
+                table.add(
+                    study="heads",
+                    selection=name,
+                    budget=budget,
+                    seed=seed,
+                    tokens=tokens.numel(),
+                    head_density=density,
+                    ppl_increase=rise,
+                )
                 print(f"heads: {name}, budget {budget}: density {density:.3f}, rise {rise:+.4f}", flush=True)
 
 
-STUDIES = {"forms": study_forms, "quality": study_quality, "lookahead": study_lookahead, "data": study_data, "heads": study_heads}
+STUDIES = {
+    "forms": study_forms,
+    "quality": study_quality,
+    "lookahead": study_lookahead,
+    "data": study_data,
+    "heads": study_heads,
+}
 
 
 def plot(output: Path) -> None:
@@ -313,7 +477,9 @@ def plot(output: Path) -> None:
 
     found = rows("forms")
     if found:
-        figure, axes = plt.subplots(2, len(WEIGHT_BITS), figsize=(4 * len(WEIGHT_BITS), 6), sharex=True, squeeze=False)
+        figure, axes = plt.subplots(
+            2, len(WEIGHT_BITS), figsize=(4 * len(WEIGHT_BITS), 6), sharex=True, squeeze=False
+        )
         for column, dtype in enumerate(WEIGHT_BITS):
             for name, loss in FORMS:
                 for row, key in enumerate(("auc", "kept_energy")):
@@ -322,7 +488,13 @@ def plot(output: Path) -> None:
                         if (r["form"], r["loss"], r["dtype"]) == (name, loss, dtype):
                             groups[float(r["byte_budget"])].append(r)
                     if groups:
-                        axes[row][column].plot(sorted(groups), [mean(groups[b], key) for b in sorted(groups)], "o-", label=f"{name}, {loss}", ms=3)
+                        axes[row][column].plot(
+                            sorted(groups),
+                            [mean(groups[b], key) for b in sorted(groups)],
+                            "o-",
+                            label=f"{name}, {loss}",
+                            ms=3,
+                        )
             axes[0][column].set_title(dtype)
             axes[1][column].set_xlabel("predictor bytes / MLP bytes")
         axes[0][0].set_ylabel("AUC")
@@ -333,12 +505,18 @@ def plot(output: Path) -> None:
     found = rows("data")
     if found:
         figure, ax = plt.subplots(figsize=(5.5, 4))
-        points = sorted((int(r["tokens"]), 100 * float(r["ppl_increase"])) for r in found if r["form"] == "closed_form")
+        points = sorted(
+            (int(r["tokens"]), 100 * float(r["ppl_increase"])) for r in found if r["form"] == "closed_form"
+        )
         ax.semilogx(*zip(*points, strict=True), "o", label="closed form, a point a seed")
         for r in found:
             if r["form"] == "svd":
                 ax.axhline(100 * float(r["ppl_increase"]), color="grey", ls="--", lw=0.8)
-        ax.set(xlabel="training tokens (dashed: svd, none)", ylabel=f"perplexity rise, %, MLPs at {DENSITY} x natural", ylim=(0, None))
+        ax.set(
+            xlabel="training tokens (dashed: svd, none)",
+            ylabel=f"perplexity rise, %, MLPs at {DENSITY} x natural",
+            ylim=(0, None),
+        )
         ax.legend(fontsize=8)
         figure.tight_layout()
         figure.savefig(output / "data.png", dpi=120)
@@ -346,7 +524,11 @@ def plot(output: Path) -> None:
     if found:
         figure, ax = plt.subplots(figsize=(5.5, 4))
         for name in dict.fromkeys(r["selection"] for r in found):
-            points = sorted((float(r["head_density"]), 100 * float(r["ppl_increase"])) for r in found if r["selection"] == name)
+            points = sorted(
+                (float(r["head_density"]), 100 * float(r["ppl_increase"]))
+                for r in found
+                if r["selection"] == name
+            )
             ax.plot(*zip(*points, strict=True), "o", label=name)
         ax.set(xlabel="mean head density", ylabel="perplexity rise, % (held-out text, MLPs dense)")
         ax.legend(fontsize=7)
@@ -365,13 +547,20 @@ def summary(output: Path) -> str:
     for r in csv.DictReader(path.open(newline="", encoding="utf-8")):
         groups[r["dtype"], float(r["byte_budget"]), int(r["rank"]), r["form"], r["loss"]][r["seed"]].append(r)
     keys = ("auc", "recall", "kept_energy")
-    lines = ["| weights | bytes | rank | form | loss | seeds | " + " | ".join(keys) + " |", "|" + "---|" * (6 + len(keys))]
+    lines = [
+        "| weights | bytes | rank | form | loss | seeds | " + " | ".join(keys) + " |",
+        "|" + "---|" * (6 + len(keys)),
+    ]
     for (dtype, budget, rank, form, loss), seeds in sorted(groups.items()):
         cells = []
         for key in keys:
             means = [sum(float(r[key]) for r in rows) / len(rows) for rows in seeds.values()]
             cells.append(f"{sum(means) / len(means):.4f} ({min(means):.4f}-{max(means):.4f})")
-        lines.append(f"| {dtype} | {100 * budget:g}% | {rank} | {form} | {loss} | {len(seeds)} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {dtype} | {100 * budget:g}% | {rank} | {form} | {loss} | {len(seeds)} | "
+            + " | ".join(cells)
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -387,7 +576,9 @@ def main() -> None:
     parser.add_argument("--scored-tokens", type=int, default=4_096, help="of these, for recall and AUC")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--forms", nargs="+", help="only these, of the study forms")
-    parser.add_argument("--head-share", type=float, default=0.5, help="heads that the paper's rule labels important")
+    parser.add_argument(
+        "--head-share", type=float, default=0.5, help="heads that the paper's rule labels important"
+    )
     args = parser.parse_args()
     wanted = [s for s in args.studies if s != "plots"]
     if wanted:

@@ -1,12 +1,16 @@
-"""Kernel launches of a decode step, counted from a profile of the engine as served: CUDA graphs on. A measurement.
+"""Kernel launches of a decode step, counted from a profile of the engine as served: CUDA graphs on. A
+measurement.
 
     python benchmarks/profile_step.py --geometry 6.7b --output results/
-    python benchmarks/profile_step.py --dry-run --output /tmp/out        # operators on a CPU instead of kernels
+    python benchmarks/profile_step.py --dry-run --output /tmp/out        # operators on a CPU instead of
+    kernels
 
-Writes a table of kernels (launches a step and a layer, time) and a trace for chrome://tracing. The goal is at most 10
-launches a sparse layer. Launches a layer are counted between one layer's anchor and the next one's: the anchor is a
-kernel that runs exactly once a layer. Profiling slows a step down: its times show shares, not speed.
+Writes a table of kernels (launches a step and a layer, time) and a trace for chrome://tracing. The goal is at
+most 10 launches a sparse layer. Launches a layer are counted between one layer's anchor and the next one's:
+the anchor is a kernel that runs exactly once a layer. Profiling slows a step down: its times show shares, not
+speed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,7 +31,9 @@ from vllm_dejavu.roofline import GEOMETRIES
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace that run on the GPU
 
 
-def kernels_of(trace: dict[str, Any], categories: tuple[str, ...] = KERNELS) -> list[tuple[str, float, float]]:
+def kernels_of(
+    trace: dict[str, Any], categories: tuple[str, ...] = KERNELS
+) -> list[tuple[str, float, float]]:
     """(name, start, duration) in microseconds, by start."""
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("cat") in categories]
     return sorted(((e["name"], float(e["ts"]), float(e["dur"])) for e in events), key=lambda e: e[1])
@@ -39,7 +45,9 @@ def launches_per_layer(names: list[str], num_layers: int, steps: int) -> tuple[s
     anchors = [n for n, c in counts.items() if c == num_layers * steps]
     if not anchors:
         return "", float("nan")
-    anchor = next((n for n in anchors if "fc1" in n or "attention" in n.lower() or "flash" in n.lower()), anchors[0])
+    anchor = next(
+        (n for n in anchors if "fc1" in n or "attention" in n.lower() or "flash" in n.lower()), anchors[0]
+    )
     places = [i for i, n in enumerate(names) if n == anchor]
     return anchor, median(b - a for a, b in zip(places, places[1:], strict=False))
 
@@ -51,20 +59,25 @@ def summarize(kernels: list[tuple[str, float, float]], num_layers: int, steps: i
         durations[name].append(duration)
     rows = [
         {
-            "kernel": re.sub(r"\s+", " ", name)[:70], "launches_per_step": len(d) / steps, "launches_per_layer": len(d) / steps / num_layers,
-            "us_p50": median(d), "us_per_step": sum(d) / steps,
+            "kernel": re.sub(r"\s+", " ", name)[:70],
+            "launches_per_step": len(d) / steps,
+            "launches_per_layer": len(d) / steps / num_layers,
+            "us_p50": median(d),
+            "us_per_step": sum(d) / steps,
         }
         for name, d in durations.items()
-    ]  # fmt: skip
+    ]
     rows.sort(key=lambda row: -row["us_per_step"])
     anchor, per_layer = launches_per_layer([name for name, _, _ in kernels], num_layers, steps)
     rows.append(
         {
             "kernel": f"ALL (between two {anchor[:40]})" if anchor else "ALL (no kernel runs once a layer)",
-            "launches_per_step": len(kernels) / steps, "launches_per_layer": per_layer,
-            "us_p50": median(d for _, _, d in kernels), "us_per_step": sum(d for _, _, d in kernels) / steps,
+            "launches_per_step": len(kernels) / steps,
+            "launches_per_layer": per_layer,
+            "us_p50": median(d for _, _, d in kernels),
+            "us_per_step": sum(d for _, _, d in kernels) / steps,
         }
-    )  # fmt: skip
+    )
     return rows
 
 
@@ -93,9 +106,17 @@ def main() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     shared = argparse.Namespace(
-        **vars(args), rank=None, spread=0.0, seed=0, blocks=["mlp", "attention"], survive=1.0, warmup=4, memory=0.9, dense_projections=False,
+        **vars(args),
+        rank=None,
+        spread=0.0,
+        seed=0,
+        blocks=["mlp", "attention"],
+        survive=1.0,
+        warmup=4,
+        memory=0.9,
+        dense_projections=False,
         async_scheduling="off",  # launches are counted by the step: none may begin before the last has ended
-    )  # fmt: skip
+    )
     shared.batch, shared.context = [args.batch], [args.context]
     spec = {**prepare(shared, args.geometry), "side": args.side, "budget_s": None}
     llm = build_llm(spec)
@@ -129,13 +150,24 @@ def main() -> None:
     table = Table(args.output / f"{name}.csv")
     for row in rows:
         table.add(
-            benchmark="profile", synthetic=True, dry_run=args.dry_run, geometry=args.geometry, side=args.side, overlap=args.overlap,
-            batch=args.batch, context=args.context, steps=args.steps, **row,
-        )  # fmt: skip
+            benchmark="profile",
+            synthetic=True,
+            dry_run=args.dry_run,
+            geometry=args.geometry,
+            side=args.side,
+            overlap=args.overlap,
+            batch=args.batch,
+            context=args.context,
+            steps=args.steps,
+            **row,
+        )
     shown = rows if len(rows) <= 30 else [*rows[:29], rows[-1]]
     print_rows(shown, ("launches_per_step", "launches_per_layer", "us_p50", "us_per_step", "kernel"))
     what = "operators on a CPU, DRY RUN" if args.dry_run else "kernels"
-    print(f"{name}: {what}; {rows[-1]['launches_per_layer']:g} a layer; trace: {trace.with_suffix('.json.gz')}", flush=True)
+    print(
+        f"{name}: {what}; {rows[-1]['launches_per_layer']:g} a layer; trace: {trace.with_suffix('.json.gz')}",
+        flush=True,
+    )
     os._exit(0)
 
 

@@ -1,24 +1,29 @@
-"""What sparsity costs in quality: the paper's figure of accuracy against sparsity, with errors, controls and more tasks.
+"""What sparsity costs in quality: the paper's figure of accuracy against sparsity, with errors, controls and
+more tasks.
 
-    python benchmarks/quality.py --model examples/opt-books-7m --train books_train.txt.xz --calibration books_valid.txt.xz \\
-        --texts books=books_test.txt.xz wikitext2=wikitext2_test.txt.xz --lambada lambada_test.jsonl.xz --blimp blimp.jsonl.xz \\
-        --piqa piqa_valid.jsonl.xz --training-tokens "16 M" --output benchmarks/results/paper
+    python benchmarks/quality.py --model examples/opt-books-7m --train books_train.txt.xz --calibration
+        books_valid.txt.xz \\ --texts books=books_test.txt.xz wikitext2=wikitext2_test.txt.xz --lambada
+        lambada_test.jsonl.xz --blimp blimp.jsonl.xz \\ --piqa piqa_valid.jsonl.xz --training-tokens "16 M"
+        --output benchmarks/results/paper
 
 Parts, all unless --parts names some:
 
 card        what the model is: dead neurons, training tokens, dense perplexity, dense accuracy beside chance
-sweep       dense, oracle, predictor, random and static selections of MLP neurons, heads or both, over densities even over layers
-context     what is kept of in-context learning: passages that come twice, and loss by position in long windows
-generation  free generation through the engine's decode path, dense and sparse as served
-engine      the tasks through the engine at the artifact's own operating point, against masks in transformers
-report      quality.md and PNG of whatever CSV files are there (needs --output only)
+sweep       dense, oracle, predictor, random and static selections of MLP neurons, heads or both, over
+densities even over layers context     what is kept of in-context learning: passages that come twice, and loss
+by position in long windows generation  free generation through the engine's decode path, dense and sparse as
+served engine      the tasks through the engine at the artifact's own operating point, against masks in
+transformers report      quality.md and PNG of whatever CSV files are there (needs --output only)
 
-With these defaults `sweep` scores about 60,000 tokens at each of 88 points: some 35 minutes on one free core (2,500 masked tokens a second of
-this model). Set OMP_NUM_THREADS to the cores that are really free: threads that wait for each other make it several times slower.
+With these defaults `sweep` scores about 60,000 tokens at each of 88 points: some 35 minutes on one free core
+(2,500 masked tokens a second of this model). Set OMP_NUM_THREADS to the cores that are really free: threads
+that wait for each other make it several times slower.
 
-`sweep` and `context` compute masks in transformers, in float32. Densities become thresholds on --calibration, missing predictors
-are fitted on --train; nothing is tuned on what is scored. `sweep` skips the points that its CSV file already has.
+`sweep` and `context` compute masks in transformers, in float32. Densities become thresholds on --calibration,
+missing predictors are fitted on --train; nothing is tuned on what is scored. `sweep` skips the points that
+its CSV file already has.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -49,7 +54,12 @@ from vllm_dejavu.predictor_training import data, evaluate, forms
 from vllm_dejavu.predictor_training.calibrate import Gate, Key, make_head_gate, make_mlp_gate, quantile
 from vllm_dejavu.predictor_training.collect import Collector, Moments, Request, layer_lookahead
 from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel
-from vllm_dejavu.predictor_training.labels import active_neurons, head_contributions, head_grams, neuron_energy
+from vllm_dejavu.predictor_training.labels import (
+    active_neurons,
+    head_contributions,
+    head_grams,
+    neuron_energy,
+)
 from vllm_dejavu.predictor_training.train import LayerWeights, covariance, fit_heads, fit_mlp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -87,12 +97,14 @@ CALIBRATION_PAIRS = 1 << 21
 POSITIONS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
-# --- selections -----------------------------------------------------------------------------------------------------------
+# --- selections
+# ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A right-padded batch, flattened to T tokens. valid [T], bool: no padding; positions [T]; shape: (texts, length);
+    """A right-padded batch, flattened to T tokens. valid [T], bool: no padding; positions [T]; shape: (texts,
+    length);
     texts: their tokens."""
 
     valid: torch.Tensor
@@ -101,12 +113,15 @@ class Batch:
     texts: list[tuple[int, ...]]
 
 
-# (batch, states, value) -> mask [T, units]; value: pre-activations [T, ffn], or attention output [T, heads, head_size].
+# (batch, states, value) -> mask [T, units]; value: pre-activations [T, ffn], or attention output [T, heads,
+# head_size].
 Rule = Callable[[Batch, LayerStates, torch.Tensor], torch.Tensor]
 
 
 class Masks:
-    """Rules applied to the blocks of a model, and counts of what they select on valid tokens (`rows` of them)."""
+    """Rules applied to the blocks of a model, and counts of what they select on valid tokens (`rows` of
+    them).
+    """
 
     def __init__(self, units: dict[str, int], layers: int, rules: dict[Key, Rule]):
         self.units, self.layers, self.rules = units, layers, rules
@@ -142,7 +157,12 @@ class Masks:
                     continue
                 rows, selected, *neurons = found.tolist()
                 units = self.units[block]
-                entry[block] = {"gated": True, "rows": rows, "units": units, "density": selected / (rows * units)}
+                entry[block] = {
+                    "gated": True,
+                    "rows": rows,
+                    "units": units,
+                    "density": selected / (rows * units),
+                }
                 if neurons:
                     active, hit = neurons
                     entry[block] |= {"active_density": active / (rows * units), "hit": hit}
@@ -157,12 +177,16 @@ def exact_random(generator: np.random.Generator, rows: int, units: int, count: i
         return np.full((rows, units), count > 0)
     bits = max(1, (units - 1).bit_length())
     # The unit's number in the low bits: no two are equal, so the cut leaves exactly `count`.
-    keys = (generator.integers(0, 1 << (64 - bits), (rows, units), dtype=np.uint64) << np.uint64(bits)) | np.arange(units, dtype=np.uint64)
+    keys = (
+        generator.integers(0, 1 << (64 - bits), (rows, units), dtype=np.uint64) << np.uint64(bits)
+    ) | np.arange(units, dtype=np.uint64)
     return keys <= np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
 
 
 def random_rule(layer: int, block: str, units: int, density: float, seed: int) -> Rule:
-    """round(density * units) units, drawn afresh for every token; what a text gets does not depend on its neighbours in a batch."""
+    """round(density * units) units, drawn afresh for every token; what a text gets does not depend on its
+    neighbours in a batch.
+    """
     count = round(density * units)
 
     def rule(batch: Batch, states: LayerStates, value: torch.Tensor) -> torch.Tensor:
@@ -186,7 +210,9 @@ def gate_rule(gate: Gate) -> Rule:
 
 
 def neuron_rule(norms: torch.Tensor, cut: float) -> Rule:
-    """Oracle: neurons whose energy is above `cut` (at least 0: no neuron that ReLU stops). norms: of fc2's columns, [ffn]."""
+    """Oracle: neurons whose energy is above `cut` (at least 0: no neuron that ReLU stops). norms: of fc2's
+    columns, [ffn].
+    """
     return lambda batch, states, z: neuron_energy(z, norms) > max(cut, 0.0)
 
 
@@ -197,8 +223,8 @@ def head_rule(grams: torch.Tensor, cut: float) -> Rule:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A predictor at no operating point yet. gate: as stored, in `dtype`. scale [units]: makes its units' scores comparable
-    with each other."""
+    """A predictor at no operating point yet. gate: as stored, in `dtype`. scale [units]: makes its units'
+    scores comparable with each other."""
 
     gate: Gate
     dtype: str
@@ -210,11 +236,20 @@ class Scaled:
         return Gate(g.block, g.lookahead, {**g.tensors, "bias": g.tensors["bias"] - cut / self.scale})
 
 
-def comparable(moments: Moments, layer: int, block: str, lookahead: str, tensors: dict[str, torch.Tensor], weights: LayerWeights) -> torch.Tensor:
-    """What a unit's stored score must be multiplied with, so that one threshold can serve all units of a block: [units], fp32.
+def comparable(
+    moments: Moments,
+    layer: int,
+    block: str,
+    lookahead: str,
+    tensors: dict[str, torch.Tensor],
+    weights: LayerWeights,
+) -> torch.Tensor:
+    """What a unit's stored score must be multiplied with, so that one threshold can serve all units of a
+    block: [units], fp32.
 
-    Integers leave every unit's score on a scale of its own (`predictor.quantize`). Its unit comes back from the text's moments: of
-    neurons the residual standard deviation of the pre-activation, regressed on the score; of heads the logarithm of their norm.
+    Integers leave every unit's score on a scale of its own (`predictor.quantize`). Its unit comes back from
+    the text's moments: of neurons the residual standard deviation of the pre-activation, regressed on the
+    score; of heads the logarithm of their norm.
     """
     s, n = moments.layer(layer), moments.num_tokens
     name = state_name(block, layer_lookahead(lookahead, layer))
@@ -235,7 +270,8 @@ def comparable(moments: Moments, layer: int, block: str, lookahead: str, tensors
     slope = shared / variance
     if block == "mlp":
         residual = (residual - slope * shared).clamp_min(1e-3 * residual).clamp_min(1e-30)
-    # A score that does not rise with what it predicts keeps the sign of its bias at any threshold of this size.
+    # A score that does not rise with what it predicts keeps the sign of its bias at any threshold of this
+    # size.
     return (slope / residual.sqrt()).clamp_min(1e-9).float()
 
 
@@ -262,21 +298,47 @@ class Selections:
         loaded: the artifact. train, calibration: [windows, seq_len] tokens.
     """
 
-    def __init__(self, opt: OptModel, loaded: artifact.Artifact, train: torch.Tensor, calibration: torch.Tensor, seed: int):
+    def __init__(
+        self,
+        opt: OptModel,
+        loaded: artifact.Artifact,
+        train: torch.Tensor,
+        calibration: torch.Tensor,
+        seed: int,
+    ):
         self.opt, self.loaded, self.seed = opt, loaded, seed
         config = opt.config
         self.units = {"mlp": config.ffn_dim, "attention": config.num_attention_heads}
         self.layers = range(config.num_hidden_layers)
         self.fc2_norms = [opt.weight(i, "fc2").float().norm(dim=0) for i in self.layers]
-        self.grams = [head_grams(opt.weight(i, "self_attn.out_proj"), config.num_attention_heads) for i in self.layers]
-        specs = {b: [loaded.manifest.layers[i][b] for i in self.layers if loaded.manifest.layers[i][b].sparse] for b in BLOCKS}
+        self.grams = [
+            head_grams(opt.weight(i, "self_attn.out_proj"), config.num_attention_heads) for i in self.layers
+        ]
+        specs = {
+            b: [loaded.manifest.layers[i][b] for i in self.layers if loaded.manifest.layers[i][b].sparse]
+            for b in BLOCKS
+        }
         # Of layers whose gate must be fitted: what most gates behind layer 0 have.
-        later = {b: Counter(loaded.manifest.layers[i][b].lookahead for i in self.layers[1:] if loaded.manifest.layers[i][b].sparse) for b in BLOCKS}
-        self.lookahead = {b: later[b].most_common(1)[0][0] if later[b] else d for b, d in (("mlp", "self"), ("attention", "previous"))}
+        later = {
+            b: Counter(
+                loaded.manifest.layers[i][b].lookahead
+                for i in self.layers[1:]
+                if loaded.manifest.layers[i][b].sparse
+            )
+            for b in BLOCKS
+        }
+        self.lookahead = {
+            b: later[b].most_common(1)[0][0] if later[b] else d
+            for b, d in (("mlp", "self"), ("attention", "previous"))
+        }
         self.dtype = {b: specs[b][0].dtype if specs[b] else "int8" for b in BLOCKS}
         self.rank = max((s.rank for s in specs["mlp"]), default=config.hidden_size // 4)
-        looks = {b: tuple(dict.fromkeys([self.lookahead[b], *(s.lookahead for s in specs[b])])) for b in BLOCKS}
-        self.moments = Collector(opt, Request(looks, self.layers)).run(train, max(1, BATCH_TOKENS // train.shape[1]))
+        looks = {
+            b: tuple(dict.fromkeys([self.lookahead[b], *(s.lookahead for s in specs[b])])) for b in BLOCKS
+        }
+        self.moments = Collector(opt, Request(looks, self.layers)).run(
+            train, max(1, BATCH_TOKENS // train.shape[1])
+        )
         self.fitted: list[Key] = []
         self.predictors = {(i, b): self._predictor(i, b) for i in self.layers for b in BLOCKS}
         self._calibrate(calibration)
@@ -292,7 +354,14 @@ class Selections:
             dtype = self.dtype[block]
             look = layer_lookahead(self.lookahead[block], layer)
             if block == "mlp":
-                fit = fit_mlp(self.moments, layer, weights, look, min(self.rank, self.opt.config.hidden_size), forms.get("closed_form"))
+                fit = fit_mlp(
+                    self.moments,
+                    layer,
+                    weights,
+                    look,
+                    min(self.rank, self.opt.config.hidden_size),
+                    forms.get("closed_form"),
+                )
                 gate = make_mlp_gate(fit, 0.0, look, dtype)
             else:
                 rate = torch.ones(self.units[block])
@@ -300,10 +369,14 @@ class Selections:
         weight = gate.tensors["up" if block == "mlp" else "weight"]
         if weight.dtype.is_floating_point:  # stored as fitted: comparable already
             return Scaled(gate, dtype, torch.ones(self.units[block]))
-        return Scaled(gate, dtype, comparable(self.moments, layer, block, gate.lookahead, gate.tensors, weights))
+        return Scaled(
+            gate, dtype, comparable(self.moments, layer, block, gate.lookahead, gate.tensors, weights)
+        )
 
     def _calibrate(self, tokens: torch.Tensor) -> None:
-        """One dense pass: importances and scaled scores of some tokens, rates and mean contributions of all."""
+        """One dense pass: importances and scaled scores of some tokens, rates and mean contributions of
+        all.
+        """
         self.calibration_tokens = tokens.numel()
         stride = max(1, -(-tokens.numel() * max(self.units.values()) // CALIBRATION_PAIRS))
         seen: dict[tuple[str, int, str], list[torch.Tensor]] = defaultdict(list)
@@ -316,7 +389,9 @@ class Selections:
             predictor = self.predictors[key]
             x = states.gate_input(block, predictor.gate.lookahead)[rows]
             seen["importance", layer, block].append(importance[rows].cpu())
-            seen["score", layer, block].append((predictor.gate.predictor.to(x.device).scores(x) * predictor.scale.to(x.device)).cpu())
+            seen["score", layer, block].append(
+                (predictor.gate.predictor.to(x.device).scores(x) * predictor.scale.to(x.device)).cpu()
+            )
             often[key] = often.get(key, 0) + frequency.double().sum(0)
 
         def on_attention(layer: int, states: LayerStates, attn: torch.Tensor) -> None:
@@ -335,7 +410,9 @@ class Selections:
         self.cuts: dict[tuple[str, Key, float], float] = {}
 
     def cut(self, kind: str, key: Key, density: float) -> float:
-        """The threshold above which a share `density` of the calibration text's pairs lies; kind: "importance" or "score"."""
+        """The threshold above which a share `density` of the calibration text's pairs lies; kind:
+        "importance" or "score".
+        """
         if (kind, key, density) not in self.cuts:  # sorting is what takes time
             self.cuts[kind, key, density] = quantile(self.seen[kind, *key], 1 - density)
         return self.cuts[kind, key, density]
@@ -349,7 +426,9 @@ class Selections:
         if mode == "predictor":
             return gate_rule(self.predictors[key].at(self.cut("score", key, density)))
         cut = self.cut("importance", key, density)
-        return neuron_rule(self.fc2_norms[layer], cut) if block == "mlp" else head_rule(self.grams[layer], cut)
+        return (
+            neuron_rule(self.fc2_norms[layer], cut) if block == "mlp" else head_rule(self.grams[layer], cut)
+        )
 
     def own_rule(self, key: Key, mode: str) -> Rule:
         """What the serving model does in this mode."""
@@ -358,11 +437,19 @@ class Selections:
         if mode == "predictor":
             return gate_rule(self.predictors[key].gate)
         if mode == "static":
-            return static_rule(selection.static_units(tensors["activation_rate"], spec.density["mean"]).to(self.opt.device))
+            return static_rule(
+                selection.static_units(tensors["activation_rate"], spec.density["mean"]).to(self.opt.device)
+            )
         if mode == "random":
             ids = torch.arange(self.units[block], device=self.opt.device)
-            return lambda batch, states, value: selection.random_mask(batch.positions, layer, ids, spec.density["mean"], self.seed)
-        return neuron_rule(torch.ones_like(self.fc2_norms[layer]), 0.0) if block == "mlp" else head_rule(self.grams[layer], spec.threshold)
+            return lambda batch, states, value: selection.random_mask(
+                batch.positions, layer, ids, spec.density["mean"], self.seed
+            )
+        return (
+            neuron_rule(torch.ones_like(self.fc2_norms[layer]), 0.0)
+            if block == "mlp"
+            else head_rule(self.grams[layer], spec.threshold)
+        )
 
     def masks(self, point: Point) -> Masks:
         rules: dict[Key, Rule] = {}
@@ -375,7 +462,9 @@ class Selections:
         return Masks(self.units, len(self.layers), rules)
 
     def densities(self, point: Point, layers: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
-        """Columns of a row: means over layers, a dense block counting 1, and the share of weight bytes not read at batch 1."""
+        """Columns of a row: means over layers, a dense block counting 1, and the share of weight bytes not
+        read at batch 1.
+        """
 
         class Stored:  # what `_bytes_density` asks an artifact for
             @staticmethod
@@ -383,16 +472,25 @@ class Selections:
                 found = self.predictors[layer, block]
                 return SimpleNamespace(dtype=found.dtype), found.gate.tensors
 
-        neurons = [x["mlp"]["hit"] / (x["mlp"]["rows"] * x["mlp"]["units"]) if x["mlp"]["gated"] else 1.0 for x in layers]
+        neurons = [
+            x["mlp"]["hit"] / (x["mlp"]["rows"] * x["mlp"]["units"]) if x["mlp"]["gated"] else 1.0
+            for x in layers
+        ]
         return {
             "mlp_density": sum(x["mlp"]["density"] for x in layers) / len(layers),
             "fc2_density": sum(neurons) / len(neurons),
             "head_density": sum(x["attention"]["density"] for x in layers) / len(layers),
-            "total_sparsity": 1 - evaluate._bytes_density(layers, self.opt.config, Stored if point.mode == "predictor" else None),
+            "total_sparsity": (
+                1
+                - evaluate._bytes_density(
+                    layers, self.opt.config, Stored if point.mode == "predictor" else None
+                )
+            ),
         }
 
 
-# --- scorers --------------------------------------------------------------------------------------------------------------
+# --- scorers
+# ----------------------------------------------------------------------------------------------------
 
 
 class MaskedScorer:
@@ -403,7 +501,9 @@ class MaskedScorer:
 
     @torch.inference_mode()
     def score(self, texts: Sequence[Text]) -> list[Score]:
-        """Longest texts first, in batches of similar lengths. What pads them stands behind them, where a causal model does not look."""
+        """Longest texts first, in batches of similar lengths. What pads them stands behind them, where a
+        causal model does not look.
+        """
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens))
         out: dict[int, Score] = {}
         with self.opt.observed(self.masks.on_attention, self.masks.on_mlp):
@@ -423,7 +523,10 @@ class MaskedScorer:
         starts = torch.tensor([t.start for t in texts])
         scored = (place[None, 1:] >= starts[:, None]) & (place[None, 1:] < lengths[:, None])
         self.masks.batch = Batch(
-            (place[None, :] < lengths[:, None]).flatten().to(opt.device), place.repeat(shape[0]).to(opt.device), shape, [t.tokens for t in texts]
+            (place[None, :] < lengths[:, None]).flatten().to(opt.device),
+            place.repeat(shape[0]).to(opt.device),
+            shape,
+            [t.tokens for t in texts],
         )
         hidden = opt.model.model(input_ids=tokens.to(opt.device), use_cache=False).last_hidden_state
         logits = opt.model.lm_head(hidden[:, :-1][scored.to(hidden.device)]).float()
@@ -447,15 +550,24 @@ class EngineScorer:
         params = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0, detokenize=False)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens))
         out: dict[int, Score] = {}
-        outputs = self.llm.generate([{"prompt_token_ids": list(texts[i].tokens)} for i in order], params, use_tqdm=False)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(texts[i].tokens)} for i in order], params, use_tqdm=False
+        )
         for i, output in zip(order, outputs, strict=True):
             text = texts[i]
-            entries = [e[t] for e, t in zip(output.prompt_logprobs[text.start :], text.tokens[text.start :], strict=True)]
-            out[i] = Score(-torch.tensor([e.logprob for e in entries], dtype=torch.float64), torch.tensor([e.rank == 1 for e in entries]))
+            entries = [
+                e[t]
+                for e, t in zip(output.prompt_logprobs[text.start :], text.tokens[text.start :], strict=True)
+            ]
+            out[i] = Score(
+                -torch.tensor([e.logprob for e in entries], dtype=torch.float64),
+                torch.tensor([e.rank == 1 for e in entries]),
+            )
         return [out[i] for i in range(len(texts))]
 
 
-# --- the study ------------------------------------------------------------------------------------------------------------
+# --- the study
+# ----------------------------------------------------------------------------------------------------
 
 
 class Study:
@@ -481,23 +593,40 @@ class Study:
 
     def windows(self, path: str, tokens: int | None, seq_len: int | None = None) -> torch.Tensor:
         """Drawn from the whole text."""
-        return data.pack(self.documents(path), seq_len or self.seq_len, self.opt.bos, max_tokens=tokens, seed=self.args.seed).tokens
+        return data.pack(
+            self.documents(path),
+            seq_len or self.seq_len,
+            self.opt.bos,
+            max_tokens=tokens,
+            seed=self.args.seed,
+        ).tokens
 
     @functools.cached_property
     def tasks(self) -> list[Task]:
         args, rest = self.args, (self.tokenizer, self.opt.bos, self.seq_len)
-        made = [text_task(name, self.windows(path, args.tokens)) for name, path in (t.split("=", 1) for t in args.texts)]
+        made = [
+            text_task(name, self.windows(path, args.tokens))
+            for name, path in (t.split("=", 1) for t in args.texts)
+        ]
         if args.lambada:
             made.append(lambada_task(subsample(list(read_jsonl(args.lambada)), args.items, args.seed), *rest))
         if args.blimp:  # twice as many: they are short, and so many kinds
-            made.append(blimp_task(subsample(list(read_jsonl(args.blimp)), 2 * args.items, args.seed, lambda r: r["uid"]), *rest))
+            made.append(
+                blimp_task(
+                    subsample(list(read_jsonl(args.blimp)), 2 * args.items, args.seed, lambda r: r["uid"]),
+                    *rest,
+                )
+            )
         if args.piqa:
             made.append(piqa_task(subsample(list(read_jsonl(args.piqa)), args.items, args.seed), *rest))
         return made
 
     @functools.cached_property
     def selections(self) -> Selections:
-        train, calibration = self.windows(self.args.train, self.args.train_tokens), self.windows(self.args.calibration, self.args.calibration_tokens)
+        train, calibration = (
+            self.windows(self.args.train, self.args.train_tokens),
+            self.windows(self.args.calibration, self.args.calibration_tokens),
+        )
         return Selections(self.opt, self.loaded, train, calibration, self.args.seed)
 
     @functools.cached_property
@@ -505,8 +634,13 @@ class Study:
         """Names everything that decides a row besides its point."""
         args = self.args
         texts = hashlib.sha256(repr([(t.name, t.texts) for t in self.tasks]).encode()).hexdigest()
-        fitted = [hashlib.sha256(self.windows(p, n).numpy().tobytes()).hexdigest() for p, n in ((args.train, args.train_tokens), (args.calibration, args.calibration_tokens))]
-        return hashlib.sha256(json.dumps([self.opt.spec.fingerprint, self.loaded.digest, texts, fitted, args.seed]).encode()).hexdigest()[:12]
+        fitted = [
+            hashlib.sha256(self.windows(p, n).numpy().tobytes()).hexdigest()
+            for p, n in ((args.train, args.train_tokens), (args.calibration, args.calibration_tokens))
+        ]
+        return hashlib.sha256(
+            json.dumps([self.opt.spec.fingerprint, self.loaded.digest, texts, fitted, args.seed]).encode()
+        ).hexdigest()[:12]
 
     def masked(self, point: Point) -> MaskedScorer:
         if point.mode == "dense":
@@ -524,12 +658,24 @@ class Study:
     def describe(self) -> dict[str, Any]:
         args, s = self.args, self.selections
         return {
-            "model": shown(args.model), "fingerprint": self.opt.spec.fingerprint, "artifact": shown(str(artifact.resolve(args.predictor, args.model))), "artifact_digest": self.loaded.digest,
-            "seq_len": self.seq_len, "seed": args.seed, "dtype": "float32",
-            "tasks": {t.name: {"texts": len(t.texts), "tokens": t.num_tokens, "groups": len(set(t.strata))} for t in self.tasks},
-            "train": Path(args.train).name, "train_tokens": s.moments.num_tokens, "calibration": Path(args.calibration).name, "calibration_tokens": s.calibration_tokens,
-            "fitted_predictors": [f"{layer}.{block}" for layer, block in s.fitted], "lookahead_of_fitted": s.lookahead,
-        }  # fmt: skip
+            "model": shown(args.model),
+            "fingerprint": self.opt.spec.fingerprint,
+            "artifact": shown(str(artifact.resolve(args.predictor, args.model))),
+            "artifact_digest": self.loaded.digest,
+            "seq_len": self.seq_len,
+            "seed": args.seed,
+            "dtype": "float32",
+            "tasks": {
+                t.name: {"texts": len(t.texts), "tokens": t.num_tokens, "groups": len(set(t.strata))}
+                for t in self.tasks
+            },
+            "train": Path(args.train).name,
+            "train_tokens": s.moments.num_tokens,
+            "calibration": Path(args.calibration).name,
+            "calibration_tokens": s.calibration_tokens,
+            "fitted_predictors": [f"{layer}.{block}" for layer, block in s.fitted],
+            "lookahead_of_fitted": s.lookahead,
+        }
 
 
 def shown(argument: str) -> str:
@@ -555,7 +701,8 @@ def fresh(study: Study, name: str) -> Table:
     return Table(study.output / f"{name}.csv")
 
 
-# --- parts ----------------------------------------------------------------------------------------------------------------
+# --- parts
+# ----------------------------------------------------------------------------------------------------
 
 
 def part_card(study: Study) -> None:
@@ -564,13 +711,27 @@ def part_card(study: Study) -> None:
     table.add(kind="training", name="training tokens", value=study.args.training_tokens)
     for layer in study.selections.layers:
         active = moments.layer(layer)["active"]
-        table.add(kind="dead neurons", name=f"layer {layer}", value=int((active == 0).sum()), items=len(active), tokens=moments.num_tokens,
-                  active_density=float(active.mean()) / moments.num_tokens)  # fmt: skip
+        table.add(
+            kind="dead neurons",
+            name=f"layer {layer}",
+            value=int((active == 0).sum()),
+            items=len(active),
+            tokens=moments.num_tokens,
+            active_density=float(active.mean()) / moments.num_tokens,
+        )
     for task in study.tasks:
         _, values = study.dense(task)
         for name, measure in task.measures.items():
             value, se = mean_se(values[name], task.strata)
-            row = {"kind": measure.metric, "name": name, "value": value, "se": se, "chance": measure.chance, "items": len(values[name]), "tokens": task.num_tokens}
+            row = {
+                "kind": measure.metric,
+                "name": name,
+                "value": value,
+                "se": se,
+                "chance": measure.chance,
+                "items": len(values[name]),
+                "tokens": task.num_tokens,
+            }
             if measure.metric == "nll":
                 row |= {"kind": "perplexity", "value": math.exp(value), "se": math.exp(value) * se}
             table.add(**row)
@@ -579,7 +740,16 @@ def part_card(study: Study) -> None:
 def points(args: argparse.Namespace) -> list[Point]:
     """Dense first, then the artifact's own point, then densities, each in every mode."""
     own = [Point("predictor", blocks, OWN) for blocks in args.blocks if "predictor" in args.modes]
-    return [DENSE, *own, *(Point(mode, blocks, f"{d:g}") for d in args.densities for blocks in args.blocks for mode in args.modes)]
+    return [
+        DENSE,
+        *own,
+        *(
+            Point(mode, blocks, f"{d:g}")
+            for d in args.densities
+            for blocks in args.blocks
+            for mode in args.modes
+        ),
+    ]
 
 
 def part_sweep(study: Study) -> None:
@@ -587,10 +757,17 @@ def part_sweep(study: Study) -> None:
     path, uid_path = study.output / "quality_sweep.csv", study.output / "quality_blimp.csv"
     rows = read_rows(path.name, path.parent) if path.is_file() else []
     if others := {r["setting"] for r in rows} - {study.setting}:
-        raise ValueError(f"{path} holds points of other settings ({', '.join(sorted(others))}, now {study.setting}): name another --output, or remove it and {uid_path.name}.")
+        raise ValueError(
+            f"{path} holds points of other settings ({', '.join(sorted(others))}, now {study.setting}): name"
+            f" another --output, or remove it and {uid_path.name}."
+        )
     table = Table(path, rows)
     done = {tuple(r[k] for k in ("mode", "blocks", "density", "task")) for r in rows}
-    uids = [r for r in (read_rows(uid_path.name, path.parent) if uid_path.is_file() else []) if (r["mode"], r["blocks"], r["density"], "blimp") in done]
+    uids = [
+        r
+        for r in (read_rows(uid_path.name, path.parent) if uid_path.is_file() else [])
+        if (r["mode"], r["blocks"], r["density"], "blimp") in done
+    ]
     for point in points(study.args):
         scorer = None
         for task in study.tasks:
@@ -609,19 +786,42 @@ def part_sweep(study: Study) -> None:
                 if task.strata:
                     uids += blimp_rows(point, task, values, dense_values[name], study.setting)
                     write_rows(uid_path, uids)
-                table.add(**point.keys, task=name, metric=measure.metric, **statistics(measure, values, dense_values[name], task.strata), chance=measure.chance,
-                          **densities, tokens=task.num_tokens, seconds=round(seconds, 2), setting=study.setting)  # fmt: skip
-            print(f"sweep: {point.mode}, {point.blocks}, density {point.density}: {task.name}, {seconds:.1f} s", flush=True)
+                table.add(
+                    **point.keys,
+                    task=name,
+                    metric=measure.metric,
+                    **statistics(measure, values, dense_values[name], task.strata),
+                    chance=measure.chance,
+                    **densities,
+                    tokens=task.num_tokens,
+                    seconds=round(seconds, 2),
+                    setting=study.setting,
+                )
+            print(
+                f"sweep: {point.mode}, {point.blocks}, density {point.density}: {task.name}, {seconds:.1f} s",
+                flush=True,
+            )
 
 
-def blimp_rows(point: Point, task: Task, values: torch.Tensor, dense: torch.Tensor, setting: str) -> Iterator[dict[str, Any]]:
+def blimp_rows(
+    point: Point, task: Task, values: torch.Tensor, dense: torch.Tensor, setting: str
+) -> Iterator[dict[str, Any]]:
     """A row a uid; provenance is in the sweep's row of the same point and setting."""
     for uid in dict.fromkeys(task.strata):
         mine = torch.tensor([s == uid for s in task.strata])
         accuracy, se = mean_se(values[mine])
         difference, difference_se = mean_se((values - dense)[mine])
-        yield {**point.keys, "uid": uid, "field": task.fields[uid], "items": int(mine.sum()), "value": accuracy, "value_se": se,
-               "difference": difference, "difference_se": difference_se, "setting": setting}  # fmt: skip
+        yield {
+            **point.keys,
+            "uid": uid,
+            "field": task.fields[uid],
+            "items": int(mine.sum()),
+            "value": accuracy,
+            "value_se": se,
+            "difference": difference,
+            "difference_se": difference_se,
+            "setting": setting,
+        }
 
 
 def part_context(study: Study) -> None:
@@ -640,10 +840,19 @@ def part_context(study: Study) -> None:
         scores = scorer.score(twice)
         densities = study.selections.densities(point, scorer.masks.read_out())
         # The first token of each occurrence follows something else than in the other, so it says nothing.
-        first, second = (torch.stack([s.nll[a : a + length - 1] for s in scores]).mean(1) for a in (1, length + 1))
+        first, second = (
+            torch.stack([s.nll[a : a + length - 1] for s in scores]).mean(1) for a in (1, length + 1)
+        )
         right = torch.stack([s.correct[length + 1 :].double().mean() for s in scores])
-        for name, values in (("first occurrence", first), ("second occurrence", second), ("second - first", second - first), ("second occurrence, accuracy", right)):
-            _context_row(table, point, "repeat", name, values, dense, densities, len(twice) * (2 * length + 1))
+        for name, values in (
+            ("first occurrence", first),
+            ("second occurrence", second),
+            ("second - first", second - first),
+            ("second occurrence, accuracy", right),
+        ):
+            _context_row(
+                table, point, "repeat", name, values, dense, densities, len(twice) * (2 * length + 1)
+            )
         if point in heads:
             continue
         nll = torch.stack([s.nll for s in scorer.score(long)])
@@ -651,16 +860,45 @@ def part_context(study: Study) -> None:
         for low, high in zip(POSITIONS, POSITIONS[1:], strict=False):
             if low <= nll.shape[1]:
                 name = f"{low}-{min(high - 1, nll.shape[1])}"
-                _context_row(table, point, "position", name, nll[:, low - 1 : high - 1].mean(1), dense, densities, nll.numel())
+                _context_row(
+                    table,
+                    point,
+                    "position",
+                    name,
+                    nll[:, low - 1 : high - 1].mean(1),
+                    dense,
+                    densities,
+                    nll.numel(),
+                )
         print(f"context: {point.mode}, {point.blocks}, density {point.density} done", flush=True)
 
 
-def _context_row(table: Table, point: Point, kind: str, name: str, values: torch.Tensor, dense: dict[str, torch.Tensor], densities: dict[str, float], tokens: int) -> None:
+def _context_row(
+    table: Table,
+    point: Point,
+    kind: str,
+    name: str,
+    values: torch.Tensor,
+    dense: dict[str, torch.Tensor],
+    densities: dict[str, float],
+    tokens: int,
+) -> None:
     if point == DENSE:
         dense[name] = values
     value, value_se = mean_se(values)
     difference, difference_se = mean_se(values - dense[name])
-    table.add(**point.keys, kind=kind, name=name, items=len(values), tokens=tokens, value=value, value_se=value_se, difference=difference, difference_se=difference_se, **densities)
+    table.add(
+        **point.keys,
+        kind=kind,
+        name=name,
+        items=len(values),
+        tokens=tokens,
+        value=value,
+        value_se=value_se,
+        difference=difference,
+        difference_se=difference_se,
+        **densities,
+    )
 
 
 @contextmanager
@@ -675,7 +913,9 @@ def part_generation(study: Study) -> None:
     """Continuations through the decode path, dense and sparse as served: a row a prompt."""
     table, args = fresh(study, "quality_generation"), study.args
     windows = study.windows(args.texts[0].split("=", 1)[1], None)
-    settings = evaluate.EvaluateConfig(model=args.model, data=(), prompts=args.prompts, new_tokens=args.new_tokens, seed=args.seed)
+    settings = evaluate.EvaluateConfig(
+        model=args.model, data=(), prompts=args.prompts, new_tokens=args.new_tokens, seed=args.seed
+    )
     prompts = evaluate._prompts(windows, settings, study.seq_len)
     # In another dtype the dense model itself goes astray: how much of a divergence is rounding.
     runs = [("dense", args.engine_dtype), ("sparse", args.engine_dtype), ("dense", "float32")]
@@ -695,25 +935,47 @@ def part_generation(study: Study) -> None:
         if not first:
             first, baseline = texts, resolved
         for decoding, continuations in texts.items():
-            scores = scorer.score([Text((*p, *c), len(p)) for p, c in zip(prompts, continuations, strict=True)])
+            scores = scorer.score(
+                [Text((*p, *c), len(p)) for p, c in zip(prompts, continuations, strict=True)]
+            )
             for i, (continuation, score) in enumerate(zip(continuations, scores, strict=True)):
                 table.add(
-                    decoding=decoding, mode=mode, dtype=resolved, temperature=0.0 if decoding == "greedy" else TEMPERATURE, prompt=i, prompt_tokens=len(prompts[i]),
-                    new_tokens=len(continuation), batch=evaluate.BATCH, agreement=evaluate._leading(first[decoding][i], continuation),
-                    **{f"distinct_{n}": distinct(continuation, n) for n in (1, 2, 3)}, rep_4=1 - distinct(continuation, 4), nll=float(score.nll.mean()),
-                    mlp_density=served["mlp_density"], head_density=served["head_density"], sparse_step_share=served["sparse_step_share"],
-                )  # fmt: skip
+                    decoding=decoding,
+                    mode=mode,
+                    dtype=resolved,
+                    temperature=0.0 if decoding == "greedy" else TEMPERATURE,
+                    prompt=i,
+                    prompt_tokens=len(prompts[i]),
+                    new_tokens=len(continuation),
+                    batch=evaluate.BATCH,
+                    agreement=evaluate._leading(first[decoding][i], continuation),
+                    **{f"distinct_{n}": distinct(continuation, n) for n in (1, 2, 3)},
+                    rep_4=1 - distinct(continuation, 4),
+                    nll=float(score.nll.mean()),
+                    mlp_density=served["mlp_density"],
+                    head_density=served["head_density"],
+                    sparse_step_share=served["sparse_step_share"],
+                )
 
 
 def _sample(llm: Any, prompts: list[list[int]], new_tokens: int, seed: int) -> list[list[int]]:
-    """Seeded continuations at TEMPERATURE, in the same batches as greedy ones; a seed a prompt, so that two engines draw alike."""
+    """Seeded continuations at TEMPERATURE, in the same batches as greedy ones; a seed a prompt, so that two
+    engines draw alike.
+    """
     from vllm import SamplingParams
 
     out = []
     for start in range(0, len(prompts), evaluate.BATCH):
         part = prompts[start : start + evaluate.BATCH]
         params = [
-            SamplingParams(max_tokens=new_tokens, temperature=TEMPERATURE, seed=seed + start + i, ignore_eos=True, detokenize=False) for i in range(len(part))
+            SamplingParams(
+                max_tokens=new_tokens,
+                temperature=TEMPERATURE,
+                seed=seed + start + i,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for i in range(len(part))
         ]
         outputs = llm.generate([{"prompt_token_ids": p} for p in part], params, use_tqdm=False)
         out += [list(o.outputs[0].token_ids) for o in outputs]
@@ -732,7 +994,13 @@ def part_engine(study: Study) -> None:
             for task in study.tasks:
                 llm.collective_rpc("dejavu_reset_metrics")
                 scores = EngineScorer(llm).score(task.texts)
-                served = study.selections.densities(point, metrics.summarize(llm.collective_rpc("dejavu_metrics"))["layers"]) if mode != "dense" else None
+                served = (
+                    study.selections.densities(
+                        point, metrics.summarize(llm.collective_rpc("dejavu_metrics"))["layers"]
+                    )
+                    if mode != "dense"
+                    else None
+                )
                 beside = study.dense(task)[0] if mode == "dense" else masked.score(task.texts)
                 simulated = study.selections.densities(point, masked.masks.read_out())
                 served = served or simulated
@@ -742,11 +1010,23 @@ def part_engine(study: Study) -> None:
                     dense.setdefault(name, values)
                     against, against_se = mean_se(values - others, task.strata)
                     table.add(
-                        mode=mode, task=name, metric=measure.metric, dtype=dtype, **statistics(measure, values, dense[name], task.strata), masked_value=float(others.mean()),
-                        engine_minus_masked=against, engine_minus_masked_se=against_se, items_that_differ=int((values != others).sum()) if measure.metric == "accuracy" else None,
-                        token_nll_apart_mean=float(apart.mean()), token_nll_apart_max=float(apart.max()), **served,
-                        **{f"masked_{k}": v for k, v in simulated.items()}, tokens=task.num_tokens,
-                    )  # fmt: skip
+                        mode=mode,
+                        task=name,
+                        metric=measure.metric,
+                        dtype=dtype,
+                        **statistics(measure, values, dense[name], task.strata),
+                        masked_value=float(others.mean()),
+                        engine_minus_masked=against,
+                        engine_minus_masked_se=against_se,
+                        items_that_differ=(
+                            int((values != others).sum()) if measure.metric == "accuracy" else None
+                        ),
+                        token_nll_apart_mean=float(apart.mean()),
+                        token_nll_apart_max=float(apart.max()),
+                        **served,
+                        **{f"masked_{k}": v for k, v in simulated.items()},
+                        tokens=task.num_tokens,
+                    )
                 print(f"engine: {mode}, {task.name} done", flush=True)
 
 
@@ -756,7 +1036,12 @@ def main() -> None:
     parser.add_argument("--predictor", help="artifact (MODEL/dejavu)")
     parser.add_argument("--train", help="text on which missing predictors are fitted")
     parser.add_argument("--calibration", help="text on which densities become thresholds")
-    parser.add_argument("--texts", nargs="+", metavar="NAME=FILE", help="scored by perplexity; the first also serves context and generation")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="scored by perplexity; the first also serves context and generation",
+    )
     parser.add_argument("--lambada")
     parser.add_argument("--blimp")
     parser.add_argument("--piqa")
@@ -765,16 +1050,31 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--blocks", nargs="+", choices=tuple(BLOCK_SETS), default=tuple(BLOCK_SETS))
     parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
-    parser.add_argument("--items", type=int, default=160, help="of LAMBADA and PIQA; twice as many pairs of BLiMP, evenly over uids (%(default)s)")
+    parser.add_argument(
+        "--items",
+        type=int,
+        default=160,
+        help="of LAMBADA and PIQA; twice as many pairs of BLiMP, evenly over uids (%(default)s)",
+    )
     parser.add_argument("--tokens", type=int, default=10_000, help="of each text (%(default)s)")
     parser.add_argument("--train-tokens", type=int, default=65_536, help="(%(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=16_384, help="(%(default)s)")
-    parser.add_argument("--training-tokens", default="not stated", help="that the model was trained on, in words, for the card")
+    parser.add_argument(
+        "--training-tokens",
+        default="not stated",
+        help="that the model was trained on, in words, for the card",
+    )
     parser.add_argument("--passages", type=int, default=64, help="that come twice (%(default)s)")
     parser.add_argument("--prompts", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--engine-dtype", default="auto", help="of generation (%(default)s: the checkpoint's)")
-    parser.add_argument("--score-dtype", default="float32", help="of the engine part (%(default)s, as the masks it is compared with)")
+    parser.add_argument(
+        "--engine-dtype", default="auto", help="of generation (%(default)s: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--score-dtype",
+        default="float32",
+        help="of the engine part (%(default)s, as the masks it is compared with)",
+    )
     parser.add_argument("--device", default="cpu", help="of the masked model (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -789,7 +1089,13 @@ def main() -> None:
             parser.error("--densities are in (0, 1)")
         study = Study(args)
         for name in wanted:
-            {"card": part_card, "sweep": part_sweep, "context": part_context, "generation": part_generation, "engine": part_engine}[name](study)
+            {
+                "card": part_card,
+                "sweep": part_sweep,
+                "context": part_context,
+                "generation": part_generation,
+                "engine": part_engine,
+            }[name](study)
             record(study, name)
     if "report" in args.parts:
         part_report(Path(args.output))

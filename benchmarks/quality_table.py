@@ -1,7 +1,8 @@
 """Markdown table of `vllm-dejavu evaluate` results, as the README shows it.
 
-    python benchmarks/quality_table.py benchmarks/results/quality/*.json
+python benchmarks/quality_table.py benchmarks/results/quality/*.json
 """
+
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ def number(value: float | None, form: str) -> str:
 COLUMNS = (
     ("mode", lambda r: r["mode"] + (f", predictor `{r['predictor']}`" if r.get("predictor") else "")),
     ("perplexity", lambda r: f"{r['sparse_ppl']:.2f}"),
-    ("rise over dense", lambda r: f"{100 * r['ppl_increase']:+.2f}% ± {100 * (r['ppl_increase_stderr'] or 0):.2f}"),
+    (
+        "rise over dense",
+        lambda r: f"{100 * r['ppl_increase']:+.2f}% ± {100 * (r['ppl_increase_stderr'] or 0):.2f}",
+    ),
     ("MLP density", lambda r: f"{r['mlp_density']:.4f}"),
     ("truly active", lambda r: number(r["oracle_mlp_density"], ".4f")),
     ("MLP recall", lambda r: number(r["mlp_recall"], ".2f")),
@@ -34,7 +38,10 @@ def main(paths: list[str]) -> None:
     for row in rows:
         print("| " + " | ".join(cell(row) for _, cell in COLUMNS) + " |")
     first = rows[0]
-    print(f"\n{first['num_tokens']:,} tokens, dense perplexity {first['dense_ppl']:.2f}, {first['agreement_prompts']} prompts.")
+    print(
+        f"\n{first['num_tokens']:,} tokens, dense perplexity {first['dense_ppl']:.2f},"
+        f" {first['agreement_prompts']} prompts."
+    )
 
 
 if __name__ == "__main__":

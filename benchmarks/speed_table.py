@@ -1,13 +1,27 @@
 """Markdown of a speed.csv of bench_engine.py, for READMEs.
 
-    python benchmarks/speed_table.py benchmarks/results/cpu/speed.csv
+python benchmarks/speed_table.py benchmarks/results/cpu/speed.csv
 """
+
 from __future__ import annotations
 
 import csv
 import sys
 
-HEADER = ("model", "batch", "context", "MLP density (union)", "head density", "dense ms/token", "dejavu ms/token", "speed-up (range)", "prefill", "weights GB/s, dense", "dejavu", "Transformers ms/token")
+HEADER = (
+    "model",
+    "batch",
+    "context",
+    "MLP density (union)",
+    "head density",
+    "dense ms/token",
+    "dejavu ms/token",
+    "speed-up (range)",
+    "prefill",
+    "weights GB/s, dense",
+    "dejavu",
+    "Transformers ms/token",
+)
 
 
 def line(row: dict[str, str]) -> tuple[str, ...]:
@@ -15,12 +29,26 @@ def line(row: dict[str, str]) -> tuple[str, ...]:
         return format(float(row[key]), form) if row.get(key) else "-"
 
     name = f"OPT-{row['geometry'].upper()}, synthetic" if row["synthetic"] == "True" else row["geometry"]
-    speedup = f"**{number('speedup', '.2f')}x** ({number('speedup_min', '.2f')}-{number('speedup_max', '.2f')})" if row.get("speedup") else "-"
+    speedup = (
+        f"**{number('speedup', '.2f')}x** ({number('speedup_min', '.2f')}-{number('speedup_max', '.2f')})"
+        if row.get("speedup")
+        else "-"
+    )
     prefill = f"{number('prefill_ratio', '.2f')}x" if row.get("prefill_ratio") else "-"
     return (
-        name, row["batch"], row["context"], f"{number('mlp_counted', '.2f')} ({number('mlp_union', '.2f')})", number("head_counted", ".2f"), number("dense_ms", ".1f"),
-        number("dejavu_ms", ".1f"), speedup, prefill, number("dense_gbps", ".1f"), number("dejavu_gbps", ".1f"), number("hf_ms", ".1f"),
-    )  # fmt: skip
+        name,
+        row["batch"],
+        row["context"],
+        f"{number('mlp_counted', '.2f')} ({number('mlp_union', '.2f')})",
+        number("head_counted", ".2f"),
+        number("dense_ms", ".1f"),
+        number("dejavu_ms", ".1f"),
+        speedup,
+        prefill,
+        number("dense_gbps", ".1f"),
+        number("dejavu_gbps", ".1f"),
+        number("hf_ms", ".1f"),
+    )
 
 
 def main() -> None:

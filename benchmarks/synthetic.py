@@ -2,16 +2,18 @@
 
     python benchmarks/synthetic.py --geometry 6.7b --output DIR
 
-Speed depends on which neurons and heads are read, not on what they mean. So weights are random and the predictors are
-too, but they run at their real rank and decide the selection: neuron j of a layer is selected by a token with a rate p_j
-of its own, and these rates are drawn so that one token, 8 and 64 tokens select the shares of a given profile. Nothing
-here says anything about quality, and every row made with it is labelled synthetic.
+Speed depends on which neurons and heads are read, not on what they mean. So weights are random and the
+predictors are too, but they run at their real rank and decide the selection: neuron j of a layer is selected
+by a token with a rate p_j of its own, and these rates are drawn so that one token, 8 and 64 tokens select the
+shares of a given profile. Nothing here says anything about quality, and every row made with it is labelled
+synthetic.
 
-How the rates come out: rows of `down` are orthonormal and the input x is normalised, so down(x) is close to N(0, I) over
-tokens; rows of `up` have length 1, so each score is N(0, 1) before its bias, and bias_j = normal quantile of p_j.
-`init_weights` makes tokens of the model as different as this takes; densities are counted in every timed run, and
-`calibrate` corrects what remains.
+How the rates come out: rows of `down` are orthonormal and the input x is normalised, so down(x) is close to
+N(0, I) over tokens; rows of `up` have length 1, so each score is N(0, 1) before its bias, and bias_j = normal
+quantile of p_j. `init_weights` makes tokens of the model as different as this takes; densities are counted in
+every timed run, and `calibrate` corrects what remains.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,8 +35,8 @@ from vllm_dejavu.predictor import quantize
 from vllm_dejavu.roofline import GEOMETRIES, Geometry, preset_densities
 
 NORMAL = NormalDist()
-# Standard deviation of the residual stream: embeddings have it, and blocks add little to it (WRITE of it each), so that
-# a token stays itself through all layers instead of drowning in what every token is given.
+# Standard deviation of the residual stream: embeddings have it, and blocks add little to it (WRITE of it
+# each), so that a token stays itself through all layers instead of drowning in what every token is given.
 RESIDUAL_STD = 4.0
 WRITE = 0.05
 # Of what a predictor reads, by lookahead: `previous` is the residual stream, which is not normalised.
@@ -43,7 +45,11 @@ POSITION_STD = 0.1 * RESIDUAL_STD  # tokens at one position must not look alike
 ALWAYS_POSITIVE = 5.0  # fc1's bias, in standard deviations of its output: one neuron in 3e6 comes out <= 0
 PROFILE_BATCHES = (1, 8, 64)
 PREDICTOR_DTYPES = ("float16", "int8")
-TILES = (65_537, 16_777_259)  # random numbers drawn on a CPU; primes, so that no two rows of a matrix get the same ones
+# random numbers drawn on a CPU; primes, so that no two rows of a matrix get the same ones
+TILES = (
+    65_537,
+    16_777_259,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ class Rates:
     def union(self, batch: int) -> float:
         """Expected share selected by any of `batch` independent tokens."""
         a, b = self.a, self.b
-        unselected = math.exp(math.lgamma(b + batch) - math.lgamma(b) + math.lgamma(a + b) - math.lgamma(a + b + batch))
+        unselected = math.exp(
+            math.lgamma(b + batch) - math.lgamma(b) + math.lgamma(a + b) - math.lgamma(a + b + batch)
+        )
         return self.hot + (1 - self.hot) * (1 - unselected)
 
     def draw(self, units: int, generator: numpy.random.Generator) -> numpy.ndarray:
@@ -67,10 +75,11 @@ class Rates:
 
 
 def fit_rates(profile: Mapping[int, float]) -> Rates:
-    """Rates whose unions follow {batch: share selected by any token}: least squares of the log ratios, by compass search.
+    """Rates whose unions follow {batch: share selected by any token}: least squares of the log ratios, by
+    compass search.
 
-    Without the hot neurons no Beta follows published profiles to better than 10 to 18%; with them, three points are met
-    exactly and those between and beyond come out within 5% of Polar's table.
+    Without the hot neurons no Beta follows published profiles to better than 10 to 18%; with them, three
+    points are met exactly and those between and beyond come out within 5% of Polar's table.
     """
 
     def rates(place: list[float]) -> Rates:
@@ -95,7 +104,9 @@ def fit_rates(profile: Mapping[int, float]) -> Rates:
 
 
 def profile_of(name: str) -> tuple[dict[int, float], float, str]:
-    """({batch: MLP union density}, heads per sequence, where they come from) of a geometry; see roofline.py."""
+    """({batch: MLP union density}, heads per sequence, where they come from) of a geometry; see
+    roofline.py.
+    """
     name = "6.7b" if name == "tiny" else name
     _, heads, source = preset_densities(name, 1)
     return {batch: preset_densities(name, batch)[0] for batch in PROFILE_BATCHES}, heads, source
@@ -104,8 +115,8 @@ def profile_of(name: str) -> tuple[dict[int, float], float, str]:
 def scale_profile(profile: Mapping[int, float], density: float) -> dict[int, float]:
     """The profile with another density of one token.
 
-    Every union u becomes 1 - (1 - u)^k with the k that makes it `density` at batch 1: as if each token were k tokens of the
-    profile. So unions stay below 1 and keep their order; small ones scale nearly in proportion.
+    Every union u becomes 1 - (1 - u)^k with the k that makes it `density` at batch 1: as if each token were k
+    tokens of the profile. So unions stay below 1 and keep their order; small ones scale nearly in proportion.
     """
     if density >= 1:
         return dict.fromkeys(profile, 1.0)
@@ -113,18 +124,25 @@ def scale_profile(profile: Mapping[int, float], density: float) -> dict[int, flo
     return {batch: density if batch == 1 else 1 - (1 - union) ** k for batch, union in profile.items()}
 
 
-def target(name: str, mlp_density: float | None, head_density: float | None) -> tuple[dict[int, float], float, str]:
+def target(
+    name: str, mlp_density: float | None, head_density: float | None
+) -> tuple[dict[int, float], float, str]:
     """`profile_of`, with the densities of one token that were asked for; None: the geometry's own."""
     profile, heads, source = profile_of(name)
     if mlp_density is not None:
-        profile, source = scale_profile(profile, mlp_density), f"{source}; unions scaled to {mlp_density:g} at batch 1"
+        profile, source = (
+            scale_profile(profile, mlp_density),
+            f"{source}; unions scaled to {mlp_density:g} at batch 1",
+        )
     if head_density is not None:
         heads, source = head_density, f"{source}; heads {head_density:g} asked for"
     return profile, heads, source
 
 
 def rank_of(g: Geometry, dtype: str = "float16") -> int:
-    """Of the MLP predictor, as `vllm-dejavu train` takes it: at most 3% of the block's bytes where hidden >= 2048."""
+    """Of the MLP predictor, as `vllm-dejavu train` takes it: at most 3% of the block's bytes where hidden >=
+    2048.
+    """
     from vllm_dejavu.predictor_training.pipeline import default_rank
 
     return default_rank(g.hidden, g.ffn, DTYPES[dtype].itemsize)
@@ -132,13 +150,30 @@ def rank_of(g: Geometry, dtype: str = "float16") -> int:
 
 def hf_config(g: Geometry) -> dict[str, Any]:
     return {
-        "architectures": ["OPTForCausalLM"], "model_type": "opt", "activation_function": "relu", "do_layer_norm_before": True,
-        "hidden_size": g.hidden, "word_embed_proj_dim": g.hidden, "ffn_dim": g.ffn, "num_attention_heads": g.num_heads,
-        "num_hidden_layers": g.num_layers, "vocab_size": g.vocab, "max_position_embeddings": g.positions - 2,
-        "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "tie_word_embeddings": True, "enable_bias": True,
-        "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False, "dropout": 0.0, "attention_dropout": 0.0,
-        "layerdrop": 0.0, "use_cache": True, "torch_dtype": "float16",
-    }  # fmt: skip
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "hidden_size": g.hidden,
+        "word_embed_proj_dim": g.hidden,
+        "ffn_dim": g.ffn,
+        "num_attention_heads": g.num_heads,
+        "num_hidden_layers": g.num_layers,
+        "vocab_size": g.vocab,
+        "max_position_embeddings": g.positions - 2,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "tie_word_embeddings": True,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "_remove_final_layer_norm": False,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layerdrop": 0.0,
+        "use_cache": True,
+        "torch_dtype": "float16",
+    }
 
 
 def write_model(directory: Path, g: Geometry) -> Path:
@@ -166,7 +201,8 @@ def write_artifact(
     spread: float = 0.0,
     seed: int = 0,
 ) -> Path:
-    """An artifact whose selections follow a profile. A density of 1 makes dense gates: nothing is predicted there.
+    """An artifact whose selections follow a profile. A density of 1 makes dense gates: nothing is predicted
+    there.
 
     Args:
         profile: {batch: share of neurons that any of `batch` tokens selects}, mean over layers.
@@ -177,7 +213,10 @@ def write_artifact(
         spread: densities of layers vary by up to this share around the profile, evenly, in random order.
     """
     if mlp_lookahead not in ("self", "attn_input"):
-        raise ValueError(f"mlp_lookahead is {mlp_lookahead!r}; synthetic predictors read a normalised input: 'self' or 'attn_input'.")
+        raise ValueError(
+            f"mlp_lookahead is {mlp_lookahead!r}; synthetic predictors read a normalised input: 'self' or"
+            " 'attn_input'."
+        )
     if dtype not in PREDICTOR_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; predictors come in {PREDICTOR_DTYPES}.")
     rank = rank or rank_of(g, dtype)
@@ -188,11 +227,15 @@ def write_artifact(
     layers = []
     rates_by_factor: dict[float, Rates] = {}
 
-    def gate(prefix: str, density: Callable[[int], float], gate_tensors: dict[str, torch.Tensor], **fields: Any) -> GateSpec:
+    def gate(
+        prefix: str, density: Callable[[int], float], gate_tensors: dict[str, torch.Tensor], **fields: Any
+    ) -> GateSpec:
         if dtype == "int8":
             gate_tensors = quantize(gate_tensors, 8)
         for name, tensor in gate_tensors.items():
-            tensors[prefix + name] = (tensor.half() if dtype == "float16" and name in ("down", "up", "weight") else tensor).cpu()
+            tensors[prefix + name] = (
+                tensor.half() if dtype == "float16" and name in ("down", "up", "weight") else tensor
+            ).cpu()
         return GateSpec(
             state="sparse",
             dtype=dtype,
@@ -211,8 +254,20 @@ def write_artifact(
             p = torch.from_numpy(rates.draw(g.ffn, numbers))
             down = torch.linalg.qr(torch.randn(g.hidden, rank, generator=generator, device=device))[0].t()
             up = _unit_rows(g.ffn, rank, generator, device)
-            parts = {"down": down, "up": up, "bias": torch.special.ndtri(p).float().to(device), "activation_rate": p.float()}
-            mlp = gate(f"layers.{layer}.mlp.", rates.union, parts, form="low_rank", lookahead=mlp_lookahead, rank=rank)
+            parts = {
+                "down": down,
+                "up": up,
+                "bias": torch.special.ndtri(p).float().to(device),
+                "activation_rate": p.float(),
+            }
+            mlp = gate(
+                f"layers.{layer}.mlp.",
+                rates.union,
+                parts,
+                form="low_rank",
+                lookahead=mlp_lookahead,
+                rank=rank,
+            )
         if head_density < 1:
             lookahead = "self" if layer == 0 else "previous"
             parts = {
@@ -221,21 +276,38 @@ def write_artifact(
                 "activation_rate": torch.full((g.num_heads,), head_density),
             }
             union = lambda b: 1 - (1 - head_density) ** b  # noqa: E731
-            attention = gate(f"layers.{layer}.attention.", union, parts, form="linear", lookahead=lookahead, threshold=0.0)
+            attention = gate(
+                f"layers.{layer}.attention.", union, parts, form="linear", lookahead=lookahead, threshold=0.0
+            )
         layers.append({"mlp": mlp, "attention": attention})
     model = ModelSpec(
-        name=f"synthetic {g.name}", architecture="OPTForCausalLM", num_layers=g.num_layers, hidden_size=g.hidden, ffn_dim=g.ffn,
-        num_heads=g.num_heads, activation="relu", layer_norm="pre", fingerprint="sha256:synthetic",
-    )  # fmt: skip
-    record = {"synthetic": True, "profile": {str(b): d for b, d in profile.items()}, "head_density": head_density, "seed": seed, "spread": spread}
+        name=f"synthetic {g.name}",
+        architecture="OPTForCausalLM",
+        num_layers=g.num_layers,
+        hidden_size=g.hidden,
+        ffn_dim=g.ffn,
+        num_heads=g.num_heads,
+        activation="relu",
+        layer_norm="pre",
+        fingerprint="sha256:synthetic",
+    )
+    record = {
+        "synthetic": True,
+        "profile": {str(b): d for b, d in profile.items()},
+        "head_density": head_density,
+        "seed": seed,
+        "spread": spread,
+    }
     artifact.save(directory, Manifest(model, tuple(layers), calibration=record), tensors, overwrite=True)
     return Path(directory)
 
 
 class _Normals:
-    """Fills tensors with N(0, std^2); on a CPU out of one block of random numbers, laid in from a random place for each tensor.
+    """Fills tensors with N(0, std^2); on a CPU out of one block of random numbers, laid in from a random
+    place for each tensor.
 
-    Drawing them all would take every engine its time: 1.3e9 in bf16 take 9 s on 2 cores, 1.6 s from the block.
+    Drawing them all would take every engine its time: 1.3e9 in bf16 take 9 s on 2 cores, 1.6 s from the
+    block.
     """
 
     def __init__(self, seed: int):
@@ -267,14 +339,14 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
 
     For vLLM's own OPT and ours, which name parameters alike (ours stores fc2 transposed), and Transformers'.
 
-    vLLM's CPU linears pack their weight as soon as it is loaded and drop the original: a parameter of no elements, skipped
-    here. On a CPU this must therefore run while the model is being loaded (`engine_side.build_llm`), or packed layers
-    would keep what they had. Values do not change the speed of a CPU's dense layers as long as none is denormal, and none
-    of these is.
+    vLLM's CPU linears pack their weight as soon as it is loaded and drop the original: a parameter of no
+    elements, skipped here. On a CPU this must therefore run while the model is being loaded
+    (`engine_side.build_llm`), or packed layers would keep what they had. Values do not change the speed of a
+    CPU's dense layers as long as none is denormal, and none of these is.
 
     Args:
-        survive: share of neurons that fc1 brings out positive for a token. A batch reads what survives for any of its
-            rows, which is more; the engine counts it.
+        survive: share of neurons that fc1 brings out positive for a token. A batch reads what survives for
+            any of its rows, which is more; the engine counts it.
     """
     bias = ALWAYS_POSITIVE if survive >= 1 else NORMAL.inv_cdf(survive)
     normals = _Normals(seed)
@@ -283,7 +355,9 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
             continue
         if name.endswith("decoder.final_layer_norm.weight"):
             # random signs: with tied embeddings the last token would otherwise be every next token
-            p.fill_(1).mul_(torch.randint(0, 2, p.shape, generator=normals.generator(p.device), device=p.device) * 2 - 1)
+            p.fill_(1).mul_(
+                torch.randint(0, 2, p.shape, generator=normals.generator(p.device), device=p.device) * 2 - 1
+            )
         elif "layer_norm.weight" in name:
             p.fill_(1)
         elif name.endswith("fc1.bias"):
@@ -315,7 +389,9 @@ def _shift(bias: torch.Tensor, density: float) -> float:
 
 
 def _score_std(gate: Any) -> torch.Tensor | float:
-    """[units] or one number: standard deviation of a gate's scores before the bias. 1 as drawn; integers bring steps of their own."""
+    """[units] or one number: standard deviation of a gate's scores before the bias. 1 as drawn; integers
+    bring steps of their own.
+    """
     if gate.spec.dtype != "int8":
         return 1.0
     p = gate.predictor
@@ -349,12 +425,15 @@ def calibrate(model: torch.nn.Module, layers: list[dict[str, Any]], tolerance: f
             bias, std = gate.predictor.bias, _score_std(gate)
             scores = (bias / std).double().cpu()
             unit = 1 / gate.units
-            bias.add_(std * (_shift(scores, target) - _shift(scores, min(1 - unit, max(unit / 100, counted)))))
+            bias.add_(
+                std * (_shift(scores, target) - _shift(scores, min(1 - unit, max(unit / 100, counted))))
+            )
     return worst
 
 
 class DenseProjections:
-    """An ablation: the engine's kernels, but Q and out_proj read every head's weights; attention stays selective.
+    """An ablation: the engine's kernels, but Q and out_proj read every head's weights; attention stays
+    selective.
 
     Head selections are not counted then: the projection that counts them is told that all heads are selected.
     """
@@ -372,15 +451,31 @@ class DenseProjections:
             self.ones[key] = head_scores.new_ones(head_scores.shape)
         return self.ones[key]
 
-    def sparse_qkv(self, x: Any, weight: Any, bias: Any, head_scores: Any, row_lens: Any, head_size: int, counters: Any = None, workspace: Any = None) -> Any:
-        return self.kernels.sparse_qkv(x, weight, bias, self._all(head_scores), row_lens, head_size, None, workspace)
+    def sparse_qkv(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        head_scores: Any,
+        row_lens: Any,
+        head_size: int,
+        counters: Any = None,
+        workspace: Any = None,
+    ) -> Any:
+        return self.kernels.sparse_qkv(
+            x, weight, bias, self._all(head_scores), row_lens, head_size, None, workspace
+        )
 
-    def sparse_out_proj(self, attn: Any, weight: Any, head_scores: Any, output: Any = None, workspace: Any = None) -> Any:
+    def sparse_out_proj(
+        self, attn: Any, weight: Any, head_scores: Any, output: Any = None, workspace: Any = None
+    ) -> Any:
         return self.kernels.sparse_out_proj(attn, weight, self._all(head_scores), output, workspace)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a synthetic model (config only) and its predictor artifact.")
+    parser = argparse.ArgumentParser(
+        description="Write a synthetic model (config only) and its predictor artifact."
+    )
     parser.add_argument("--geometry", choices=[*GEOMETRIES, TINY.name], required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rank", type=int)
@@ -395,9 +490,16 @@ def main() -> None:
     profile, heads, source = target(args.geometry, args.mlp_density, args.head_density)
     directory = write_model(args.output, g)
     write_artifact(
-        directory / "dejavu", g, profile, heads,
-        rank=args.rank, dtype=args.predictor_dtype, mlp_lookahead=args.mlp_lookahead, spread=args.spread, seed=args.seed,
-    )  # fmt: skip
+        directory / "dejavu",
+        g,
+        profile,
+        heads,
+        rank=args.rank,
+        dtype=args.predictor_dtype,
+        mlp_lookahead=args.mlp_lookahead,
+        spread=args.spread,
+        seed=args.seed,
+    )
     print(f"{directory}: {g.name}, synthetic; MLP {profile}, heads {heads} ({source})")
 
 

@@ -1,12 +1,15 @@
-"""OPT with predictor-gated layers behind Ray Serve: replicas that stream text, report densities and switch to dense.
+"""OPT with predictor-gated layers behind Ray Serve: replicas that stream text, report densities and switch to
+dense.
 
     cd examples && serve run --working-dir . ray_serve:build model=$PWD/opt-books-7m        # and then
-    curl -N localhost:8000/generate -H 'content-type: application/json' -d '{"prompt": "The house stood", "max_tokens": 32}'
-    curl localhost:8000/densities
+    curl -N localhost:8000/generate -H 'content-type: application/json' -d '{"prompt": "The house stood",
+    "max_tokens": 32}' curl localhost:8000/densities
 
-Needs `pip install 'ray[serve]'`. Arguments of `build` are KEY=VALUE: model, predictor (default: MODEL/dejavu), replicas, gpus (of each replica,
-0 on a CPU), and max_model_len. vllm-dejavu must be installed on every node, and the model and the artifact must be found there.
+Needs `pip install 'ray[serve]'`. Arguments of `build` are KEY=VALUE: model, predictor (default:
+MODEL/dejavu), replicas, gpus (of each replica, 0 on a CPU), and max_model_len. vllm-dejavu must be installed
+on every node, and the model and the artifact must be found there.
 """
+
 from __future__ import annotations
 
 import uuid
@@ -38,7 +41,9 @@ class DejaVu:
 
         settings = {} if predictor is None else {"predictor": predictor}
         self.engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(model=model, model_impl="dejavu", additional_config={"dejavu": settings}, **options)
+            AsyncEngineArgs(
+                model=model, model_impl="dejavu", additional_config={"dejavu": settings}, **options
+            )
         )
 
     async def check_health(self) -> None:
@@ -50,7 +55,11 @@ class DejaVu:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(temperature=request.temperature, max_tokens=request.max_tokens, output_kind=RequestOutputKind.DELTA)
+        params = SamplingParams(
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            output_kind=RequestOutputKind.DELTA,
+        )
 
         async def pieces() -> AsyncIterator[str]:
             async for output in self.engine.generate(request.prompt, params, request_id=str(uuid.uuid4())):
@@ -63,7 +72,10 @@ class DejaVu:
         from vllm_dejavu.metrics import summarize
 
         summary = summarize(await self.engine.collective_rpc("dejavu_metrics"))
-        return {key: summary[key] for key in ("sparse_step_share", "mlp_density", "head_density", "dense_switch", "artifact")}
+        return {
+            key: summary[key]
+            for key in ("sparse_step_share", "mlp_density", "head_density", "dense_switch", "artifact")
+        }
 
     @api.post("/dense/{on}")
     async def dense(self, on: bool) -> None:
@@ -76,5 +88,7 @@ class DejaVu:
 def build(args: dict[str, str]) -> serve.Application:
     gpus = float(args.get("gpus", 0))
     options = {"max_model_len": int(args["max_model_len"])} if "max_model_len" in args else {}
-    deployment = DejaVu.options(num_replicas=int(args.get("replicas", 1)), ray_actor_options={"num_gpus": gpus} if gpus else {})
+    deployment = DejaVu.options(
+        num_replicas=int(args.get("replicas", 1)), ray_actor_options={"num_gpus": gpus} if gpus else {}
+    )
     return deployment.bind(args["model"], args.get("predictor"), options)

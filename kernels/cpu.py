@@ -1,8 +1,11 @@
-"""The native CPU implementation (csrc/): the functions of `reference` that run on every sparse step, with the same signatures.
+"""The native CPU implementation (csrc/): the functions of `reference` that run on every sparse step, with the
+same signatures.
 
-The extension is built by setup.py; where there was no compiler it is missing and `reference` runs instead. Which
-instruction set its kernels use is decided when they first run; VLLM_DEJAVU_CPU_ISA names another one (`isas`).
+The extension is built by setup.py; where there was no compiler it is missing and `reference` runs instead.
+Which instruction set its kernels use is decided when they first run; VLLM_DEJAVU_CPU_ISA names another one
+(`isas`).
 """
+
 from __future__ import annotations
 
 import functools
@@ -11,7 +14,8 @@ from typing import Any
 
 import torch
 
-# What only controls and measurements need; the paged kernel has no CPU form, as vLLM's CPU cache is packed by its own rules.
+# What only controls and measurements need; the paged kernel has no CPU form, as vLLM's CPU cache is packed by
+# its own rules.
 from vllm_dejavu.kernels.reference import (
     ACTIVATIONS,
     LARGEST_BATCH,
@@ -42,17 +46,19 @@ __all__ = [
     "sparse_qkv",
 ]
 
-# {block: {hidden size: {tokens: union density}}} at which sparse and dense take equally long, prediction included, on one CPU
-# (AMD Zen 4, 2 cores, bf16, layers of OPT-125M and OPT-1.3B; benchmarks/results/cpu/kernels-*.csv, of neighbouring batch sizes
-# the lowest). 0.5 is the lowest density of heads that was measured. Sizes in between take the next smaller one. OPT-125M's from 16
-# tokens on are lower than the layers alone say: its whole steps took 0.90x of dense's speed at 0.39 (benchmarks/results/cpu/README.md).
+# {block: {hidden size: {tokens: union density}}} at which sparse and dense take equally long, prediction
+# included, on one CPU (AMD Zen 4, 2 cores, bf16, layers of OPT-125M and OPT-1.3B;
+# benchmarks/results/cpu/kernels-*.csv, of neighbouring batch sizes the lowest). 0.5 is the lowest density of
+# heads that was measured. Sizes in between take the next smaller one. OPT-125M's from 16 tokens on are lower
+# than the layers alone say: its whole steps took 0.90x of dense's speed at 0.39
+# (benchmarks/results/cpu/README.md).
 CROSSOVERS = {
     "mlp": {768: {1: 0.91, 4: 0.69, 8: 0.64, 16: 0.35}, 2048: {1: 0.92, 4: 0.9, 32: 0.79}},
     "attention": {768: {1: 0.71, 4: 0.5}, 2048: {2: 0.83}},
 }
 MISSING = (
-    "The native CPU kernels are not built, so the PyTorch reference runs, which is slow: install vllm-dejavu again with a C++ compiler, "
-    "PyTorch and ninja in place (pip install --no-build-isolation)."
+    "The native CPU kernels are not built, so the PyTorch reference runs, which is slow: install vllm-dejavu"
+    " again with a C++ compiler, PyTorch and ninja in place (pip install --no-build-isolation)."
 )
 LIBRARY = Path(__file__).with_name("_cpu.so")
 
@@ -70,8 +76,9 @@ def available() -> bool:
         torch.ops.load_library(str(LIBRARY))
     except OSError as e:
         raise RuntimeError(
-            f"The native CPU kernels {LIBRARY} cannot be loaded with torch {torch.__version__}: {e}. They were built for another "
-            "version: install vllm-dejavu again (pip install --no-build-isolation), or delete that file to run the slow PyTorch reference."
+            f"The native CPU kernels {LIBRARY} cannot be loaded with torch {torch.__version__}: {e}. They"
+            " were built for another version: install vllm-dejavu again (pip install --no-build-isolation),"
+            " or delete that file to run the slow PyTorch reference."
         ) from None
     return True
 
@@ -96,11 +103,15 @@ def describe() -> str:
 
 
 def prepare_weight(weight: torch.Tensor) -> None:
-    """Ask for huge pages: rows of a list lie pages apart, and with small ones address translation limits how fast they are read."""
+    """Ask for huge pages: rows of a list lie pages apart, and with small ones address translation limits how
+    fast they are read.
+    """
     torch.ops.dejavu_cpu.use_huge_pages(weight)
 
 
-def count_dense(counters: torch.Tensor, once: torch.Tensor, per_row: torch.Tensor, row_lens: torch.Tensor) -> None:
+def count_dense(
+    counters: torch.Tensor, once: torch.Tensor, per_row: torch.Tensor, row_lens: torch.Tensor
+) -> None:
     torch.ops.dejavu_cpu.count_dense(counters, once, per_row, row_lens)
 
 
@@ -141,18 +152,27 @@ def sparse_mlp(
     workspace: Any = None,
 ) -> torch.Tensor:
     _check_activation(activation)
-    return torch.ops.dejavu_cpu.sparse_mlp(x, fc1_weight, fc1_bias, fc2_weight_t, neuron_ids, counts, row_lens, row_mask, counters)
+    return torch.ops.dejavu_cpu.sparse_mlp(
+        x, fc1_weight, fc1_bias, fc2_weight_t, neuron_ids, counts, row_lens, row_mask, counters
+    )
 
 
 def dense_mlp(
-    x: torch.Tensor, fc1_weight: torch.Tensor, fc1_bias: torch.Tensor | None, fc2_weight_t: torch.Tensor, activation: str = "relu"
+    x: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight_t: torch.Tensor,
+    activation: str = "relu",
 ) -> torch.Tensor:
     _check_activation(activation)
     return torch.ops.dejavu_cpu.dense_mlp(x, fc1_weight, fc1_bias, fc2_weight_t)
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if output is None:
         output = x.new_empty(x.shape[0], weight.shape[0])

@@ -1,4 +1,7 @@
-"""The Triton implementation: the functions of `reference` that run on every sparse step, with the same signatures."""
+"""The Triton implementation: the functions of `reference` that run on every sparse step, with the same
+signatures.
+"""
+
 from __future__ import annotations
 
 from vllm_dejavu.kernels.predict import score_heads, select_neurons

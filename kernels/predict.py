@@ -1,11 +1,14 @@
 """Predict and select: low-rank scores, threshold, union over the batch's rows, neuron list. Two launches.
 
 1. `_down_kernel`: the predictor's down-projection; head scores ride along as further rows.
-2. `_up_select_kernel`: up-projection, bias, threshold and union. One program a segment of the neuron list, which it
-   writes alone: nothing waits for other programs, so selections are deterministic and there is nothing to reset.
+2. `_up_select_kernel`: up-projection, bias, threshold and union. One program a segment of the neuron list,
+   which it writes alone: nothing waits for other programs, so selections are deterministic and there is
+   nothing to reset.
 
-Source: Deja Vu (2023) ranks scores and takes the top k; here a calibrated threshold is in the bias, so no sort.
+Source: Deja Vu (2023) ranks scores and takes the top k; here a calibrated threshold is in the bias, so no
+sort.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,21 +24,55 @@ from vllm_dejavu.kernels.reference import SEGMENT
 
 @triton.jit
 def _score_block(
-    x_ptr, stride_x, w_ptr, bias_ptr, row_lens_ptr, out_ptr, partial_ptr, counter_ptr,
-    block, blocks_before, units, num_tokens, hidden, span,
-    IS_HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """out[t, u] = w[u] @ x[t] for one block of units, all or one split of the hidden size; heads: plus bias, padding -1."""
+    x_ptr,
+    stride_x,
+    w_ptr,
+    bias_ptr,
+    row_lens_ptr,
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    block,
+    blocks_before,
+    units,
+    num_tokens,
+    hidden,
+    span,
+    IS_HEAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out[t, u] = w[u] @ x[t] for one block of units, all or one split of the hidden size; heads: plus bias,
+    padding -1.
+    """
     split, token_block = tl.program_id(1), tl.program_id(2)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = token_block * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask, token_mask = rows < units, tokens < num_tokens
     k_start = split * span
     result = tiles.row_products(
-        w_ptr, hidden, rows, row_mask, x_ptr, stride_x, tokens, token_mask, k_start, tl.minimum(k_start + span, hidden),
-        BLOCK_N, BLOCK_T, BLOCK_K, DOT, PRECISION, STAGES,
-    )  # fmt: skip
+        w_ptr,
+        hidden,
+        rows,
+        row_mask,
+        x_ptr,
+        stride_x,
+        tokens,
+        token_mask,
+        k_start,
+        tl.minimum(k_start + span, hidden),
+        BLOCK_N,
+        BLOCK_T,
+        BLOCK_K,
+        DOT,
+        PRECISION,
+        STAGES,
+    )
     offsets = tokens.to(tl.int64)[None, :] * units + rows[:, None]  # [BLOCK_N, BLOCK_T]
     mask = row_mask[:, None] & token_mask[None, :]
     last = True
@@ -47,7 +84,9 @@ def _score_block(
             # in the order of the splits, whoever came last: the sum is the same every time
             result = tl.load(partial_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             for s in range(1, SPLITS):
-                result += tl.load(partial_ptr + s * size + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+                result += tl.load(
+                    partial_ptr + s * size + offsets, mask=mask, other=0.0, cache_modifier=".cg"
+                )
     if last:
         if IS_HEAD:
             result += tl.load(bias_ptr + rows, mask=row_mask, other=0.0)[:, None]
@@ -58,37 +97,113 @@ def _score_block(
 
 @triton.jit
 def _down_kernel(
-    x_ptr, stride_x, down_ptr, out_ptr, rank,
-    head_x_ptr, stride_head_x, head_w_ptr, head_bias_ptr, head_scores_ptr, heads,
-    row_lens_ptr, partial_ptr, counter_ptr, num_tokens, hidden, span, rank_blocks,
-    RANK: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, HEAD_PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    stride_x,
+    down_ptr,
+    out_ptr,
+    rank,
+    head_x_ptr,
+    stride_head_x,
+    head_w_ptr,
+    head_bias_ptr,
+    head_scores_ptr,
+    heads,
+    row_lens_ptr,
+    partial_ptr,
+    counter_ptr,
+    num_tokens,
+    hidden,
+    span,
+    rank_blocks,
+    RANK: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Grid (rank_blocks + head blocks, SPLITS, token blocks)."""
     block = tl.program_id(0)
     if RANK:
         if block < rank_blocks:
             _score_block(
-                x_ptr, stride_x, down_ptr, head_bias_ptr, row_lens_ptr, out_ptr, partial_ptr, counter_ptr,
-                block, 0, rank, num_tokens, hidden, span, False, SPLITS, BLOCK_N, BLOCK_T, BLOCK_K, DOT, PRECISION, STAGES,
-            )  # fmt: skip
+                x_ptr,
+                stride_x,
+                down_ptr,
+                head_bias_ptr,
+                row_lens_ptr,
+                out_ptr,
+                partial_ptr,
+                counter_ptr,
+                block,
+                0,
+                rank,
+                num_tokens,
+                hidden,
+                span,
+                False,
+                SPLITS,
+                BLOCK_N,
+                BLOCK_T,
+                BLOCK_K,
+                DOT,
+                PRECISION,
+                STAGES,
+            )
     if HEADS:
         if block >= rank_blocks:
             _score_block(
-                head_x_ptr, stride_head_x, head_w_ptr, head_bias_ptr, row_lens_ptr, head_scores_ptr,
-                partial_ptr + tl.full([], SPLITS, tl.int64) * num_tokens * rank, counter_ptr,
-                block - rank_blocks, rank_blocks, heads, num_tokens, hidden, span,
-                True, SPLITS, BLOCK_N, BLOCK_T, BLOCK_K, DOT, HEAD_PRECISION, STAGES,
-            )  # fmt: skip
+                head_x_ptr,
+                stride_head_x,
+                head_w_ptr,
+                head_bias_ptr,
+                row_lens_ptr,
+                head_scores_ptr,
+                partial_ptr + tl.full([], SPLITS, tl.int64) * num_tokens * rank,
+                counter_ptr,
+                block - rank_blocks,
+                rank_blocks,
+                heads,
+                num_tokens,
+                hidden,
+                span,
+                True,
+                SPLITS,
+                BLOCK_N,
+                BLOCK_T,
+                BLOCK_K,
+                DOT,
+                HEAD_PRECISION,
+                STAGES,
+            )
 
 
 @triton.jit
 def _up_select_kernel(
-    hidden_ptr, up_ptr, bias_ptr, row_lens_ptr, ids_ptr, counts_ptr, row_mask_ptr, counters_ptr, ffn, rank, num_tokens,
-    SEGMENT: tl.constexpr, ROW_MASK: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    hidden_ptr,
+    up_ptr,
+    bias_ptr,
+    row_lens_ptr,
+    ids_ptr,
+    counts_ptr,
+    row_mask_ptr,
+    counters_ptr,
+    ffn,
+    rank,
+    num_tokens,
+    SEGMENT: tl.constexpr,
+    ROW_MASK: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Grid (segments,)."""
     segment = tl.program_id(0)
     place = tl.arange(0, SEGMENT)
@@ -101,9 +216,23 @@ def _up_select_kernel(
         tokens = start + tl.arange(0, BLOCK_T)
         token_mask = tokens < num_tokens
         scores = tiles.row_products(
-            up_ptr, rank, neurons, inside, hidden_ptr, rank, tokens, token_mask, 0, rank,
-            SEGMENT, BLOCK_T, BLOCK_K, DOT, PRECISION, STAGES,
-        )  # fmt: skip
+            up_ptr,
+            rank,
+            neurons,
+            inside,
+            hidden_ptr,
+            rank,
+            tokens,
+            token_mask,
+            0,
+            rank,
+            SEGMENT,
+            BLOCK_T,
+            BLOCK_K,
+            DOT,
+            PRECISION,
+            STAGES,
+        )
         scores += bias[:, None]
         valid = tl.load(row_lens_ptr + tokens, mask=token_mask, other=0) > 0
         chosen = (scores > 0) & inside[:, None] & valid[None, :]  # [SEGMENT, BLOCK_T]
@@ -124,8 +253,16 @@ def _up_select_kernel(
             tiles.count_rows(counters_ptr, row_lens_ptr, num_tokens, BLOCK_T)
 
 
-def _launch_down(x: torch.Tensor, down: torch.Tensor | None, heads: tuple | None, row_lens: torch.Tensor, workspace: launch.Workspace) -> tuple:
-    """(down-projection [num_tokens, rank] fp32 in scratch memory or None, head scores [num_tokens, heads] or None)."""
+def _launch_down(
+    x: torch.Tensor,
+    down: torch.Tensor | None,
+    heads: tuple | None,
+    row_lens: torch.Tensor,
+    workspace: launch.Workspace,
+) -> tuple:
+    """(down-projection [num_tokens, rank] fp32 in scratch memory or None, head scores [num_tokens, heads] or
+    None).
+    """
     num_tokens, hidden = x.shape
     rank = 0 if down is None else down.shape[0]
     head_x, head_weight, head_bias = (x, x, row_lens) if heads is None else heads
@@ -141,14 +278,38 @@ def _launch_down(x: torch.Tensor, down: torch.Tensor | None, heads: tuple | None
     name = "down" if rank else "heads"
     partials = workspace.take(f"{name}_partials", splits, num_tokens, rank + units) if splits > 1 else x
     _down_kernel[(rank_blocks + -(-units // t.n), splits, token_blocks)](
-        x, x.stride(0), x if down is None else down, projected, rank,
-        head_x, head_x.stride(0), head_weight, head_bias, scores, units,
-        row_lens, partials, workspace.semaphores(name, (rank_blocks + -(-units // t.n)) * token_blocks) if splits > 1 else row_lens,
-        num_tokens, hidden, span, rank_blocks,
-        RANK=rank > 0, HEADS=units > 0, SPLITS=splits, BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot,
+        x,
+        x.stride(0),
+        x if down is None else down,
+        projected,
+        rank,
+        head_x,
+        head_x.stride(0),
+        head_weight,
+        head_bias,
+        scores,
+        units,
+        row_lens,
+        partials,
+        workspace.semaphores(name, (rank_blocks + -(-units // t.n)) * token_blocks)
+        if splits > 1
+        else row_lens,
+        num_tokens,
+        hidden,
+        span,
+        rank_blocks,
+        RANK=rank > 0,
+        HEADS=units > 0,
+        SPLITS=splits,
+        BLOCK_N=t.n,
+        BLOCK_T=t.tokens,
+        BLOCK_K=t.k,
+        DOT=t.dot,
         PRECISION=launch.precision(x.dtype, x.dtype if down is None else down.dtype),
-        HEAD_PRECISION=launch.precision(x.dtype, head_weight.dtype), STAGES=t.stages, num_warps=t.warps,
-    )  # fmt: skip
+        HEAD_PRECISION=launch.precision(x.dtype, head_weight.dtype),
+        STAGES=t.stages,
+        num_warps=t.warps,
+    )
     return projected if rank else None, scores if units else None
 
 
@@ -196,7 +357,11 @@ def select_neurons(
     if heads is not None:
         _check_scored(heads[0], heads[1], "head weight", row_lens)
         check_matrix("head bias", heads[2], (heads[1].shape[0],), torch.float32)
-        check(heads[0].shape == x.shape and heads[0].dtype == x.dtype, f"head input like x {list(x.shape)}", list(heads[0].shape))
+        check(
+            heads[0].shape == x.shape and heads[0].dtype == x.dtype,
+            f"head input like x {list(x.shape)}",
+            list(heads[0].shape),
+        )
     launch.check_counters(counters)
     workspace = launch.workspace_for(workspace, x.device)
     projected, head_scores = _launch_down(x, down, heads, row_lens, workspace)
@@ -206,9 +371,25 @@ def select_neurons(
     mask = torch.empty(num_tokens if with_row_mask else 0, ffn, dtype=torch.bool, device=x.device)
     t = launch.tile("up", num_tokens)
     _up_select_kernel[(segments,)](
-        projected, up, bias, row_lens, ids, counts, mask.view(torch.int8) if with_row_mask else ids, ids if counters is None else counters,
-        ffn, rank, num_tokens,
-        SEGMENT=SEGMENT, ROW_MASK=with_row_mask, COUNT=counters is not None, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot,
-        PRECISION=launch.precision_of_projected(x.dtype, up.dtype), STAGES=t.stages, num_warps=t.warps,
-    )  # fmt: skip
+        projected,
+        up,
+        bias,
+        row_lens,
+        ids,
+        counts,
+        mask.view(torch.int8) if with_row_mask else ids,
+        ids if counters is None else counters,
+        ffn,
+        rank,
+        num_tokens,
+        SEGMENT=SEGMENT,
+        ROW_MASK=with_row_mask,
+        COUNT=counters is not None,
+        BLOCK_T=t.tokens,
+        BLOCK_K=t.k,
+        DOT=t.dot,
+        PRECISION=launch.precision_of_projected(x.dtype, up.dtype),
+        STAGES=t.stages,
+        num_warps=t.warps,
+    )
     return ids, counts, mask, head_scores

@@ -1,8 +1,9 @@
 """Head-sparse projections: Q, K, V and the output projection. One launch each.
 
-Reads the Q rows and the output columns of heads that some row of the batch selected; K and V always, so that the cache
-stays complete. Without skipping these, they bound the gain on large models to about 2x.
+Reads the Q rows and the output columns of heads that some row of the batch selected; K and V always, so that
+the cache stays complete. Without skipping these, they bound the gain on large models to about 2x.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,11 +18,29 @@ from vllm_dejavu.kernels.launch import check, check_matrix
 
 @triton.jit
 def _qkv_kernel(
-    x_ptr, stride_x, w_ptr, bias_ptr, scores_ptr, row_lens_ptr, out_ptr, counters_ptr, num_tokens, hidden, heads, out_size,
-    HEAD_SIZE: tl.constexpr, BLOCKS: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    stride_x,
+    w_ptr,
+    bias_ptr,
+    scores_ptr,
+    row_lens_ptr,
+    out_ptr,
+    counters_ptr,
+    num_tokens,
+    hidden,
+    heads,
+    out_size,
+    HEAD_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BIAS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Grid ((heads + 2 * kv_heads) * BLOCKS, token blocks); BLOCKS blocks of rows a head."""
     head, block, token_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS, tl.program_id(1)
     within = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -34,7 +53,9 @@ def _qkv_kernel(
         selected = tl.zeros([BLOCK_T], tl.int32)
         for start in range(0, num_tokens, BLOCK_T):
             others = start + tl.arange(0, BLOCK_T)
-            score = tl.load(scores_ptr + others.to(tl.int64) * heads + head, mask=others < num_tokens, other=-1.0)
+            score = tl.load(
+                scores_ptr + others.to(tl.int64) * heads + head, mask=others < num_tokens, other=-1.0
+            )
             selected += (score > 0).to(tl.int32)
         number = tl.sum(selected, 0)
         needed = (number > 0).to(tl.int32)
@@ -46,22 +67,54 @@ def _qkv_kernel(
                     tiles.count_rows(counters_ptr, row_lens_ptr, num_tokens, BLOCK_T)
     # an unselected head's loop has no iterations: its weights are not read, its Q is 0
     result = tiles.row_products(
-        w_ptr, hidden, rows, row_mask, x_ptr, stride_x, tokens, token_mask, 0, hidden * needed,
-        BLOCK_N, BLOCK_T, BLOCK_K, DOT, PRECISION, STAGES,
-    )  # fmt: skip
+        w_ptr,
+        hidden,
+        rows,
+        row_mask,
+        x_ptr,
+        stride_x,
+        tokens,
+        token_mask,
+        0,
+        hidden * needed,
+        BLOCK_N,
+        BLOCK_T,
+        BLOCK_K,
+        DOT,
+        PRECISION,
+        STAGES,
+    )
     if BIAS:
-        result += tl.load(bias_ptr + rows, mask=within < HEAD_SIZE * needed, other=0.0).to(tl.float32)[:, None]
+        result += tl.load(bias_ptr + rows, mask=within < HEAD_SIZE * needed, other=0.0).to(tl.float32)[
+            :, None
+        ]
     offsets = tokens.to(tl.int64)[None, :] * out_size + rows[:, None]
-    tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
+    tl.store(
+        out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :]
+    )
 
 
 @triton.jit
 def _out_proj_kernel(
-    attn_ptr, stride_attn, w_ptr, scores_ptr, out_ptr, num_tokens, hidden, heads,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of output rows, token blocks). Row-major weights: a head's columns are >= 64 contiguous bytes."""
+    attn_ptr,
+    stride_attn,
+    w_ptr,
+    scores_ptr,
+    out_ptr,
+    num_tokens,
+    hidden,
+    heads,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (blocks of output rows, token blocks). Row-major weights: a head's columns are >= 64 contiguous
+    bytes.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < hidden
     tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -73,18 +126,23 @@ def _out_proj_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     else:
         acc = tl.zeros([BLOCK_N, BLOCK_T, BLOCK_D], tl.float32)
-    # A masked load costs no bytes and keeps the loop free of branches, so that loads of later heads can start early.
+    # A masked load costs no bytes and keeps the loop free of branches, so that loads of later heads can start
+    # early.
     for head in tl.range(0, heads, num_stages=STAGES):
         score = tl.load(scores_ptr + tokens.to(tl.int64) * heads + head, mask=token_mask, other=-1.0)
         needed = tl.max((score > 0).to(tl.int32), 0)  # 0 or 1
         columns = head * HEAD_SIZE + d
         inside = d < HEAD_SIZE
-        w = tl.load(w_rows + columns[None, :], mask=row_mask[:, None] & (d < HEAD_SIZE * needed)[None, :], other=0.0)
+        w = tl.load(
+            w_rows + columns[None, :], mask=row_mask[:, None] & (d < HEAD_SIZE * needed)[None, :], other=0.0
+        )
         a = tl.load(attn_rows + columns[None, :], mask=(score > 0)[:, None] & inside[None, :], other=0.0)
         acc = tiles.multiply_add(acc, w, a, DOT, PRECISION)
     result = tiles.finish(acc, DOT)
     offsets = tokens.to(tl.int64)[None, :] * hidden + rows[:, None]
-    tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
+    tl.store(
+        out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :]
+    )
 
 
 def sparse_qkv(
@@ -105,10 +163,18 @@ def sparse_qkv(
     (num_tokens, hidden), out_size = x.shape, weight.shape[0]
     check_matrix("x", x, (None, None))
     check_matrix("weight", weight, (None, hidden), x.dtype)
-    check(weight.is_contiguous() and out_size % head_size == 0, f"weight contiguous, rows a multiple of {head_size}", list(weight.shape))
+    check(
+        weight.is_contiguous() and out_size % head_size == 0,
+        f"weight contiguous, rows a multiple of {head_size}",
+        list(weight.shape),
+    )
     heads = head_scores.shape[1]
     kv_heads = out_size // head_size - heads
-    check(kv_heads >= 2 and kv_heads % 2 == 0, f"weight with rows for Q of {heads} heads, and as many for K as for V", list(weight.shape))
+    check(
+        kv_heads >= 2 and kv_heads % 2 == 0,
+        f"weight with rows for Q of {heads} heads, and as many for K as for V",
+        list(weight.shape),
+    )
     launch.check_bias("bias", bias, out_size)
     launch.check_counters(counters)
     _check_scores(head_scores, num_tokens, heads)
@@ -117,11 +183,30 @@ def sparse_qkv(
     blocks = -(-head_size // t.n)
     out = torch.empty(num_tokens, out_size, dtype=x.dtype, device=x.device)
     _qkv_kernel[(out_size // head_size * blocks, -(-num_tokens // t.tokens))](
-        x, x.stride(0), weight, weight if bias is None else bias, head_scores, row_lens, out, row_lens if counters is None else counters,
-        num_tokens, hidden, heads, out_size,
-        HEAD_SIZE=head_size, BLOCKS=blocks, BIAS=bias is not None, COUNT=counters is not None,
-        BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot, PRECISION=launch.precision(x.dtype), STAGES=t.stages, num_warps=t.warps,
-    )  # fmt: skip
+        x,
+        x.stride(0),
+        weight,
+        weight if bias is None else bias,
+        head_scores,
+        row_lens,
+        out,
+        row_lens if counters is None else counters,
+        num_tokens,
+        hidden,
+        heads,
+        out_size,
+        HEAD_SIZE=head_size,
+        BLOCKS=blocks,
+        BIAS=bias is not None,
+        COUNT=counters is not None,
+        BLOCK_N=t.n,
+        BLOCK_T=t.tokens,
+        BLOCK_K=t.k,
+        DOT=t.dot,
+        PRECISION=launch.precision(x.dtype),
+        STAGES=t.stages,
+        num_warps=t.warps,
+    )
     return out
 
 
@@ -149,10 +234,23 @@ def sparse_out_proj(
     check(output.is_contiguous(), "output contiguous", output.stride())
     t = launch.tile("out_proj", num_tokens, attn.dtype)
     _out_proj_kernel[(-(-hidden // t.n), -(-num_tokens // t.tokens))](
-        attn, attn.stride(0), weight, head_scores, output, num_tokens, hidden, heads,
-        HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_N=t.n, BLOCK_T=t.tokens,
-        DOT=t.dot, PRECISION=launch.precision(attn.dtype), STAGES=t.stages, num_warps=t.warps,
-    )  # fmt: skip
+        attn,
+        attn.stride(0),
+        weight,
+        head_scores,
+        output,
+        num_tokens,
+        hidden,
+        heads,
+        HEAD_SIZE=head_size,
+        BLOCK_D=triton.next_power_of_2(head_size),
+        BLOCK_N=t.n,
+        BLOCK_T=t.tokens,
+        DOT=t.dot,
+        PRECISION=launch.precision(attn.dtype),
+        STAGES=t.stages,
+        num_warps=t.warps,
+    )
     return output
 
 

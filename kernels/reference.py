@@ -1,16 +1,18 @@
 """The PyTorch truth of every gated operation: fp32 inside, obvious at a glance, reads only what is selected.
 
-Other implementations (Triton in `gpu`, C++ in `cpu`) have the same signatures and are compared with these. Device-side
-counts are read by the host here, so this module cannot run inside a CUDA graph.
+Other implementations (Triton in `gpu`, C++ in `cpu`) have the same signatures and are compared with these.
+Device-side counts are read by the host here, so this module cannot run inside a CUDA graph.
 
 Two conventions run through all of it:
 
-- `row_lens` [num_tokens], int32: rows with 0 only pad the batch; they select nothing and give 0. In a decode step it is
-  vLLM's `seq_lens`.
-- A neuron list is `neuron_ids` [ffn], int32, in segments of SEGMENT neurons, and `counts` [num_segments], int32: the
-  first `counts[s]` entries of segment s are the selected neurons out of [s * SEGMENT, (s + 1) * SEGMENT), ascending;
-  the rest hold `ffn`. So every segment can be written without knowing the others: no sort, no pass over all neurons.
+- `row_lens` [num_tokens], int32: rows with 0 only pad the batch; they select nothing and give 0. In a decode
+  step it is vLLM's `seq_lens`.
+- A neuron list is `neuron_ids` [ffn], int32, in segments of SEGMENT neurons, and `counts` [num_segments],
+  int32: the first `counts[s]` entries of segment s are the selected neurons out of [s * SEGMENT, (s + 1) *
+  SEGMENT), ascending; the rest hold `ffn`. So every segment can be written without knowing the others: no
+  sort, no pass over all neurons.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,8 +25,8 @@ SEGMENT = 128
 COUNTERS = ("steps", "rows", "selected", "read", "survived")
 
 
-# {block: {hidden size: {tokens: union density}}} above which dense is faster than sparse, as measured for an implementation;
-# here and where nothing was measured, never.
+# {block: {hidden size: {tokens: union density}}} above which dense is faster than sparse, as measured for an
+# implementation; here and where nothing was measured, never.
 CROSSOVERS: dict[str, dict[int, dict[int, float]]] = {}
 # Tokens of the largest batch that runs sparse until `tune` has measured a larger one; None: any.
 LARGEST_BATCH: int | None = None
@@ -42,7 +44,9 @@ def count(counters: torch.Tensor | None, **amounts: Any) -> None:
             counters[COUNTERS.index(name)] += amount
 
 
-def count_dense(counters: torch.Tensor, once: torch.Tensor, per_row: torch.Tensor, row_lens: torch.Tensor) -> None:
+def count_dense(
+    counters: torch.Tensor, once: torch.Tensor, per_row: torch.Tensor, row_lens: torch.Tensor
+) -> None:
     """Count a dense pass of a gated block: `once`, and `per_row` for each row that holds a token.
 
     Args:
@@ -55,11 +59,14 @@ def prepare_weight(weight: torch.Tensor) -> None:
     """Called with the memory of a weight that will be gathered from, allocated and not yet written."""
 
 
-def low_rank_scores(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def low_rank_scores(
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
     """Scores of neurons: `up(down(x)) + bias`.
 
     Args:
-        x: [num_tokens, hidden], any float dtype. down: [rank, hidden]; up: [units, rank]; bias: [units], fp32.
+        x: [num_tokens, hidden], any float dtype. down: [rank, hidden]; up: [units, rank]; bias: [units],
+            fp32.
 
     Returns:
         [num_tokens, units], fp32.
@@ -119,7 +126,9 @@ def compact_union(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def listed(neuron_ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The selected neurons of a neuron list, ascending, without the gaps between segments: [sum(counts)], int64."""
+    """The selected neurons of a neuron list, ascending, without the gaps between segments: [sum(counts)],
+    int64.
+    """
     place = torch.arange(neuron_ids.shape[0], device=neuron_ids.device)
     return neuron_ids[place % SEGMENT < counts[place // SEGMENT]].long()
 
@@ -138,15 +147,16 @@ def select_neurons(
     """Predict, threshold and unite: the neurons that some row of the batch selects.
 
     Args:
-        x: [num_tokens, hidden]. down: [rank, hidden]; up: [ffn, rank]; bias: [ffn], fp32, with the threshold in it.
+        x: [num_tokens, hidden]. down: [rank, hidden]; up: [ffn, rank]; bias: [ffn], fp32, with the threshold
+            in it.
         with_row_mask: whether each row's own selection is wanted too.
-        heads: (x [num_tokens, hidden], weight, bias) of a head predictor to be scored on the way (`score_heads`), which
-            saves a launch; or None.
+        heads: (x [num_tokens, hidden], weight, bias) of a head predictor to be scored on the way
+            (`score_heads`), which saves a launch; or None.
         counters: COUNTERS of the MLP gate, or None; steps, rows, selected and read are added to it.
 
     Returns:
-        neuron_ids [ffn] and counts: a neuron list; row_mask: [num_tokens, ffn], bool, or [0, ffn] if not wanted;
-        head scores [num_tokens, heads], fp32, or None.
+        neuron_ids [ffn] and counts: a neuron list; row_mask: [num_tokens, ffn], bool, or [0, ffn] if not
+        wanted; head scores [num_tokens, heads], fp32, or None.
     """
     mask = select(low_rank_scores(x, down, up, bias), row_lens)
     count(counters, steps=1, rows=(row_lens > 0).sum(), selected=mask.sum(), read=mask.any(dim=0).sum())
@@ -182,11 +192,13 @@ def sparse_mlp(
         fc1_weight: [ffn, hidden]; fc1_bias: [ffn] or None; fc2_weight_t: [ffn, hidden] (fc2 transposed).
         neuron_ids, counts: a neuron list, shared by all rows.
         row_mask: [num_tokens, ffn], bool, or None: restricts each row to its own neurons.
-        activation: key of ACTIVATIONS; 0 at 0, so that neurons that came out <= 0 add nothing and fc2 skips them.
+        activation: key of ACTIVATIONS; 0 at 0, so that neurons that came out <= 0 add nothing and fc2 skips
+            them.
         counters: COUNTERS of the MLP gate, or None; the number of fc2 rows read is added to `survived`.
 
     Returns:
-        [num_tokens, hidden], dtype of x, without fc2's bias (added after the all-reduce); accumulates in fp32.
+        [num_tokens, hidden], dtype of x, without fc2's bias (added after the all-reduce); accumulates in
+        fp32.
     """
     ids = listed(neuron_ids, counts)
     h = mlp_activations(x, fc1_weight[ids], None if fc1_bias is None else fc1_bias[ids])
@@ -198,9 +210,14 @@ def sparse_mlp(
 
 
 def dense_mlp(
-    x: torch.Tensor, fc1_weight: torch.Tensor, fc1_bias: torch.Tensor | None, fc2_weight_t: torch.Tensor, activation: str = "relu"
+    x: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight_t: torch.Tensor,
+    activation: str = "relu",
 ) -> torch.Tensor:
-    """MLP over all neurons, in the dtype of x throughout: what a gated block runs when a step or its union is not sparse.
+    """MLP over all neurons, in the dtype of x throughout: what a gated block runs when a step or its union is
+    not sparse.
 
     Shapes and result as `sparse_mlp`.
     """
@@ -208,9 +225,14 @@ def dense_mlp(
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[num_tokens, in] -> [num_tokens, out], in the dtype of x; weight: [out, in]. `output`, if given, is filled and returned."""
+    """[num_tokens, in] -> [num_tokens, out], in the dtype of x; weight: [out, in]. `output`, if given, is
+    filled and returned.
+    """
     result = F.linear(x, weight, bias)
     return result if output is None else output.copy_(result)
 
@@ -229,7 +251,8 @@ def sparse_qkv(
 
     Args:
         x: [num_tokens, hidden].
-        weight: [(heads + 2 * kv_heads) * head_size, hidden], rows in the order Q, K, V; bias: the same length, or None.
+        weight: [(heads + 2 * kv_heads) * head_size, hidden], rows in the order Q, K, V; bias: the same
+            length, or None.
         head_scores: [num_tokens, heads], fp32, not positive in rows that only pad the batch (`score_heads`).
         counters: COUNTERS of the attention gate, or None; steps, rows, selected and read are added to it.
 
@@ -242,13 +265,19 @@ def sparse_qkv(
     rows = torch.ones(weight.shape[0], dtype=torch.bool, device=x.device)
     rows[: chosen.shape[1] * head_size] = read.repeat_interleave(head_size)
     out = x.new_zeros(x.shape[0], weight.shape[0])
-    out[:, rows] = F.linear(x.float(), weight[rows].float(), None if bias is None else bias[rows].float()).to(x.dtype)
+    out[:, rows] = F.linear(x.float(), weight[rows].float(), None if bias is None else bias[rows].float()).to(
+        x.dtype
+    )
     return out
 
 
 def mask_heads(attn: torch.Tensor, head_scores: torch.Tensor) -> torch.Tensor:
-    """[num_tokens, heads, head_size] with the unselected heads of each row set to 0; head_scores: [num_tokens, heads]."""
-    return torch.where((head_scores > 0)[:, :, None], attn, torch.zeros((), dtype=attn.dtype, device=attn.device))
+    """[num_tokens, heads, head_size] with the unselected heads of each row set to 0; head_scores:
+    [num_tokens, heads].
+    """
+    return torch.where(
+        (head_scores > 0)[:, :, None], attn, torch.zeros((), dtype=attn.dtype, device=attn.device)
+    )
 
 
 def sparse_out_proj(
@@ -287,11 +316,12 @@ def paged_attention(
 
     Args:
         query: [num_tokens, heads, head_size], one token a sequence.
-        kv_cache: [num_blocks, kv_heads, block_size, 2 * head_size] by any strides; K first, then V (the layout of
-            vLLM's FLASH_ATTN and TRITON_ATTN backends).
+        kv_cache: [num_blocks, kv_heads, block_size, 2 * head_size] by any strides; K first, then V (the
+            layout of vLLM's FLASH_ATTN and TRITON_ATTN backends).
         block_table: [num_tokens, max_blocks], int32. seq_lens: [num_tokens], int32, with the current token.
         head_scores: [num_tokens, heads].
-        max_model_len: no sequence is longer; implementations divide their work by it. None: whatever block_table holds.
+        max_model_len: no sequence is longer; implementations divide their work by it. None: whatever
+            block_table holds.
 
     Returns:
         [num_tokens, heads, head_size], dtype of query; 0 for unselected heads and for rows of length 0.

@@ -1,12 +1,16 @@
-"""Gathered MLP: fc1 rows of the selected neurons, ReLU, fc2-transposed rows of those that came out positive. Two launches.
+"""Gathered MLP: fc1 rows of the selected neurons, ReLU, fc2-transposed rows of those that came out positive.
+Two launches.
 
-1. `_fc1_kernel`: a fixed grid divides the device-side number of neurons evenly, whatever it is: in blocks of 16 a few
-   hundred neurons would leave most multiprocessors idle. It also closes the gaps between the list's segments.
-2. `_fc2_kernel`: the same over (columns, share of the neurons); fp32 partials, summed in order by the program that
-   comes last, so no launch is spent on the sum and no float is added atomically.
+1. `_fc1_kernel`: a fixed grid divides the device-side number of neurons evenly, whatever it is: in blocks of
+   16 a few hundred neurons would leave most multiprocessors idle. It also closes the gaps between the list's
+   segments.
+2. `_fc2_kernel`: the same over (columns, share of the neurons); fp32 partials, summed in order by the program
+   that comes last, so no launch is spent on the sum and no float is added atomically.
 
-Source: Deja Vu (2023), whose kernels take a k fixed in advance; the even division and the skip of fc2 rows are ours.
+Source: Deja Vu (2023), whose kernels take a k fixed in advance; the even division and the skip of fc2 rows
+are ours.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -22,13 +26,36 @@ from vllm_dejavu.kernels.reference import SEGMENT
 
 @triton.jit
 def _fc1_kernel(
-    x_ptr, stride_x, w_ptr, bias_ptr, ids_ptr, counts_ptr, row_lens_ptr, row_mask_ptr,
-    list_ptr, total_ptr, h_ptr, stride_h, num_tokens, hidden, ffn, num_segments,
-    SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, BIAS: tl.constexpr, ROW_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid (programs, token blocks). h: [neurons of the list, stride_h], 0 beyond num_tokens; list: [ffn], ascending; total: [1]."""
+    x_ptr,
+    stride_x,
+    w_ptr,
+    bias_ptr,
+    ids_ptr,
+    counts_ptr,
+    row_lens_ptr,
+    row_mask_ptr,
+    list_ptr,
+    total_ptr,
+    h_ptr,
+    stride_h,
+    num_tokens,
+    hidden,
+    ffn,
+    num_segments,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROW_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (programs, token blocks). h: [neurons of the list, stride_h], 0 beyond num_tokens; list: [ffn],
+    ascending; total: [1].
+    """
     program, token_block = tl.program_id(0), tl.program_id(1)
     segment = tl.arange(0, SEGMENTS)
     counts = tl.load(counts_ptr + segment, mask=segment < num_segments, other=0)
@@ -44,13 +71,28 @@ def _fc1_kernel(
     for first in range(start, end, BLOCK_N):
         position = first + tl.arange(0, BLOCK_N)
         mask = position < end
-        before = ends[None, :] <= position[:, None]  # [BLOCK_N, SEGMENTS]: segments that end before this position
+        # [BLOCK_N, SEGMENTS]: segments that end before this position
+        before = ends[None, :] <= position[:, None]
         place = position - tl.max(tl.where(before, ends[None, :], 0), 1)
         neurons = tl.load(ids_ptr + tl.sum(before.to(tl.int32), 1) * SEGMENT + place, mask=mask, other=0)
         h = tiles.row_products(
-            w_ptr, hidden, neurons, mask, x_ptr, stride_x, tokens, token_mask, 0, hidden,
-            BLOCK_N, BLOCK_T, BLOCK_K, DOT, PRECISION, STAGES,
-        )  # fmt: skip
+            w_ptr,
+            hidden,
+            neurons,
+            mask,
+            x_ptr,
+            stride_x,
+            tokens,
+            token_mask,
+            0,
+            hidden,
+            BLOCK_N,
+            BLOCK_T,
+            BLOCK_K,
+            DOT,
+            PRECISION,
+            STAGES,
+        )
         if BIAS:
             h += tl.load(bias_ptr + neurons, mask=mask, other=0.0).to(tl.float32)[:, None]
         keep = (h > 0) & valid[None, :]
@@ -59,17 +101,35 @@ def _fc1_kernel(
             keep &= tl.load(row_mask_ptr + offsets, mask=mask[:, None] & token_mask[None, :], other=0) > 0
         h = tl.where(keep, h, 0.0)
         offsets = position.to(tl.int64)[:, None] * stride_h + tokens[None, :]
-        tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask[:, None] & (tokens < stride_h)[None, :])
+        tl.store(
+            h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask[:, None] & (tokens < stride_h)[None, :]
+        )
         if token_block == 0:
             tl.store(list_ptr + position, neurons, mask=mask)
 
 
 @triton.jit
 def _fc2_kernel(
-    h_ptr, stride_h, list_ptr, total_ptr, w_ptr, out_ptr, partial_ptr, semaphore_ptr, counters_ptr, num_tokens, hidden,
-    SPLITS: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    h_ptr,
+    stride_h,
+    list_ptr,
+    total_ptr,
+    w_ptr,
+    out_ptr,
+    partial_ptr,
+    semaphore_ptr,
+    counters_ptr,
+    num_tokens,
+    hidden,
+    SPLITS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Grid (column tiles, SPLITS, token blocks)."""
     tile, split, token_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = tile * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -88,11 +148,15 @@ def _fc2_kernel(
         mask = position < end
         neurons = tl.load(list_ptr + position, mask=mask, other=0)
         offsets = position.to(tl.int64)[:, None] * stride_h + tokens[None, :]
-        h = tl.load(h_ptr + offsets, mask=mask[:, None] & (tokens < stride_h)[None, :], other=0.0)  # [BLOCK_N, BLOCK_T]
+        # [BLOCK_N, BLOCK_T]
+        h = tl.load(h_ptr + offsets, mask=mask[:, None] & (tokens < stride_h)[None, :], other=0.0)
         alive = tl.max((h > 0).to(tl.int32), 1) > 0
+        # [BLOCK_N, BLOCK_H]
         w = tl.load(
-            w_ptr + neurons.to(tl.int64)[:, None] * hidden + columns[None, :], mask=alive[:, None] & column_mask[None, :], other=0.0
-        )  # [BLOCK_N, BLOCK_H]
+            w_ptr + neurons.to(tl.int64)[:, None] * hidden + columns[None, :],
+            mask=alive[:, None] & column_mask[None, :],
+            other=0.0,
+        )
         if DOT:
             acc = tiles.dot(tl.trans(h), w, acc, PRECISION)
         else:
@@ -111,7 +175,11 @@ def _fc2_kernel(
                 for t in range(0, num_tokens, BLOCK_T):
                     others = t + tl.arange(0, BLOCK_T)
                     offsets = position.to(tl.int64)[:, None] * stride_h + others[None, :]
-                    h = tl.load(h_ptr + offsets, mask=(position < end)[:, None] & (others < stride_h)[None, :], other=0.0)
+                    h = tl.load(
+                        h_ptr + offsets,
+                        mask=(position < end)[:, None] & (others < stride_h)[None, :],
+                        other=0.0,
+                    )
                     alive |= tl.max((h > 0).to(tl.int32), 1)
                 survived += alive
             tiles.count(counters_ptr, 4, tl.sum(survived, 0))
@@ -125,7 +193,9 @@ def _fc2_kernel(
         if last:
             result = tl.load(partial_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             for s in range(1, SPLITS):
-                result += tl.load(partial_ptr + s * size + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+                result += tl.load(
+                    partial_ptr + s * size + offsets, mask=mask, other=0.0, cache_modifier=".cg"
+                )
     if last:
         tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -143,7 +213,8 @@ def sparse_mlp(
     counters: torch.Tensor | None = None,
     workspace: Any = None,
 ) -> torch.Tensor:
-    """See `reference.sparse_mlp`. Activations are rounded to the dtype of x between fc1 and fc2. Two launches.
+    """See `reference.sparse_mlp`. Activations are rounded to the dtype of x between fc1 and fc2. Two
+    launches.
 
     Raises:
         ValueError: on shape, dtype or stride mismatch, or another activation than ReLU.
@@ -171,21 +242,59 @@ def sparse_mlp(
     neuron_list = torch.empty(end + 1, dtype=torch.int32, device=x.device)
     total = neuron_list[end:]
     _fc1_kernel[(t.per_sm * launch.num_sms(x.device), -(-num_tokens // t.tokens))](
-        x, x.stride(0), fc1_weight, fc1_weight if fc1_bias is None else fc1_bias, neuron_ids, counts, row_lens,
-        row_lens if row_mask is None else row_mask.view(torch.int8), neuron_list, total, h, stride_h, num_tokens, hidden, ffn, segments,
-        SEGMENT=SEGMENT, SEGMENTS=triton.next_power_of_2(segments), BIAS=fc1_bias is not None, ROW_MASK=row_mask is not None,
-        BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_K=t.k, DOT=t.dot, PRECISION=launch.precision(x.dtype), STAGES=t.stages, num_warps=t.warps,
-    )  # fmt: skip
+        x,
+        x.stride(0),
+        fc1_weight,
+        fc1_weight if fc1_bias is None else fc1_bias,
+        neuron_ids,
+        counts,
+        row_lens,
+        row_lens if row_mask is None else row_mask.view(torch.int8),
+        neuron_list,
+        total,
+        h,
+        stride_h,
+        num_tokens,
+        hidden,
+        ffn,
+        segments,
+        SEGMENT=SEGMENT,
+        SEGMENTS=triton.next_power_of_2(segments),
+        BIAS=fc1_bias is not None,
+        ROW_MASK=row_mask is not None,
+        BLOCK_N=t.n,
+        BLOCK_T=t.tokens,
+        BLOCK_K=t.k,
+        DOT=t.dot,
+        PRECISION=launch.precision(x.dtype),
+        STAGES=t.stages,
+        num_warps=t.warps,
+    )
     t = launch.tile("fc2", num_tokens, x.dtype)
     splits, token_blocks = launch.fc2_grid(num_tokens, hidden, x.device), -(-num_tokens // t.tokens)
     out = torch.empty(num_tokens, hidden, dtype=x.dtype, device=x.device)
     partials = workspace.take("fc2_partials", splits, num_tokens, hidden) if splits > 1 else out
     column_tiles = -(-hidden // t.k)
     _fc2_kernel[(column_tiles, splits, token_blocks)](
-        h, stride_h, neuron_list, total, fc2_weight_t, out, partials,
+        h,
+        stride_h,
+        neuron_list,
+        total,
+        fc2_weight_t,
+        out,
+        partials,
         workspace.semaphores("fc2", column_tiles * token_blocks) if splits > 1 else total,
-        neuron_list if counters is None else counters, num_tokens, hidden,
-        SPLITS=splits, COUNT=counters is not None, BLOCK_N=t.n, BLOCK_T=t.tokens, BLOCK_H=t.k, DOT=t.dot,
-        PRECISION=launch.precision(x.dtype), STAGES=t.stages, num_warps=t.warps,
-    )  # fmt: skip
+        neuron_list if counters is None else counters,
+        num_tokens,
+        hidden,
+        SPLITS=splits,
+        COUNT=counters is not None,
+        BLOCK_N=t.n,
+        BLOCK_T=t.tokens,
+        BLOCK_H=t.k,
+        DOT=t.dot,
+        PRECISION=launch.precision(x.dtype),
+        STAGES=t.stages,
+        num_warps=t.warps,
+    )
     return out

@@ -1,4 +1,5 @@
 """Device functions shared by the Triton kernels."""
+
 from __future__ import annotations
 
 import os
@@ -6,8 +7,8 @@ import os
 import triton
 import triton.language as tl
 
-# The interpreter multiplies the bit patterns of bf16 tiles, and makes bf16 of integers by their bit patterns; there fp32 stands
-# in between.
+# The interpreter multiplies the bit patterns of bf16 tiles, and makes bf16 of integers by their bit patterns;
+# there fp32 stands in between.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -25,10 +26,10 @@ def multiply_add(acc, w, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """acc += w @ x^T. w: [N, K], x: [T, K].
 
     Args:
-        acc: fp32, [N, T] with DOT (tensor cores), else [N, T, K]: products are kept apart until the end, so that the
-            loop needs no exchange between threads; `finish` sums them.
-        PRECISION: of an fp32 dot. Operands of different types (predictors are fp16, activations may be bf16) meet in
-            fp32, where tf32 still holds either exactly.
+        acc: fp32, [N, T] with DOT (tensor cores), else [N, T, K]: products are kept apart until the end, so
+            that the loop needs no exchange between threads; `finish` sums them.
+        PRECISION: of an fp32 dot. Operands of different types (predictors are fp16, activations may be bf16)
+            meet in fp32, where tf32 still holds either exactly.
     """
     if w.dtype == tl.int8:
         if _INTERPRETED:
@@ -54,11 +55,26 @@ def finish(acc, DOT: tl.constexpr):
 
 @triton.jit
 def row_products(
-    w_ptr, stride_w, rows, row_mask, x_ptr, stride_x, tokens, token_mask, k_start, k_end,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """weight[rows, k_start:k_end] @ x[tokens, k_start:k_end]^T: [BLOCK_N, BLOCK_T], fp32. Masked rows are not read."""
+    w_ptr,
+    stride_w,
+    rows,
+    row_mask,
+    x_ptr,
+    stride_x,
+    tokens,
+    token_mask,
+    k_start,
+    k_end,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """weight[rows, k_start:k_end] @ x[tokens, k_start:k_end]^T: [BLOCK_N, BLOCK_T], fp32. Masked rows are not
+    read.
+    """
     k = tl.arange(0, BLOCK_K)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * stride_w
     x_rows = x_ptr + tokens.to(tl.int64)[:, None] * stride_x
@@ -90,7 +106,9 @@ def arrive(counter_ptr, total):
 
 @triton.jit
 def count(counters_ptr, index: tl.constexpr, amount):
-    """Add to one of a gate's int64 counters (`reference.COUNTERS`); integers, so the order does not matter."""
+    """Add to one of a gate's int64 counters (`reference.COUNTERS`); integers, so the order does not
+    matter.
+    """
     tl.atomic_add(counters_ptr + index, amount.to(tl.int64), sem="relaxed")
 
 
@@ -100,6 +118,8 @@ def count_rows(counters_ptr, row_lens_ptr, num_tokens, BLOCK_T: tl.constexpr):
     rows = 0
     for start in range(0, num_tokens, BLOCK_T):
         tokens = start + tl.arange(0, BLOCK_T)
-        rows += tl.sum((tl.load(row_lens_ptr + tokens, mask=tokens < num_tokens, other=0) > 0).to(tl.int32), 0)
+        rows += tl.sum(
+            (tl.load(row_lens_ptr + tokens, mask=tokens < num_tokens, other=0) > 0).to(tl.int32), 0
+        )
     count(counters_ptr, 0, tl.full([], 1, tl.int32))
     count(counters_ptr, 1, rows)

@@ -1,9 +1,11 @@
 """Choose every gate's operating point under a perplexity budget, and measure what it then selects.
 
-Each gate has candidate operating points (a density: of neurons as a multiple of the natural one, of heads as a share). Each
-is measured alone; then bytes are traded against perplexity over all gates at once (one Lagrange multiplier), and the joint
-choice is measured, because effects of different layers do not simply add up.
+Each gate has candidate operating points (a density: of neurons as a multiple of the natural one, of heads as
+a share). Each is measured alone; then bytes are traded against perplexity over all gates at once (one
+Lagrange multiplier), and the joint choice is measured, because effects of different layers do not simply add
+up.
 """
+
 from __future__ import annotations
 
 import json
@@ -11,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +65,18 @@ class Gate:
         self.predictor = Predictor(self.tensors)
 
     def scores(self, states: LayerStates, value: torch.Tensor) -> torch.Tensor:
-        """[T, units]; positive is selected. value: the block's pre-activations or attention output, which only an oracle may read."""
+        """[T, units]; positive is selected. value: the block's pre-activations or attention output, which
+        only an oracle may read.
+        """
         x = states.gate_input(self.block, self.lookahead)
         return self.predictor.to(x.device).scores(x)
 
 
 @dataclass(eq=False)
 class Point:
-    """A candidate operating point: its gate (None: dense), density, bytes relative to a dense layer's MLP, cost in nats."""
+    """A candidate operating point: its gate (None: dense), density, bytes relative to a dense layer's MLP,
+    cost in nats.
+    """
 
     gate: Gate | None
     density: float
@@ -79,7 +86,9 @@ class Point:
 
 
 def stored(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """A predictor's tensors as an artifact of this dtype holds them: biases and rates in fp32, weights in `dtype`."""
+    """A predictor's tensors as an artifact of this dtype holds them: biases and rates in fp32, weights in
+    `dtype`.
+    """
     tensors = {k: v.float() if k in ("bias", "activation_rate") else v for k, v in tensors.items()}
     if dtype == "int8":
         return quantize(tensors, 8)
@@ -88,12 +97,21 @@ def stored(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tens
 
 def make_mlp_gate(fitted: FittedMlp, margin: float, lookahead: str, dtype: str) -> Gate:
     """Fold the margin into the bias."""
-    tensors = {"down": fitted.down, "up": fitted.up, "bias": fitted.bias + margin, "activation_rate": fitted.activation_rate}
+    tensors = {
+        "down": fitted.down,
+        "up": fitted.up,
+        "bias": fitted.bias + margin,
+        "activation_rate": fitted.activation_rate,
+    }
     return Gate("mlp", lookahead, stored(tensors, dtype), margin=margin)
 
 
-def make_head_gate(fitted: FittedHeads, cut: float, threshold: float, rate: torch.Tensor, lookahead: str, dtype: str) -> Gate:
-    """A head is selected when its predicted score exceeds `cut`; it is truly active when its contribution exceeds `threshold`."""
+def make_head_gate(
+    fitted: FittedHeads, cut: float, threshold: float, rate: torch.Tensor, lookahead: str, dtype: str
+) -> Gate:
+    """A head is selected when its predicted score exceeds `cut`; it is truly active when its contribution
+    exceeds `threshold`.
+    """
     tensors = {"weight": fitted.weight, "bias": fitted.bias - cut, "activation_rate": rate}
     return Gate("attention", lookahead, stored(tensors, dtype), threshold=threshold)
 
@@ -102,12 +120,21 @@ class Masked:
     """Runs a model with a set of gates; with `measure` also records what they select.
 
     Attributes (after a run with measure):
-        counts: key -> per-token selected counts, list of [T]. active, hit: key -> totals. rate: key -> [units] active counts.
-        rows: key -> masks of `keep_rows` tokens drawn from all of the text, for unions. First tokens are left out: they are
-            never decoded. histograms: key -> [2, bins], scores of inactive and active units.
+        counts: key -> per-token selected counts, list of [T]. active, hit: key -> totals. rate: key ->
+            [units] active counts.
+        rows: key -> masks of `keep_rows` tokens drawn from all of the text, for unions. First tokens are left
+            out: they are never decoded. histograms: key -> [2, bins], scores of inactive and active units.
     """
 
-    def __init__(self, opt: OptModel, gates: dict[Key, Gate], *, measure: bool = False, keep_rows: int = 4096, seed: int = 0):
+    def __init__(
+        self,
+        opt: OptModel,
+        gates: dict[Key, Gate],
+        *,
+        measure: bool = False,
+        keep_rows: int = 4096,
+        seed: int = 0,
+    ):
         self.opt, self.gates, self.measure, self.keep_rows = opt, gates, measure, keep_rows
         self.counts: dict[Key, list[torch.Tensor]] = {}
         self.active: dict[Key, int] = {}
@@ -119,9 +146,15 @@ class Masked:
         self._drawn = torch.zeros(0, dtype=torch.long)
         self._generator = torch.Generator().manual_seed(seed)
         heads = opt.config.num_attention_heads
-        self.grams = {i: head_grams(opt.weight(i, "self_attn.out_proj"), heads) for i, b in gates if b == "attention"} if measure else {}
+        self.grams = (
+            {i: head_grams(opt.weight(i, "self_attn.out_proj"), heads) for i, b in gates if b == "attention"}
+            if measure
+            else {}
+        )
 
-    def _mask(self, key: Key, states: LayerStates, value: torch.Tensor, truth: Callable[[Gate], torch.Tensor]) -> torch.Tensor | None:
+    def _mask(
+        self, key: Key, states: LayerStates, value: torch.Tensor, truth: Callable[[Gate], torch.Tensor]
+    ) -> torch.Tensor | None:
         gate = self.gates.get(key)
         if gate is None:
             if self.measure and key[1] == "mlp":
@@ -150,7 +183,12 @@ class Masked:
         return self._mask((layer, "mlp"), states, z, lambda gate: active_neurons(z))
 
     def on_attention(self, layer: int, states: LayerStates, attn: torch.Tensor) -> torch.Tensor | None:
-        return self._mask((layer, "attention"), states, attn, lambda gate: head_contributions(attn, self.grams[layer]) > gate.threshold)
+        return self._mask(
+            (layer, "attention"),
+            states,
+            attn,
+            lambda gate: head_contributions(attn, self.grams[layer]) > gate.threshold,
+        )
 
     def nll(self, tokens: torch.Tensor, batch: int) -> float:
         """Mean negative log-likelihood, nats a token. tokens: [num_windows, seq_len]."""
@@ -160,7 +198,9 @@ class Masked:
             for part in tokens.split(batch):
                 if self.measure:
                     later = torch.arange(part.numel()).view(part.shape)[:, 1:].flatten()
-                    chosen = torch.randperm(len(later), generator=self._generator)[: math.ceil(share * len(later))]
+                    chosen = torch.randperm(len(later), generator=self._generator)[
+                        : math.ceil(share * len(later))
+                    ]
                     self._drawn = later[chosen]
                 values = self.opt.nll(part)
                 total, count = total + float(values.double().sum()), count + values.numel()
@@ -175,8 +215,8 @@ class Masked:
 
 @dataclass
 class Seen:
-    """What one layer did on the probe text: `mlp_x`, `attn_x` [T, hidden]: gate inputs; `density`: of neurons; `norms` [T, heads]:
-    the heads' true contributions."""
+    """What one layer did on the probe text: `mlp_x`, `attn_x` [T, hidden]: gate inputs; `density`: of
+    neurons; `norms` [T, heads]: the heads' true contributions."""
 
     mlp_x: torch.Tensor
     density: float
@@ -188,20 +228,34 @@ class Calibrator:
     """Searches operating points.
 
     Args:
-        tokens: [num_windows, seq_len] of held-out text. budget: allowed perplexity rise, 0.01 for 1%. blocks: to gate.
-        state: file for finished measurements, so that an interrupted search resumes, or None; key: as `Collector`.
+        tokens: [num_windows, seq_len] of held-out text. budget: allowed perplexity rise, 0.01 for 1%. blocks:
+            to gate.
+        state: file for finished measurements, so that an interrupted search resumes, or None; key: as
+            `Collector`.
         log: called with a dict for every measurement made.
     """
 
     def __init__(
-        self, opt: OptModel, mlp: list[FittedMlp], heads: list[FittedHeads], lookahead: dict[str, str], tokens: torch.Tensor,
-        *, budget: float, dtype: str, batch: int, blocks: tuple[str, ...] = ("mlp", "attention"), state: Path | None = None,
-        key: dict[str, Any] | None = None, log: Callable[[dict[str, Any]], None] = lambda record: None,
-    ):  # fmt: skip
+        self,
+        opt: OptModel,
+        mlp: list[FittedMlp],
+        heads: list[FittedHeads],
+        lookahead: dict[str, str],
+        tokens: torch.Tensor,
+        *,
+        budget: float,
+        dtype: str,
+        batch: int,
+        blocks: tuple[str, ...] = ("mlp", "attention"),
+        state: Path | None = None,
+        key: dict[str, Any] | None = None,
+        log: Callable[[dict[str, Any]], None] = lambda record: None,
+    ):
         self.opt, self.mlp, self.heads, self.lookahead, self.tokens = opt, mlp, heads, lookahead, tokens
         self.budget, self.dtype, self.batch, self.blocks, self.log = budget, dtype, batch, blocks, log
         self.state, self.key = state, json.dumps(key, sort_keys=True)
-        # Candidates are compared with the dense run on the same tokens, so a part of the text tells them apart.
+        # Candidates are compared with the dense run on the same tokens, so a part of the text tells them
+        # apart.
         self.probe = tokens[: max(1, min(len(tokens), PROBE_TOKENS // tokens.shape[1]))]
         self.cache: dict[str, float] = {}
         if state is not None and state.is_file():
@@ -240,7 +294,8 @@ class Calibrator:
                 points[key] = [Point(None, 1.0, _dense_bytes(self.opt, block), 0.0, "dense")]
                 for gate, density, label in self.candidates(key, seen):
                     size = _predictor_bytes(self.opt, gate) + density * _dense_bytes(self.opt, block)
-                    nats = self.measured(f"{layer}/{block}/{label}", lambda g={key: gate}: Masked(self.opt, g).nll_from(runs)) - dense  # noqa: B023
+                    masked = Masked(self.opt, {key: gate})
+                    nats = self.measured(f"{layer}/{block}/{label}", partial(masked.nll_from, runs)) - dense
                     points[key].append(Point(gate, density, size, max(nats, 0.0), label))
                     if nats > limit:
                         break  # later candidates keep less
@@ -253,11 +308,15 @@ class Calibrator:
         grams = head_grams(opt.weight(runs[0].layer, "self_attn.out_proj"), opt.config.num_attention_heads)
 
         def on_attention(layer: int, states: LayerStates, attn: torch.Tensor) -> None:
-            caught["attn_x"].append(states.gate_input("attention", layer_lookahead(self.lookahead["attention"], layer)).clone())
+            caught["attn_x"].append(
+                states.gate_input("attention", layer_lookahead(self.lookahead["attention"], layer)).clone()
+            )
             caught["norms"].append(head_contributions(attn, grams))
 
         def on_mlp(layer: int, states: LayerStates, z: torch.Tensor) -> None:
-            caught["mlp_x"].append(states.gate_input("mlp", layer_lookahead(self.lookahead["mlp"], layer)).clone())
+            caught["mlp_x"].append(
+                states.gate_input("mlp", layer_lookahead(self.lookahead["mlp"], layer)).clone()
+            )
             caught["density"].append(active_neurons(z).float().mean(1))
 
         following = [opt.advance(run, on_attention, on_mlp) for run in runs]
@@ -275,24 +334,46 @@ class Calibrator:
                 density = multiple * seen.density
                 if 0 < density < 1:
                     margin = -float(scores[min(len(scores) - 1, int((1 - density) * len(scores)))])
-                    yield make_mlp_gate(self.mlp[layer], margin, lookahead, self.dtype), density, f"{multiple:g} x natural"
+                    yield (
+                        make_mlp_gate(self.mlp[layer], margin, lookahead, self.dtype),
+                        density,
+                        f"{multiple:g} x natural",
+                    )
             return
         fit = self.heads[layer]
-        predicted = reference.linear_scores(seen.attn_x, fit.weight.to(seen.attn_x.device), fit.bias.float().to(seen.attn_x.device))
+        predicted = reference.linear_scores(
+            seen.attn_x, fit.weight.to(seen.attn_x.device), fit.bias.float().to(seen.attn_x.device)
+        )
         for density in HEAD_DENSITIES:
             cut, threshold = (quantile(v, 1 - density) for v in (predicted, seen.norms))
             rate = (seen.norms > threshold).float().mean(0).cpu()
-            yield make_head_gate(fit, cut, threshold, rate, lookahead, self.dtype), density, f"density {density:g}"
+            yield (
+                make_head_gate(fit, cut, threshold, rate, lookahead, self.dtype),
+                density,
+                f"density {density:g}",
+            )
 
-    def _joint(self, points: dict[Key, list[Point]], choices: list[dict[Key, Point]]) -> tuple[dict[Key, Point], dict[str, Any]]:
-        """The cheapest choice whose measured perplexity rise stays inside the budget, by bisection on the multiplier."""
+    def _joint(
+        self, points: dict[Key, list[Point]], choices: list[dict[Key, Point]]
+    ) -> tuple[dict[Key, Point], dict[str, Any]]:
+        """The cheapest choice whose measured perplexity rise stays inside the budget, by bisection on the
+        multiplier.
+        """
         dense = self.measured("dense/all", lambda: Masked(self.opt, {}).nll(self.tokens, self.batch))
         budget = BUDGET_USED * math.log1p(self.budget)
-        with tqdm(desc="joint search", total=math.ceil(math.log2(len(choices) + 1)) + REFINEMENTS, unit="run") as bar:
+        with tqdm(
+            desc="joint search", total=math.ceil(math.log2(len(choices) + 1)) + REFINEMENTS, unit="run"
+        ) as bar:
 
             def rise(choice: dict[Key, Point]) -> float:
                 bar.update()
-                return self.measured(f"joint/{_name(choice)}", lambda: Masked(self.opt, _gates(choice)).nll(self.tokens, self.batch)) - dense
+                return (
+                    self.measured(
+                        f"joint/{_name(choice)}",
+                        lambda: Masked(self.opt, _gates(choice)).nll(self.tokens, self.batch),
+                    )
+                    - dense
+                )
 
             # choices[low] fits (or is all dense), choices[high] does not.
             chosen, nats = {k: ps[0] for k, ps in points.items()}, 0.0
@@ -311,7 +392,9 @@ class Calibrator:
                     ((chosen[k].bytes - p.bytes) / max(p.nats - chosen[k].nats, 1e-6), k, p)
                     for k, ps in points.items()
                     for p in ps
-                    if p not in refused and p.bytes < chosen[k].bytes and p.nats - chosen[k].nats <= budget - nats
+                    if p not in refused
+                    and p.bytes < chosen[k].bytes
+                    and p.nats - chosen[k].nats <= budget - nats
                 ]
                 if not options:
                     break
@@ -326,17 +409,28 @@ class Calibrator:
             "sparse_ppl": math.exp(dense + nats),
             "ppl_increase": math.expm1(nats),
             "max_ppl_increase": self.budget,
-            "points": {f"{k[0]}.{k[1]}": [[p.label, round(p.bytes, 5), round(p.nats, 6)] for p in ps] for k, ps in points.items()},
+            "points": {
+                f"{k[0]}.{k[1]}": [[p.label, round(p.bytes, 5), round(p.nats, 6)] for p in ps]
+                for k, ps in points.items()
+            },
         }
         return chosen, record
 
     def _curve(self, choices: list[dict[Key, Point]]) -> list[dict[str, float]]:
-        """Perplexity rise against density, measured on the probe text at joint choices from careful to daring."""
+        """Perplexity rise against density, measured on the probe text at joint choices from careful to
+        daring.
+        """
         dense = self.cache["dense/probe"]
         picks = sorted({round(i * (len(choices) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)})
         curve = []
         for choice in tqdm([choices[i] for i in picks], desc="density-quality curve", unit="run"):
-            nats = self.measured(f"curve/{_name(choice)}", lambda c=choice: Masked(self.opt, _gates(c)).nll(self.probe, self.batch)) - dense
+            nats = (
+                self.measured(
+                    f"curve/{_name(choice)}",
+                    lambda c=choice: Masked(self.opt, _gates(c)).nll(self.probe, self.batch),
+                )
+                - dense
+            )
             means = {block: [p.density for k, p in choice.items() if k[1] == block] for block in self.blocks}
             curve.append(
                 {"ppl_increase": math.expm1(nats), "bytes": sum(p.bytes for p in choice.values())}
@@ -349,7 +443,8 @@ def _choices(points: dict[Key, list[Point]]) -> list[dict[Key, Point]]:
     """Distinct joint choices from the most careful to the most daring, by the price of a nat in bytes."""
     choices: list[dict[Key, Point]] = []
     for exponent in range(160, -41, -1):
-        choice = {k: min(ps, key=lambda p: p.bytes + 2.0 ** (exponent / 8) * p.nats) for k, ps in points.items()}  # noqa: B023
+        price = 2.0 ** (exponent / 8)
+        choice = {k: min(ps, key=lambda p: p.bytes + price * p.nats) for k, ps in points.items()}  # noqa: B023
         if not choices or choice != choices[-1]:
             choices.append(choice)
     return choices
@@ -369,8 +464,12 @@ def quantile(values: torch.Tensor, q: float) -> float:
     return float(ordered[min(len(ordered) - 1, int(q * len(ordered)))])
 
 
-def describe(opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor, dtype: str, batch: int, seed: int) -> tuple[dict[Key, GateSpec], Masked]:
-    """Run the chosen gates over the text and write down what they select: a GateSpec for every block of every layer, and the run."""
+def describe(
+    opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor, dtype: str, batch: int, seed: int
+) -> tuple[dict[Key, GateSpec], Masked]:
+    """Run the chosen gates over the text and write down what they select: a GateSpec for every block of every
+    layer, and the run.
+    """
     run = Masked(opt, gates, measure=True, seed=seed)
     run.nll(tokens, batch)
     generator = torch.Generator().manual_seed(seed)
@@ -385,15 +484,24 @@ def describe(opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor, dtype:
                 specs[key] = GateSpec(state="dense", oracle_density=natural)
                 continue
             counts = torch.cat(run.counts[key]).float() / units
-            gate.tensors["activation_rate"] = (run.rate[key] / run.tokens).float().cpu() if block == "attention" else gate.tensors["activation_rate"]
+            gate.tensors["activation_rate"] = (
+                (run.rate[key] / run.tokens).float().cpu()
+                if block == "attention"
+                else gate.tensors["activation_rate"]
+            )
             specs[key] = GateSpec(
-                state="sparse", form="low_rank" if block == "mlp" else "linear", lookahead=gate.lookahead,
-                rank=len(gate.tensors["down"]) if block == "mlp" else 0, dtype=dtype, density=_summary(counts),
+                state="sparse",
+                form="low_rank" if block == "mlp" else "linear",
+                lookahead=gate.lookahead,
+                rank=len(gate.tensors["down"]) if block == "mlp" else 0,
+                dtype=dtype,
+                density=_summary(counts),
                 union_density=_unions(torch.cat(run.rows[key]).cpu(), generator),
                 oracle_density=run.active[key] / (run.tokens * units),
                 recall=run.hit[key] / run.active[key] if run.active[key] else 1.0,
-                margin=gate.margin, threshold=gate.threshold,
-            )  # fmt: skip
+                margin=gate.margin,
+                threshold=gate.threshold,
+            )
     return specs, run
 
 
@@ -411,8 +519,8 @@ def _unions(rows: torch.Tensor, generator: torch.Generator, draws: int = 200) ->
 
 
 def _dense_bytes(opt: OptModel, block: str) -> float:
-    """Bytes a gate can skip for one token, relative to one layer's MLP: fc1 and fc2; or Q, out_proj and the K and V of
-    half the model's context."""
+    """Bytes a gate can skip for one token, relative to one layer's MLP: fc1 and fc2; or Q, out_proj and the K
+    and V of half the model's context."""
     hidden, ffn, context = opt.config.hidden_size, opt.config.ffn_dim, opt.config.max_position_embeddings / 2
     return 1.0 if block == "mlp" else (hidden * hidden + context * hidden) / (hidden * ffn)
 
@@ -420,4 +528,6 @@ def _dense_bytes(opt: OptModel, block: str) -> float:
 def _predictor_bytes(opt: OptModel, gate: Gate) -> float:
     """Bytes of a gate's predictor, relative to one layer's MLP in 16 bits."""
     weights = [t for name, t in gate.tensors.items() if name in ("down", "up", "weight")]
-    return sum(t.numel() * t.element_size() / 2 for t in weights) / (2 * opt.config.hidden_size * opt.config.ffn_dim)
+    return sum(t.numel() * t.element_size() / 2 for t in weights) / (
+        2 * opt.config.hidden_size * opt.config.ffn_dim
+    )

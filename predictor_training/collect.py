@@ -1,8 +1,11 @@
-"""One dense pass over the text -> the moments that the closed forms need. No activation is stored unless a form asks.
+"""One dense pass over the text -> the moments that the closed forms need. No activation is stored unless a
+form asks.
 
-Pre-activations are linear in the MLP's input, z = W m + b, so their covariance with any predictor input x follows from
-cov(x, m): a few [hidden, hidden] matrices a layer hold everything, whatever the number of neurons and tokens.
+Pre-activations are linear in the MLP's input, z = W m + b, so their covariance with any predictor input x
+follows from cov(x, m): a few [hidden, hidden] matrices a layer hold everything, whatever the number of
+neurons and tokens.
 """
+
 from __future__ import annotations
 
 import json
@@ -49,16 +52,19 @@ class Request:
 
     def states(self, block: str, layer: int) -> tuple[str, ...]:
         """Names of the hidden states that gates of a block of this layer may read, each once."""
-        return tuple(dict.fromkeys(state_name(block, layer_lookahead(x, layer)) for x in self.lookaheads[block]))
+        return tuple(
+            dict.fromkeys(state_name(block, layer_lookahead(x, layer)) for x in self.lookaheads[block])
+        )
 
 
 @dataclass(frozen=True)
 class Moments:
     """Raw moments as `layers.N.NAME` tensors, fp64, and how many tokens they hold.
 
-    For every hidden state S that a gate reads, and for `mlp_input`: S.second [hidden, hidden] sum of x x^T; S.sum [hidden].
-    For every S of an MLP gate but `mlp_input`: S.mlp_input [hidden, hidden] sum of x m^T, m the MLP's own input.
-    For every S of a head gate: S.heads [hidden, heads] sum of x y^T, y the heads' targets; `heads.sum`, `heads.square` [heads].
+    For every hidden state S that a gate reads, and for `mlp_input`: S.second [hidden, hidden] sum of x x^T;
+    S.sum [hidden]. For every S of an MLP gate but `mlp_input`: S.mlp_input [hidden, hidden] sum of x m^T, m
+    the MLP's own input. For every S of a head gate: S.heads [hidden, heads] sum of x y^T, y the heads'
+    targets; `heads.sum`, `heads.square` [heads].
     active: [ffn] tokens in which a neuron is labelled active; energy: [ffn] sum of its squared energies.
     """
 
@@ -71,7 +77,9 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         """Of both texts together."""
-        tensors = {k: v + other.tensors[k] for k, v in self.tensors.items()} if self.tensors else other.tensors
+        tensors = (
+            {k: v + other.tensors[k] for k, v in self.tensors.items()} if self.tensors else other.tensors
+        )
         return Moments(tensors, self.num_tokens + other.num_tokens)
 
 
@@ -80,7 +88,13 @@ def layer_bytes(hidden: int, ffn: int, heads: int, lookaheads: dict[str, tuple[s
     request = Request(lookaheads, range(1, 2))
     mlp, attention = request.states("mlp", 1), request.states("attention", 1)
     inputs, crossed = len({"mlp_input", *mlp, *attention}), sum(s != "mlp_input" for s in mlp)
-    return 8 * (inputs * (hidden * hidden + hidden) + crossed * hidden * hidden + len(attention) * hidden * heads + 2 * heads + 2 * ffn)
+    return 8 * (
+        inputs * (hidden * hidden + hidden)
+        + crossed * hidden * hidden
+        + len(attention) * hidden * heads
+        + 2 * heads
+        + 2 * ffn
+    )
 
 
 def passes(num_layers: int, bytes_a_layer: int, limit: int | None) -> list[range]:
@@ -91,7 +105,10 @@ def passes(num_layers: int, bytes_a_layer: int, limit: int | None) -> list[range
     """
     at_once = num_layers if limit is None else min(num_layers, limit // bytes_a_layer)
     if at_once < 1:
-        raise ValueError(f"--max-memory {limit} bytes cannot hold the moments of one layer, {bytes_a_layer} bytes. Allow more.")
+        raise ValueError(
+            f"--max-memory {limit} bytes cannot hold the moments of one layer, {bytes_a_layer} bytes. Allow"
+            " more."
+        )
     count = -(-num_layers // at_once)
     size = -(-num_layers // count)  # even passes
     return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
@@ -125,22 +142,32 @@ class Collector:
     """Accumulates `Moments` batch by batch and checkpoints them, so that an interrupted run resumes.
 
     Args:
-        checkpoint: file to keep the state in, or None. key: everything that decides the result; another key starts afresh.
+        checkpoint: file to keep the state in, or None. key: everything that decides the result; another key
+            starts afresh.
         samples: where forms that train by gradient want activations stored.
-        first_window: of the whole text, where another process collects what is in front of it: names shards and places the stride.
+        first_window: of the whole text, where another process collects what is in front of it: names shards
+            and places the stride.
     """
 
     def __init__(
-        self, opt: OptModel, request: Request, checkpoint: Path | None = None, key: dict[str, Any] | None = None, samples: SampleStore | None = None,
+        self,
+        opt: OptModel,
+        request: Request,
+        checkpoint: Path | None = None,
+        key: dict[str, Any] | None = None,
+        samples: SampleStore | None = None,
         first_window: int = 0,
-    ):  # fmt: skip
+    ):
         self.opt, self.request, self.checkpoint, self.samples = opt, request, checkpoint, samples
         self.key = checkpoint_key(key, request.layers)
         self.first_window, self._first_token = first_window, 0
         self.sums: dict[str, torch.Tensor] = {}
         self.windows = self.num_tokens = 0
         self._head_norms: dict[int, torch.Tensor] = {}  # of the batch under way, for its samples
-        self.grams = {i: head_grams(opt.weight(i, "self_attn.out_proj"), opt.config.num_attention_heads) for i in request.layers}
+        self.grams = {
+            i: head_grams(opt.weight(i, "self_attn.out_proj"), opt.config.num_attention_heads)
+            for i in request.layers
+        }
         self.fc2_norms = {i: opt.weight(i, "fc2").float().norm(dim=0) for i in request.layers}
 
     def add(self, name: str, value: torch.Tensor) -> None:
@@ -181,18 +208,32 @@ class Collector:
         self.add(p + "energy", (energy * energy).sum(0))
         if self.samples is not None:
             rows = self._sampled(len(z))
-            self.samples.write(layer, self.first_window + self.windows, Rows(
-                mlp_x=states.named(mlp[0])[rows], active=active[rows], energy=energy[rows],
-                attn_x=states.named(attention[0])[rows], head_norms=self._head_norms[layer],
-            ))  # fmt: skip
+            self.samples.write(
+                layer,
+                self.first_window + self.windows,
+                Rows(
+                    mlp_x=states.named(mlp[0])[rows],
+                    active=active[rows],
+                    energy=energy[rows],
+                    attn_x=states.named(attention[0])[rows],
+                    head_norms=self._head_norms[layer],
+                ),
+            )
 
     def _sampled(self, count: int) -> torch.Tensor:
         # Counted over the whole text, so that the choice does not depend on the batch size.
         stride = self.request.sample_stride
         first = -(self._first_token + self.num_tokens) % stride
-        return torch.arange(min(first, count), count, stride, device=self.opt.device)  # none, if the next one lies behind this batch
+        # none, if the next one lies behind this batch
+        return torch.arange(min(first, count), count, stride, device=self.opt.device)
 
-    def run(self, tokens: torch.Tensor, batch: int, save_every: int = 64, progress: Callable[[int], None] | None = None) -> Moments:
+    def run(
+        self,
+        tokens: torch.Tensor,
+        batch: int,
+        save_every: int = 64,
+        progress: Callable[[int], None] | None = None,
+    ) -> Moments:
         """tokens: [num_windows, seq_len]. Resumes behind the last checkpoint of the same key.
 
         Args:
@@ -201,8 +242,19 @@ class Collector:
         self.resume()
         self._first_token = self.first_window * tokens.shape[1]
         layers = self.request.layers
-        what = "collect" if len(layers) == len(self.opt.layers) else f"collect layers {layers.start}-{layers.stop - 1}"
-        bar = tqdm(total=tokens.numel(), initial=self.windows * tokens.shape[1], unit="tok", unit_scale=True, desc=what, disable=progress is not None)
+        what = (
+            "collect"
+            if len(layers) == len(self.opt.layers)
+            else f"collect layers {layers.start}-{layers.stop - 1}"
+        )
+        bar = tqdm(
+            total=tokens.numel(),
+            initial=self.windows * tokens.shape[1],
+            unit="tok",
+            unit_scale=True,
+            desc=what,
+            disable=progress is not None,
+        )
         with self.opt.observed(self.on_attention, self.on_mlp), bar:
             for count, start in enumerate(range(self.windows, len(tokens), batch), 1):
                 part = tokens[start : start + batch]
@@ -219,7 +271,11 @@ class Collector:
 
     def resume(self) -> None:
         """Take up the checkpoint, if there is one of the same key."""
-        found = None if self.checkpoint is None else load_checkpoint(self.checkpoint, self.key, str(self.opt.device))
+        found = (
+            None
+            if self.checkpoint is None
+            else load_checkpoint(self.checkpoint, self.key, str(self.opt.device))
+        )
         if found is not None:
             sums, self.windows = found
             self.sums, self.num_tokens = sums.tensors, sums.num_tokens

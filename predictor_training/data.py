@@ -1,4 +1,5 @@
 """Text -> token windows, split by document so that none straddles training and validation."""
+
 from __future__ import annotations
 
 import gzip
@@ -41,8 +42,9 @@ def read_documents(source: str, field: str = "text", max_documents: int | None =
     """Documents of a file or of a Hugging Face dataset.
 
     Args:
-        source: `.txt` (documents separated by blank lines), `.jsonl` (one a line, in `field`), each also as `.xz` or `.gz`;
-            or, where no such file exists, a dataset id `ORG/NAME[:CONFIG[:SPLIT]]` (split `train` unless named).
+        source: `.txt` (documents separated by blank lines), `.jsonl` (one a line, in `field`), each also as
+            `.xz` or `.gz`; or, where no such file exists, a dataset id `ORG/NAME[:CONFIG[:SPLIT]]` (split
+            `train` unless named).
         field: key of the text in a JSON line or dataset row.
         max_documents: stop after so many.
 
@@ -70,12 +72,16 @@ def _read(source: str, field: str) -> Iterator[str]:
     opener = _OPENERS.get(path.suffix, open)
     kind = Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
     if kind not in (".txt", ".jsonl"):
-        raise DataError(f"{source}: expected a name ending in .txt or .jsonl (also .xz, .gz), found {path.name!r}.")
+        raise DataError(
+            f"{source}: expected a name ending in .txt or .jsonl (also .xz, .gz), found {path.name!r}."
+        )
     try:
         with opener(path, "rt", encoding="utf-8") as f:
             yield from _read_jsonl(f, source, field) if kind == ".jsonl" else _read_txt(f, source)
     except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise DataError(f"{source} is not UTF-8 text ({type(e).__name__}: {e}). Convert it, or name another file.") from e
+        raise DataError(
+            f"{source} is not UTF-8 text ({type(e).__name__}: {e}). Convert it, or name another file."
+        ) from e
 
 
 def _read_txt(lines: Iterable[str], source: str) -> Iterator[str]:
@@ -102,26 +108,38 @@ def _read_jsonl(lines: Iterable[str], source: str, field: str) -> Iterator[str]:
             raise DataError(f"{source}, line {number}: not JSON ({e}).") from e
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{source}, line {number}: expected a text in {field!r}, found {keys}. Name it with --field.")
+            raise DataError(
+                f"{source}, line {number}: expected a text in {field!r}, found {keys}. Name it with --field."
+            )
         yield row[field]
 
 
 def _read_hub(source: str, field: str) -> Iterator[str]:
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in (".txt", ".jsonl", ".xz", ".gz"):
+    if (
+        name.count("/") > 1
+        or name.startswith((".", "/", "~"))
+        or Path(name).suffix in (".txt", ".jsonl", ".xz", ".gz")
+    ):
         raise DataError(f"No such file: {source}")
     try:
         from datasets import load_dataset
     except ImportError as e:
-        raise DataError(f"No such file: {source}. To read it as a Hugging Face dataset: pip install 'vllm-dejavu[eval]'") from e
+        raise DataError(
+            f"No such file: {source}. To read it as a Hugging Face dataset: pip install 'vllm-dejavu[eval]'"
+        ) from e
     try:
         rows: Iterable[Any] = load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as e:  # the hub's client raises many kinds; all mean the same to the user
-        raise DataError(f"{source}: no such file, and no dataset of that id could be opened ({type(e).__name__}: {e}).") from e
+        raise DataError(
+            f"{source}: no such file, and no dataset of that id could be opened ({type(e).__name__}: {e})."
+        ) from e
     for row in rows:
         if not isinstance(row.get(field), str):
-            raise DataError(f"Dataset {name}: expected a text in {field!r}, found {sorted(row)}. Name it with --field.")
+            raise DataError(
+                f"Dataset {name}: expected a text in {field!r}, found {sorted(row)}. Name it with --field."
+            )
         yield row[field]
 
 
@@ -133,8 +151,8 @@ def split_documents(documents: list[Any], valid_share: float, seed: int) -> tupl
     """
     if len(documents) < 2:
         raise DataError(
-            f"Expected at least 2 documents to split into training and validation, found {len(documents)}. In .txt files "
-            "blank lines separate documents; or name separate text with --valid-data."
+            f"Expected at least 2 documents to split into training and validation, found {len(documents)}. In"
+            " .txt files blank lines separate documents; or name separate text with --valid-data."
         )
     order = np.random.default_rng(seed).permutation(len(documents))
     count = min(max(1, round(valid_share * len(documents))), len(documents) - 1)
@@ -152,7 +170,9 @@ def tokenize(documents: Iterable[str], tokenizer: Any) -> list[list[int]]:
     return out
 
 
-def pack(documents: Iterable[list[int]], seq_len: int, bos: int, *, max_tokens: int | None, seed: int | None) -> Windows:
+def pack(
+    documents: Iterable[list[int]], seq_len: int, bos: int, *, max_tokens: int | None, seed: int | None
+) -> Windows:
     """Join documents (BOS between them) and cut the stream into windows [BOS, seq_len - 1 tokens].
 
     Args:
@@ -163,22 +183,35 @@ def pack(documents: Iterable[list[int]], seq_len: int, bos: int, *, max_tokens: 
         DataError: less text than one window.
     """
     documents = list(documents)
-    stream = np.concatenate([np.asarray([bos, *d], dtype=np.int64) for d in documents]) if documents else np.zeros(0, np.int64)
+    stream = (
+        np.concatenate([np.asarray([bos, *d], dtype=np.int64) for d in documents])
+        if documents
+        else np.zeros(0, np.int64)
+    )
     stream = stream[1:]  # the first window brings its own BOS
     count = len(stream) // (seq_len - 1)
     if not count:
-        raise DataError(f"Expected at least {seq_len - 1} tokens of text (one sequence), found {len(stream)}. Give more text or a smaller --seq-len.")
+        raise DataError(
+            f"Expected at least {seq_len - 1} tokens of text (one sequence), found {len(stream)}. Give more"
+            " text or a smaller --seq-len."
+        )
     body = stream[: count * (seq_len - 1)].reshape(count, seq_len - 1)
     if max_tokens is not None and count * seq_len > max_tokens:
         keep = max(1, max_tokens // seq_len)
-        chosen = np.arange(keep) if seed is None else np.sort(np.random.default_rng(seed).permutation(count)[:keep])
+        chosen = (
+            np.arange(keep)
+            if seed is None
+            else np.sort(np.random.default_rng(seed).permutation(count)[:keep])
+        )
         body = body[chosen]
     tokens = np.concatenate([np.full((len(body), 1), bos, np.int64), body], axis=1)
     return Windows(torch.from_numpy(tokens), len(documents))
 
 
 @torch.inference_mode()
-def sample_from_model(model: Any, num_tokens: int, seq_len: int, bos: int, seed: int, progress: Any = None) -> list[list[int]]:
+def sample_from_model(
+    model: Any, num_tokens: int, seq_len: int, bos: int, seed: int, progress: Any = None
+) -> list[list[int]]:
     """Documents the model writes itself (temperature 1, from BOS): text for users who have none.
 
     Args:
@@ -196,16 +229,25 @@ def sample_from_model(model: Any, num_tokens: int, seq_len: int, bos: int, seed:
     while sum(map(len, documents)) < num_tokens:
         prompt = torch.full((batch, 1), bos, dtype=torch.long, device=model.device)
         out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_length=seq_len, pad_token_id=model.config.pad_token_id or 0,
-        )  # fmt: skip
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_length=seq_len,
+            pad_token_id=model.config.pad_token_id or 0,
+        )
         for row in out[:, 1:].tolist():
             end = row.index(eos) if eos in row else len(row)
             if end:
                 documents.append(row[:end])
         empty = 0 if any(len(row) > 1 and row[1] != eos for row in out.tolist()) else empty + 1
         if empty == 8:
-            raise DataError(f"The model ended {8 * batch} texts at their first token: it cannot write its own text. Name files with --data.")
+            raise DataError(
+                f"The model ended {8 * batch} texts at their first token: it cannot write its own text. Name"
+                " files with --data."
+            )
         if progress is not None:
             progress.update(min(num_tokens, sum(map(len, documents))) - progress.n)
     return documents

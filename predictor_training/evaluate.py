@@ -1,10 +1,11 @@
 """Quality and realised density of the serving model class, in the vLLM engine, against dense.
 
-Three engines, one after the other: dense (scores the text, writes greedy continuations); the mode under test with
-`apply_to: all` (scores the same text, every token through the sparse path, counting density and recall); the mode
-under test as it serves (continuations through the decode path). With simulated quantization all three have the rounded
-weights, and a fourth engine, dense with the weights as they are, goes before them.
+Three engines, one after the other: dense (scores the text, writes greedy continuations); the mode under test
+with `apply_to: all` (scores the same text, every token through the sparse path, counting density and recall);
+the mode under test as it serves (continuations through the decode path). With simulated quantization all
+three have the rounded weights, and a fourth engine, dense with the weights as they are, goes before them.
 """
+
 from __future__ import annotations
 
 import gc
@@ -57,7 +58,9 @@ class EvaluateConfig:
         if self.mode not in MODES:
             raise ValueError(f"--mode {self.mode!r} is unknown: expected one of {list(MODES)}.")
         if self.weight_bits not in WEIGHT_BITS:
-            raise ValueError(f"--weight-bits {self.weight_bits!r} is unknown: expected one of {list(WEIGHT_BITS)}.")
+            raise ValueError(
+                f"--weight-bits {self.weight_bits!r} is unknown: expected one of {list(WEIGHT_BITS)}."
+            )
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"--max-tokens {self.max_tokens} is too small: expected at least 2.")
         for name, value in (("--prompts", self.prompts), ("--new-tokens", self.new_tokens)):
@@ -69,12 +72,15 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     """Evaluate and, with `json_path`, write the result there.
 
     Returns:
-        The keys documented in docs/evaluate.md; densities are counted in the run, a block kept dense counts 1.
+        The keys documented in docs/evaluate.md; densities are counted in the run, a block kept dense counts
+        1.
     """
     if json_path is not None:
         parent = Path(json_path).absolute().parent
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise PermissionError(f"--json {json_path} cannot be written: {parent} is not a writable directory.")
+            raise PermissionError(
+                f"--json {json_path} cannot be written: {parent} is not a writable directory."
+            )
         if Path(json_path).is_dir():
             raise IsADirectoryError(f"--json {json_path} is a directory: name a file.")
     # Before the dense pass, not after it: a bad artifact must not cost the time that pass takes.
@@ -90,9 +96,14 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         artifact.check_model(loaded.manifest, artifact.ModelSpec.from_hf_config(hf_config, config.model))
     tokens = data.tokenize(texts, AutoTokenizer.from_pretrained(config.model))
     # With --max-tokens the windows are drawn from the whole text: the first ones may all be of one document.
-    windows = data.pack(tokens, seq_len, hf_config.bos_token_id, max_tokens=config.max_tokens, seed=config.seed)
+    windows = data.pack(
+        tokens, seq_len, hf_config.bos_token_id, max_tokens=config.max_tokens, seed=config.seed
+    )
     prompts = _prompts(windows.tokens, config, seq_len)
-    say(f"text: {windows.num_tokens:,} tokens in {len(windows.tokens)} windows; {len(prompts)} prompts x {config.new_tokens} new tokens")
+    say(
+        f"text: {windows.num_tokens:,} tokens in {len(windows.tokens)} windows; {len(prompts)} prompts x"
+        f" {config.new_tokens} new tokens"
+    )
 
     unquantized_nll = None
     if config.weight_bits < 16:
@@ -105,8 +116,12 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         unquantized_nll = dense_nll
     # Recall of oracle, random and static selections is measured against the same truth.
     settings = {
-        "mode": config.mode, "blocks": list(config.blocks), "seed": config.seed, "predictor": config.predictor, "weight_bits": config.weight_bits,
-    }  # fmt: skip
+        "mode": config.mode,
+        "blocks": list(config.blocks),
+        "seed": config.seed,
+        "predictor": config.predictor,
+        "weight_bits": config.weight_bits,
+    }
     with _engine(config, **settings, apply_to="all", measure=True) as scoring:
         sparse_nll, sparse_top = _score(scoring, windows.tokens, f"{config.mode} text")
         counted = metrics.summarize(scoring.collective_rpc("dejavu_metrics"))
@@ -117,8 +132,13 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     agreement = [_leading(a, b) for a, b in zip(dense_texts, sparse_texts, strict=True)]
     layers = counted["layers"]
     result = {
-        "model": config.model, "mode": config.mode, "predictor": None if config.predictor is None else Path(config.predictor).name, "blocks": list(config.blocks), "data": [Path(d).name for d in config.data],
-        "num_tokens": windows.num_tokens, "dtype": config.dtype,
+        "model": config.model,
+        "mode": config.mode,
+        "predictor": None if config.predictor is None else Path(config.predictor).name,
+        "blocks": list(config.blocks),
+        "data": [Path(d).name for d in config.data],
+        "num_tokens": windows.num_tokens,
+        "dtype": config.dtype,
         "dense_ppl": math.exp(float(dense_nll.mean())),
         "sparse_ppl": math.exp(float(sparse_nll.mean())),
         **_increase("ppl_increase", sparse_nll, dense_nll),
@@ -143,7 +163,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         "artifact": served["artifact"],
         "settings": {k: v for k, v in asdict(config).items() if k not in ("model", "data", "predictor")},
         "versions": versions() | {"vllm": _vllm_version()},
-    }  # fmt: skip
+    }
     if json_path is not None:
         Path(json_path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -151,7 +171,9 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
 
 @contextmanager
 def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
-    """An in-process engine of the serving model class; eager, without prefix caching, so that every token is computed."""
+    """An in-process engine of the serving model class; eager, without prefix caching, so that every token is
+    computed.
+    """
     # The worker must live in this process's engine core for a clean shutdown between the three engines.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
@@ -159,13 +181,24 @@ def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
 
     settings = {k: v for k, v in settings.items() if v is not None}
     llm = LLM(
-        model=config.model, model_impl="dejavu", dtype=config.dtype, additional_config={"dejavu": settings}, enforce_eager=True,
-        enable_prefix_caching=False, max_num_seqs=BATCH, skip_tokenizer_init=True, seed=config.seed, disable_log_stats=True,
+        model=config.model,
+        model_impl="dejavu",
+        dtype=config.dtype,
+        additional_config={"dejavu": settings},
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_num_seqs=BATCH,
+        skip_tokenizer_init=True,
+        seed=config.seed,
+        disable_log_stats=True,
         **({"kv_cache_memory_bytes": _cache_bytes(config.model)} if not torch.cuda.is_available() else {}),
-    )  # fmt: skip
+    )
     try:
         if llm.model_config.architecture != "DejaVuOPTForCausalLM":
-            raise RuntimeError(f"The engine resolved {llm.model_config.architecture}, not DejaVuOPTForCausalLM. Run: vllm-dejavu doctor")
+            raise RuntimeError(
+                f"The engine resolved {llm.model_config.architecture}, not DejaVuOPTForCausalLM. Run:"
+                " vllm-dejavu doctor"
+            )
         llm.collective_rpc("dejavu_reset_metrics")  # some runners warm up with real steps
         yield llm
     finally:
@@ -180,7 +213,10 @@ def _cache_bytes(model: str) -> int:
     from transformers import AutoConfig
 
     c = AutoConfig.from_pretrained(model)
-    return max(64 << 20, (BATCH + 2) * min(2048, c.max_position_embeddings) * c.num_hidden_layers * c.hidden_size * 2 * 4)
+    return max(
+        64 << 20,
+        (BATCH + 2) * min(2048, c.max_position_embeddings) * c.num_hidden_layers * c.hidden_size * 2 * 4,
+    )
 
 
 def _score(llm: Any, tokens: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +225,10 @@ def _score(llm: Any, tokens: torch.Tensor, what: str) -> tuple[torch.Tensor, tor
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0, detokenize=False)
-    nll, top = torch.zeros(len(tokens), tokens.shape[1] - 1), torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.long)
+    nll, top = (
+        torch.zeros(len(tokens), tokens.shape[1] - 1),
+        torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.long),
+    )
     with tqdm(total=tokens.numel(), unit="tok", unit_scale=True, desc=what) as bar:
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH].tolist()
@@ -220,7 +259,9 @@ def _continue(llm: Any, prompts: list[list[int]], new_tokens: int, what: str) ->
 
 def _prompts(tokens: torch.Tensor, config: EvaluateConfig, seq_len: int) -> list[list[int]]:
     """Beginnings of evenly spaced places in the text: BOS and PROMPT_TOKENS - 1 tokens."""
-    count = config.prompts if config.max_tokens is None else max(1, min(config.prompts, config.max_tokens // 256))
+    count = (
+        config.prompts if config.max_tokens is None else max(1, min(config.prompts, config.max_tokens // 256))
+    )
     length = max(2, min(PROMPT_TOKENS, seq_len - config.new_tokens))
     body = tokens[:, 1:].reshape(-1)
     starts = torch.linspace(0, max(0, len(body) - length), count).long().tolist()
@@ -228,7 +269,9 @@ def _prompts(tokens: torch.Tensor, config: EvaluateConfig, seq_len: int) -> list
 
 
 def _increase(name: str, nll: torch.Tensor, baseline: torch.Tensor) -> dict[str, float | None]:
-    """Relative rise of perplexity, and its standard error from the spread over windows, the unit that is sampled."""
+    """Relative rise of perplexity, and its standard error from the spread over windows, the unit that is
+    sampled.
+    """
     delta = (nll - baseline).mean(1)
     # Of exp(mean) - 1 by the delta method.
     error = float(delta.std() / math.sqrt(len(delta)) * delta.mean().exp()) if len(delta) > 1 else None
@@ -248,7 +291,9 @@ def _recall(layers: list[dict[str, Any]], block: str) -> float | None:
 
 
 def _oracle_density(layers: list[dict[str, Any]], loaded: artifact.Artifact | None) -> float | None:
-    """Mean over layers of the truly active share: counted where gated, from the manifest where a layer is kept dense."""
+    """Mean over layers of the truly active share: counted where gated, from the manifest where a layer is
+    kept dense.
+    """
     values = []
     for i, x in enumerate(layers):
         if x["mlp"]["gated"]:
@@ -259,10 +304,11 @@ def _oracle_density(layers: list[dict[str, Any]], loaded: artifact.Artifact | No
 
 
 def _bytes_density(layers: list[dict[str, Any]], hf_config: Any, loaded: artifact.Artifact | None) -> float:
-    """Weight bytes of the decoder layers read for one token at batch 1, predictors included, over those of dense.
+    """Weight bytes of the decoder layers read for one token at batch 1, predictors included, over those of
+    dense.
 
-    Embeddings, LM head and KV cache are left out. K and V are always read; fc2 rows only of neurons that came out positive. Weights
-    have 16 bits here, also where fewer are simulated.
+    Embeddings, LM head and KV cache are left out. K and V are always read; fc2 rows only of neurons that came
+    out positive. Weights have 16 bits here, also where fewer are simulated.
     """
     hidden, ffn = hf_config.hidden_size, hf_config.ffn_dim
     read = dense = 0.0

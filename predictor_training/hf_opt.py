@@ -2,6 +2,7 @@
 
 Shapes: T = tokens of a batch, flattened; hidden states are [T, hidden].
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -35,7 +36,9 @@ class LayerStates:
     def gate_input(self, block: str, lookahead: str) -> torch.Tensor:
         """Input of a gate of this layer, by the same function as in serving."""
         block_input = self.mlp_input if block == "mlp" else self.attn_input
-        return gate_input(lookahead, block_input=block_input, attn_input=self.attn_input, previous=self.previous)
+        return gate_input(
+            lookahead, block_input=block_input, attn_input=self.attn_input, previous=self.previous
+        )
 
 
 # (layer, states, attention output [T, heads, head_size]) -> head mask [T, heads] or None
@@ -50,7 +53,9 @@ class _Enough(Exception):
 
 @dataclass
 class Resumable:
-    """A batch on its way through the layers: what layer `layer` gets, and the residual that it may call `previous`."""
+    """A batch on its way through the layers: what layer `layer` gets, and the residual that it may call
+    `previous`.
+    """
 
     tokens: torch.Tensor
     layer: int
@@ -63,15 +68,24 @@ class OptModel:
     """A dense OPT in transformers with its tokenizer and fingerprint.
 
     Args:
-        name: directory or hub id. device: one, or "auto": accelerate spreads the layers over GPUs, memory and then
-            `offload` on disk, for models larger than any of them. dtype: that it computes in; statistics want float32.
-        max_memory: with "auto", what each place may take, as accelerate has it: {0: "70GiB", "cpu": "100GiB"}.
+        name: directory or hub id. device: one, or "auto": accelerate spreads the layers over GPUs, memory and
+            then `offload` on disk, for models larger than any of them. dtype: that it computes in; statistics
+            want float32.
+        max_memory: with "auto", what each place may take, as accelerate has it: {0: "70GiB", "cpu":
+            "100GiB"}.
 
     Raises:
         ValueError: not an OPT, or not ReLU.
     """
 
-    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, offload: Path | None = None, max_memory: dict[int | str, Any] | None = None):
+    def __init__(
+        self,
+        name: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        offload: Path | None = None,
+        max_memory: dict[int | str, Any] | None = None,
+    ):
         from transformers import AutoConfig
 
         if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -80,13 +94,23 @@ class OptModel:
         self.config = AutoConfig.from_pretrained(name)
         support.map_architecture(self.config.architectures or [])
         support.check_hf_config(self.config)
-        spread = {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory} if device == "auto" else {"device_map": device} if device != "cpu" else {}
+        spread = (
+            {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory}
+            if device == "auto"
+            else {"device_map": device}
+            if device != "cpu"
+            else {}
+        )
         try:
             self.model = OPTForCausalLM.from_pretrained(name, dtype=dtype, **spread).eval()
         except SafetensorError as e:
-            raise ValueError(f"Weights of {name} cannot be read ({e}); the file is damaged or cut short.") from e
+            raise ValueError(
+                f"Weights of {name} cannot be read ({e}); the file is damaged or cut short."
+            ) from e
         self.layers = self.model.model.decoder.layers
-        self.device = self.model.model.decoder.embed_tokens.weight.device if device == "auto" else torch.device(device)
+        self.device = (
+            self.model.model.decoder.embed_tokens.weight.device if device == "auto" else torch.device(device)
+        )
         if self.device.type == "meta":  # offloaded; accelerate computes on the first device it has
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.spec = ModelSpec.from_hf_config(self.config, name, fingerprint(name))
@@ -109,7 +133,9 @@ class OptModel:
         return AutoTokenizer.from_pretrained(self.name)
 
     @contextmanager
-    def observed(self, on_attention: OnAttention | None = None, on_mlp: OnMlp | None = None) -> Iterator[None]:
+    def observed(
+        self, on_attention: OnAttention | None = None, on_mlp: OnMlp | None = None
+    ) -> Iterator[None]:
         """Call back in every layer of every forward pass inside; a returned mask is applied."""
         states = self.states
         hooks = []
@@ -125,7 +151,9 @@ class OptModel:
 
             return hook
 
-        def residual(index: int) -> Callable:  # in front of this layer's MLP block: `previous` of the next layer
+        def residual(
+            index: int,
+        ) -> Callable:  # in front of this layer's MLP block: `previous` of the next layer
             def hook(module: Any, args: tuple) -> None:
                 if index + 1 < len(states):
                     states[index + 1].previous = flat(args[0])
@@ -155,7 +183,9 @@ class OptModel:
         for i, layer in enumerate(self.layers):
             hooks.append(layer.self_attn.q_proj.register_forward_pre_hook(attn_input(i)))
             hooks.append(layer.self_attn.out_proj.register_forward_pre_hook(attention(i)))
-            hooks.append((layer.final_layer_norm if pre_ln else layer.fc1).register_forward_pre_hook(residual(i)))
+            hooks.append(
+                (layer.final_layer_norm if pre_ln else layer.fc1).register_forward_pre_hook(residual(i))
+            )
             hooks.append(layer.fc1.register_forward_hook(mlp(i)))
         try:
             yield
@@ -170,7 +200,9 @@ class OptModel:
         def enough(module: Any, args: tuple, output: Any) -> None:
             raise _Enough
 
-        hook = self.layers[len(self.layers) - 1 if last_layer is None else last_layer].register_forward_hook(enough)
+        hook = self.layers[len(self.layers) - 1 if last_layer is None else last_layer].register_forward_hook(
+            enough
+        )
         self._run_until(hook, tokens)
 
     def _run_until(self, hook: Any, tokens: torch.Tensor) -> None:
@@ -201,7 +233,9 @@ class OptModel:
         return Resumable(tokens, 0, caught.pop("hidden"), caught, None)
 
     @torch.inference_mode()
-    def advance(self, run: Resumable, on_attention: OnAttention | None = None, on_mlp: OnMlp | None = None) -> Resumable:
+    def advance(
+        self, run: Resumable, on_attention: OnAttention | None = None, on_mlp: OnMlp | None = None
+    ) -> Resumable:
         """The batch behind the layer it stands in front of; callbacks as in `observed`."""
         self.states[run.layer].previous = run.previous
         with self.observed(on_attention, on_mlp):

@@ -1,9 +1,11 @@
 """Stored activations for forms that train by gradient: bit-packed shards on disk, never more than a limit.
 
-A row of a layer's MLP is its gate input in fp16 (2 * hidden bytes) and its labels, a bit a neuron (ffn / 8 bytes); with
-energies also one fp16 value for every positive neuron, in order; with heads their gate's input and norms. OPT-66B: 23 KB a token
-and layer without either; the paper's layout (activations, not bits) took 92 KB.
+A row of a layer's MLP is its gate input in fp16 (2 * hidden bytes) and its labels, a bit a neuron (ffn / 8
+bytes); with energies also one fp16 value for every positive neuron, in order; with heads their gate's input
+and norms. OPT-66B: 23 KB a token and layer without either; the paper's layout (activations, not bits) took 92
+KB.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -31,7 +33,9 @@ HEADER_BYTES = 640
 
 
 def row_bytes(hidden: int, ffn: int, heads: int, with_energy: bool, with_heads: bool) -> int:
-    """Most bytes a token and layer takes: gate inputs, labels, head norms, at worst every energy, and a shard of its own."""
+    """Most bytes a token and layer takes: gate inputs, labels, head norms, at worst every energy, and a shard
+    of its own.
+    """
     energies, head_rows = -(-ffn // 8) + 2 * ffn, 2 * hidden + 2 * heads
     return 2 * hidden + -(-ffn // 8) + with_energy * energies + with_heads * head_rows + HEADER_BYTES
 
@@ -47,15 +51,16 @@ def stride_within(limit: int | None, num_tokens: int, layers: int, bytes_a_row: 
     rows = limit // (layers * bytes_a_row)
     if rows < 1:
         raise ValueError(
-            f"--max-disk {limit} bytes cannot hold the activations of one token ({layers * bytes_a_row} bytes for {layers} layers). "
-            "Allow more, or take the closed form, which stores none."
+            f"--max-disk {limit} bytes cannot hold the activations of one token ({layers * bytes_a_row} bytes"
+            f" for {layers} layers). Allow more, or take the closed form, which stores none."
         )
     return max(1, -(-num_tokens // rows))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Stored tokens of one layer. mlp_x, attn_x: [rows, hidden]; active: [rows, ffn] bool; energy: [rows, ffn];
+    """Stored tokens of one layer. mlp_x, attn_x: [rows, hidden]; active: [rows, ffn] bool; energy: [rows,
+    ffn];
     head_norms: [rows, heads]. What the store does not keep is None."""
 
     mlp_x: torch.Tensor
@@ -72,7 +77,8 @@ class SampleStore:
     """Shards `layer-N/part-M.safetensors` below a directory.
 
     Args:
-        ffn: neurons, to unpack labels. with_energy: keep the energies of positive neurons. with_heads: and what heads are fitted on.
+        ffn: neurons, to unpack labels. with_energy: keep the energies of positive neurons. with_heads: and
+            what heads are fitted on.
     """
 
     def __init__(self, directory: Path, ffn: int, with_energy: bool, with_heads: bool):
@@ -84,7 +90,10 @@ class SampleStore:
             return
         tensors = {"mlp_x": rows.mlp_x.half().contiguous(), "active": pack_bits(rows.active)}
         if self.with_heads:
-            tensors |= {"attn_x": rows.attn_x.half().contiguous(), "head_norms": rows.head_norms.half().contiguous()}
+            tensors |= {
+                "attn_x": rows.attn_x.half().contiguous(),
+                "head_norms": rows.head_norms.half().contiguous(),
+            }
         if self.with_energy:
             positive = rows.energy > 0
             tensors |= {"positive": pack_bits(positive), "energy": rows.energy[positive].half()}
@@ -99,11 +108,17 @@ class SampleStore:
             energy = None
             if self.with_energy:
                 positive = unpack_bits(t["positive"], self.ffn)
-                energy = torch.zeros(positive.shape, dtype=torch.float16).masked_scatter_(positive, t["energy"])
-            yield Rows(t["mlp_x"], unpack_bits(t["active"], self.ffn), energy, t.get("attn_x"), t.get("head_norms"))
+                energy = torch.zeros(positive.shape, dtype=torch.float16).masked_scatter_(
+                    positive, t["energy"]
+                )
+            yield Rows(
+                t["mlp_x"], unpack_bits(t["active"], self.ffn), energy, t.get("attn_x"), t.get("head_norms")
+            )
 
     def discard_from(self, part: int) -> None:
-        """Forget shards from a part on: what an interrupted run wrote behind its checkpoint, perhaps in other batches."""
+        """Forget shards from a part on: what an interrupted run wrote behind its checkpoint, perhaps in other
+        batches.
+        """
         for path in self.directory.glob("layer-*/part-*.safetensors"):
             if int(path.stem.removeprefix("part-")) >= part:
                 path.unlink()

@@ -1,4 +1,5 @@
 """Moments -> one predictor per gated block."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from vllm_dejavu.predictor_training.samples import Rows, SampleStore
 
 @dataclass(frozen=True)
 class FittedHeads:
-    """Linear regression of the heads' log norms: y ~ weight x + bias. weight: [heads, hidden]; bias, r2: [heads]."""
+    """Linear regression of the heads' log norms: y ~ weight x + bias. weight: [heads, hidden]; bias, r2:
+    [heads].
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -25,7 +28,9 @@ class FittedHeads:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What of a layer the fit reads: fc1 [ffn, hidden], its bias, norms of fc2's rows [ffn], the LayerNorm in front (None: post-LN)."""
+    """What of a layer the fit reads: fc1 [ffn, hidden], its bias, norms of fc2's rows [ffn], the LayerNorm in
+    front (None: post-LN).
+    """
 
     fc1: torch.Tensor
     fc1_bias: torch.Tensor
@@ -38,11 +43,15 @@ class LayerWeights:
         fc1, bias = opt.weight(layer, "fc1").double().cpu(), opt.weight(layer, "fc1", "bias")
         norm = (None, None)
         if opt.config.do_layer_norm_before and opt.config.layer_norm_elementwise_affine:
-            norm = tuple(opt.weight(layer, "final_layer_norm", kind).double().cpu() for kind in ("weight", "bias"))
+            norm = tuple(
+                opt.weight(layer, "final_layer_norm", kind).double().cpu() for kind in ("weight", "bias")
+            )
         return cls(
-            fc1, torch.zeros(len(fc1), dtype=torch.float64) if bias is None else bias.double().cpu(),
-            opt.weight(layer, "fc2").float().norm(dim=0).double().cpu(), *norm,
-        )  # fmt: skip
+            fc1,
+            torch.zeros(len(fc1), dtype=torch.float64) if bias is None else bias.double().cpu(),
+            opt.weight(layer, "fc2").float().norm(dim=0).double().cpu(),
+            *norm,
+        )
 
 
 def covariance(second: torch.Tensor, a_sum: torch.Tensor, b_sum: torch.Tensor, n: int) -> torch.Tensor:
@@ -50,13 +59,23 @@ def covariance(second: torch.Tensor, a_sum: torch.Tensor, b_sum: torch.Tensor, n
 
 
 def fit_mlp(
-    moments: Moments, layer: int, weights: LayerWeights, lookahead: str, rank: int, form: Form, *,
-    samples: Callable[[], Iterator[Rows]] | None = None, seed: int = 0, device: str = "cpu", energy_loss: bool = False,
-) -> FittedMlp:  # fmt: skip
+    moments: Moments,
+    layer: int,
+    weights: LayerWeights,
+    lookahead: str,
+    rank: int,
+    form: Form,
+    *,
+    samples: Callable[[], Iterator[Rows]] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    energy_loss: bool = False,
+) -> FittedMlp:
     """The MLP predictor of one layer.
 
     Args:
-        lookahead: as asked for; layer 0 has no `previous`. rank: at most hidden. Others as in `forms.MlpTask`.
+        lookahead: as asked for; layer 0 has no `previous`. rank: at most hidden. Others as in
+            `forms.MlpTask`.
     """
     s, n = moments.layer(layer), moments.num_tokens
     name = state_name("mlp", layer_lookahead(lookahead, layer))
@@ -69,18 +88,33 @@ def fit_mlp(
         if form.own_input:
             raise ValueError(f"form {form.name!r} is for lookahead 'self' only, found {lookahead!r}.")
     task = MlpTask(
-        rank=rank, x_mean=x_sum / n, x_cov=cov_x, m_mean=m_sum / n, m_cov=cov_m, xm_cov=cov_xm, weight=weights.fc1,
-        bias=weights.fc1_bias, fc2_norms=weights.fc2_norms, norm_weight=weights.norm_weight, norm_bias=weights.norm_bias,
-        activation_rate=s["active"] / n, energy=s["energy"] / n, samples=samples if form.needs_samples else None, seed=seed + layer,
-        device=device, energy_loss=energy_loss,
-    )  # fmt: skip
+        rank=rank,
+        x_mean=x_sum / n,
+        x_cov=cov_x,
+        m_mean=m_sum / n,
+        m_cov=cov_m,
+        xm_cov=cov_xm,
+        weight=weights.fc1,
+        bias=weights.fc1_bias,
+        fc2_norms=weights.fc2_norms,
+        norm_weight=weights.norm_weight,
+        norm_bias=weights.norm_bias,
+        activation_rate=s["active"] / n,
+        energy=s["energy"] / n,
+        samples=samples if form.needs_samples else None,
+        seed=seed + layer,
+        device=device,
+        energy_loss=energy_loss,
+    )
     return _unit_rows(form.fit(task))
 
 
 def _unit_rows(fitted: FittedMlp) -> FittedMlp:
     """Rows of `down` of unit norm: both factors are stored in 16 bits or fewer."""
     scale = fitted.down.norm(dim=1).clamp_min(1e-12)
-    return FittedMlp(fitted.down / scale[:, None], fitted.up * scale, fitted.bias, fitted.activation_rate, fitted.explained)
+    return FittedMlp(
+        fitted.down / scale[:, None], fitted.up * scale, fitted.bias, fitted.activation_rate, fitted.explained
+    )
 
 
 def fit_heads(moments: Moments, layer: int, lookahead: str) -> FittedHeads:
@@ -94,14 +128,25 @@ def fit_heads(moments: Moments, layer: int, lookahead: str) -> FittedHeads:
     weight = torch.linalg.solve(cov_x + ridge * torch.eye(len(cov_x), dtype=cov_x.dtype), cov_xy).T
     y_mean = y_sum / n
     y_var = (s["heads.square"] / n - y_mean**2).clamp_min(1e-12)
-    return FittedHeads(weight=weight, bias=y_mean - weight @ (x_sum / n), r2=(weight * cov_xy.T).sum(1) / y_var)
+    return FittedHeads(
+        weight=weight, bias=y_mean - weight @ (x_sum / n), r2=(weight * cov_xy.T).sum(1) / y_var
+    )
 
 
-def fit_heads_by_gradient(rows: list[Rows], start: FittedHeads, labels: torch.Tensor, seed: int, epochs: int = 3, learning_rate: float = 1e-3) -> FittedHeads:
-    """Logistic regression of head labels by AdamW, the paper's way: one linear layer, since two without an activation between are one.
+def fit_heads_by_gradient(
+    rows: list[Rows],
+    start: FittedHeads,
+    labels: torch.Tensor,
+    seed: int,
+    epochs: int = 3,
+    learning_rate: float = 1e-3,
+) -> FittedHeads:
+    """Logistic regression of head labels by AdamW, the paper's way: one linear layer, since two without an
+    activation between are one.
 
     Args:
-        rows: stored tokens. start: gives shapes only; the fit starts from zeros. labels: [all rows, heads], bool.
+        rows: stored tokens. start: gives shapes only; the fit starts from zeros. labels: [all rows, heads],
+            bool.
     """
     x = torch.cat([r.attn_x for r in rows]).float()
     generator = torch.Generator().manual_seed(seed)
@@ -114,12 +159,16 @@ def fit_heads_by_gradient(rows: list[Rows], start: FittedHeads, labels: torch.Te
         for _ in range(epochs):
             for index in torch.randperm(len(x), generator=generator).split(1024):
                 scores = torch.nn.functional.linear(x[index], weight, bias)
-                loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels[index].float(), reduction="sum") / len(index)
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                    scores, labels[index].float(), reduction="sum"
+                ) / len(index)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-    return FittedHeads(weight.detach().double(), bias.detach().double(), torch.full_like(start.r2, float("nan")))
+    return FittedHeads(
+        weight.detach().double(), bias.detach().double(), torch.full_like(start.r2, float("nan"))
+    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +176,8 @@ class FitSettings:
     """How layers are fitted; plain values, so that another process can do it.
 
     Attributes:
-        form: of MLP predictors, by name (`forms.get`). head_form: "closed_form" or "paper". head_share: of heads that the paper's rule labels.
+        form: of MLP predictors, by name (`forms.get`). head_form: "closed_form" or "paper". head_share: of
+            heads that the paper's rule labels.
     """
 
     rank: int
@@ -140,12 +190,26 @@ class FitSettings:
     energy_loss: bool = False
 
 
-def fit_layer(settings: FitSettings, moments: Moments, layer: int, weights: LayerWeights, store: SampleStore | None = None) -> tuple[FittedMlp, FittedHeads]:
+def fit_layer(
+    settings: FitSettings,
+    moments: Moments,
+    layer: int,
+    weights: LayerWeights,
+    store: SampleStore | None = None,
+) -> tuple[FittedMlp, FittedHeads]:
     """Both predictors of a layer."""
     mlp = fit_mlp(
-        moments, layer, weights, settings.lookahead["mlp"], settings.rank, get(settings.form),
-        samples=None if store is None else lambda: store.read(layer), seed=settings.seed, device=settings.device, energy_loss=settings.energy_loss,
-    )  # fmt: skip
+        moments,
+        layer,
+        weights,
+        settings.lookahead["mlp"],
+        settings.rank,
+        get(settings.form),
+        samples=None if store is None else lambda: store.read(layer),
+        seed=settings.seed,
+        device=settings.device,
+        energy_loss=settings.energy_loss,
+    )
     heads = fit_heads(moments, layer, settings.lookahead["attention"])
     if settings.head_form == "paper":
         rows = list(store.read(layer))

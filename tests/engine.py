@@ -1,4 +1,5 @@
 """Real vLLM engines in this process, and a recorder of what they did step by step."""
+
 from __future__ import annotations
 
 import contextlib
@@ -19,27 +20,39 @@ from vllm.forward_context import get_forward_context
 
 from vllm_dejavu.metrics import summarize
 
-# Relative RMS error of log-probabilities against a reference, by the engine's dtype. Measured on tiny models: float32
-# 1e-7; bfloat16 1.1e-3 against vLLM's own OPT in bfloat16, which is itself 0.9e-3 away from its float32.
+# Relative RMS error of log-probabilities against a reference, by the engine's dtype. Measured on tiny models:
+# float32 1e-7; bfloat16 1.1e-3 against vLLM's own OPT in bfloat16, which is itself 0.9e-3 away from its
+# float32.
 TOLERANCE = {"float32": RELATIVE_RMS[torch.float32], "bfloat16": RELATIVE_RMS[torch.bfloat16]}
 # Every forced token's logit, so that sampling at temperature 0 can only choose it.
 FORCED_LOGIT = 1e9
 
 
 @contextlib.contextmanager
-def engine(model: Path, *, impl: str = "dejavu", dejavu: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
+def engine(
+    model: Path, *, impl: str = "dejavu", dejavu: dict[str, Any] | None = None, **options: Any
+) -> Iterator[LLM]:
     """An in-process engine, shut down whatever happens.
 
     Args:
-        dejavu: `additional_config["dejavu"]`; `predictor` may be a Path. options: of `LLM`, over small defaults.
+        dejavu: `additional_config["dejavu"]`; `predictor` may be a Path. options: of `LLM`, over small
+            defaults.
     """
     if dejavu is not None:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in dejavu.items()}
         options["additional_config"] = {"dejavu": settings}
     small = {
-        "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "block_size": 32,
-        "kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False, "max_logprobs": -1, "disable_log_stats": True, "skip_tokenizer_init": True,
-    }  # fmt: skip
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enable_prefix_caching": False,
+        "max_logprobs": -1,
+        "disable_log_stats": True,
+        "skip_tokenizer_init": True,
+    }
     llm = None
     with _process_as_before():
         try:
@@ -56,8 +69,8 @@ def engine(model: Path, *, impl: str = "dejavu", dejavu: dict[str, Any] | None =
 
 @contextlib.contextmanager
 def _process_as_before() -> Iterator[None]:
-    """vLLM's CPU worker puts torch.set_num_threads out of action, and tells child processes things in the environment; process groups
-    each hook on to uncaught exceptions."""
+    """vLLM's CPU worker puts torch.set_num_threads out of action, and tells child processes things in the
+    environment; process groups each hook on to uncaught exceptions."""
     set_num_threads, threads, hook = torch.set_num_threads, torch.get_num_threads(), sys.excepthook
     with mock.patch.dict(os.environ):
         try:
@@ -70,14 +83,16 @@ def _process_as_before() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_collection() -> Iterator[None]:
-    """vLLM collects garbage eight times in an engine's life, which is most of the time a tiny engine takes."""
+    """vLLM collects garbage eight times in an engine's life, which is most of the time a tiny engine
+    takes.
+    """
     with mock.patch("gc.collect", lambda *_: 0), mock.patch("gc.freeze"), mock.patch("gc.unfreeze"):
         yield
 
 
 def _collect() -> None:
-    """Frees the engine that ended. What is left after the first is mostly modules, for whoever comes later: looking through
-    them again took a third of an engine's time. `pytest_unconfigure` thaws them."""
+    """Frees the engine that ended. What is left after the first is mostly modules, for whoever comes later:
+    looking through them again took a third of an engine's time. `pytest_unconfigure` thaws them."""
     gc.collect()
     if not gc.get_freeze_count():
         gc.freeze()
@@ -112,7 +127,9 @@ def random_prompt(length: int, seed: int = 0) -> list[int]:
 
 def generate(llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 16, **params: Any) -> list[list[int]]:
     """Greedy completions, as token ids, of prompts given as token ids."""
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], greedy(max_tokens, **params), use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], greedy(max_tokens, **params), use_tqdm=False
+    )
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
@@ -121,7 +138,8 @@ class Step:
     """One forward pass with metadata. T tokens, R requests, in the order of the batch.
 
     Attributes:
-        requests: ids as the caller gave them. block_table: [R, blocks]. logits: [R, vocab], of each request's last row.
+        requests: ids as the caller gave them. block_table: [R, blocks]. logits: [R, vocab], of each request's
+            last row.
         gates: (layer, block) -> (mask [T, units], valid [T]), or None where the gated block ran dense.
     """
 
@@ -156,8 +174,8 @@ class Recorder:
     Works on vLLM's own OPT too (then `gates` stays empty).
 
     Args:
-        force: request id -> whole token sequence: at position p the sampler is made to choose token p + 1 of it. The
-            recorded logits are those before.
+        force: request id -> whole token sequence: at position p the sampler is made to choose token p + 1 of
+            it. The recorded logits are those before.
     """
 
     def __init__(self, llm: LLM, force: dict[str, list[int]] | None = None):
@@ -217,7 +235,9 @@ class Recorder:
         return logits
 
 
-def run_requests(llm: LLM, arrivals: dict[int, dict[str, list[int]]], max_tokens: int) -> dict[str, list[int]]:
+def run_requests(
+    llm: LLM, arrivals: dict[int, dict[str, list[int]]], max_tokens: int
+) -> dict[str, list[int]]:
     """Drive an engine by hand: {number of the step: {request id: prompt}} arrive just before that step.
 
     Returns:

@@ -54,7 +54,12 @@ TESTS_OF = {
     "kernels/projections.py": ("test_kernel_triton.py",),
     "kernels/sparse_attention.py": ("test_kernel_triton.py",),
     "kernels/sparse_mlp.py": ("test_kernel_triton.py",),
-    "vllm_dejavu/ops.py": ("test_step.py", "test_engine_selection.py", "test_engine_metrics.py", "test_engine_replay.py"),
+    "vllm_dejavu/ops.py": (
+        "test_step.py",
+        "test_engine_selection.py",
+        "test_engine_metrics.py",
+        "test_engine_replay.py",
+    ),
     "vllm_dejavu/layers.py": (
         "test_engine_dense_gates.py",
         "test_engine_metrics.py",

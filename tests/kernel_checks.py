@@ -1,8 +1,9 @@
 """What every implementation of the kernels must pass, against the references: Triton's and the native one.
 
-Everything a kernel must not read holds NaN: unselected weights, inputs of rows that only pad the batch, fc2 rows of
-neurons that came out negative. Selections and counts are compared exactly; biases keep scores off 0.
+Everything a kernel must not read holds NaN: unselected weights, inputs of rows that only pad the batch, fc2
+rows of neurons that came out negative. Selections and counts are compared exactly; biases keep scores off 0.
 """
+
 import math
 from dataclasses import dataclass
 from types import ModuleType
@@ -33,7 +34,8 @@ def of_dtype(tensors, dtype):
 
 @dataclass(frozen=True)
 class Checks:
-    """The checks, for one implementation on one device; a name of the reference's checks the function of that name.
+    """The checks, for one implementation on one device; a name of the reference's checks the function of that
+    name.
 
     Attributes:
         kernels: a module (or what looks like one) with the functions of `reference`.
@@ -54,10 +56,13 @@ class Checks:
         return {"none": number >= 0, "some": number % 3 != 1, "all": number < 0}[padding]
 
     def new_counters(self, wanted=True):
-        return torch.arange(100, 106, device=self.device) if wanted else None  # one more than COUNTERS: callers may append
+        # one more than COUNTERS: callers may append
+        return torch.arange(100, 106, device=self.device) if wanted else None
 
     def clear_bias(self, scores, density):
-        """A bias [units] that selects about a share `density` and leaves no score within 1e-4 of 0; 1: as the dense switch does."""
+        """A bias [units] that selects about a share `density` and leaves no score within 1e-4 of 0; 1: as the
+        dense switch does.
+        """
         if density in (0, 1):
             return torch.full((scores.shape[1],), math.inf if density else -50.0, device=self.device)
         candidates = torch.linspace(-0.9, 0.1, 41, device=self.device) + math.log(density)
@@ -66,27 +71,51 @@ class Checks:
         return candidates[distance.argmax(1)]
 
     def select_neurons(
-        self, tokens, hidden=72, rank=17, ffn=300, dtype=torch.float32, predictor=None, density=0.3, padding="some", with_row_mask=True, heads=5,
-        counted=True, workspace=None, seed=0,
-    ):  # fmt: skip
+        self,
+        tokens,
+        hidden=72,
+        rank=17,
+        ffn=300,
+        dtype=torch.float32,
+        predictor=None,
+        density=0.3,
+        padding="some",
+        with_row_mask=True,
+        heads=5,
+        counted=True,
+        workspace=None,
+        seed=0,
+    ):
         """select_neurons against the reference; `predictor`: dtype of its weights, that of x unless given."""
         valid = self.rows(tokens, padding)
         x = self.rand(tokens, hidden, dtype=dtype, seed=seed)
-        mlp = {"down": self.rand(rank, hidden, seed=1, fan_in=hidden), "up": self.rand(ffn, rank, seed=2, fan_in=rank)}
+        mlp = {
+            "down": self.rand(rank, hidden, seed=1, fan_in=hidden),
+            "up": self.rand(ffn, rank, seed=2, fan_in=rank),
+        }
         down, up, _ = of_dtype({**mlp, "bias": torch.zeros(ffn, device=self.device)}, predictor or dtype)
         scores = reference.low_rank_scores(x, down, up, torch.zeros(ffn, device=self.device))
-        scale = 1.0 if predictor != torch.int8 else float(scores.std()) or 1.0  # integers' scores have any scale
+        # integers' scores have any scale
+        scale = 1.0 if predictor != torch.int8 else float(scores.std()) or 1.0
         bias = scale * self.clear_bias(scores / scale, density)
         riding = None
         if heads:
-            head_predictor = {"weight": self.rand(heads, hidden, seed=4, fan_in=hidden), "bias": self.rand(heads, seed=5)}
-            riding = poison(self.rand(tokens, hidden, seed=3, dtype=dtype), valid), *of_dtype(head_predictor, predictor or dtype)
+            head_predictor = {
+                "weight": self.rand(heads, hidden, seed=4, fan_in=hidden),
+                "bias": self.rand(heads, seed=5),
+            }
+            riding = (
+                poison(self.rand(tokens, hidden, seed=3, dtype=dtype), valid),
+                *of_dtype(head_predictor, predictor or dtype),
+            )
         found, expected = self.new_counters(counted), self.new_counters(counted)
         args = poison(x, valid), down, up, bias, row_lens_of(valid), with_row_mask, riding
         ids, counts, mask, scores = self.kernels.select_neurons(*args, found, workspace)
         want_ids, want_counts, want_mask, want_scores = reference.select_neurons(*args, expected)
         assert (ids.dtype, counts.dtype, mask.dtype) == (torch.int32, torch.int32, torch.bool)
-        assert torch.equal(counts, want_counts) and torch.equal(ids, want_ids) and torch.equal(mask, want_mask)
+        assert (
+            torch.equal(counts, want_counts) and torch.equal(ids, want_ids) and torch.equal(mask, want_mask)
+        )
         if density in (0, 1):
             assert counts.sum() == (ffn if density and valid.any() else 0)
         if counted:
@@ -98,22 +127,43 @@ class Checks:
             assert scores is None
 
     def score_heads(self, tokens, dtype=torch.float32, padding="some", hidden=72, heads=19):
-        """Alone, without a riding neuron predictor, for predictors of x's type, fp16 and int8; -1 in padded rows."""
+        """Alone, without a riding neuron predictor, for predictors of x's type, fp16 and int8; -1 in padded
+        rows.
+        """
         valid = self.rows(tokens, padding)
         x, bias = poison(self.rand(tokens, hidden, dtype=dtype), valid), self.rand(heads, seed=2)
         for kind in {dtype, torch.float16, torch.int8}:
-            args = x, *of_dtype({"weight": self.rand(heads, hidden, seed=1, fan_in=hidden), "bias": bias}, kind), row_lens_of(valid)
+            args = (
+                x,
+                *of_dtype({"weight": self.rand(heads, hidden, seed=1, fan_in=hidden), "bias": bias}, kind),
+                row_lens_of(valid),
+            )
             scores = self.kernels.score_heads(*args)
             assert scores.dtype == torch.float32 and scores[~valid].eq(-1).all()
             assert_close(scores, reference.score_heads(*args))
 
     def sparse_mlp(
-        self, tokens, hidden=72, ffn=300, dtype=torch.float32, density=0.3, padding="some", with_bias=True, row_exact=True, counted=True,
-        workspace=None, seed=0,
-    ):  # fmt: skip
-        """sparse_mlp against the reference, with NaN in fc2 rows of neurons that came out <= 0 in every row, too."""
+        self,
+        tokens,
+        hidden=72,
+        ffn=300,
+        dtype=torch.float32,
+        density=0.3,
+        padding="some",
+        with_bias=True,
+        row_exact=True,
+        counted=True,
+        workspace=None,
+        seed=0,
+    ):
+        """sparse_mlp against the reference, with NaN in fc2 rows of neurons that came out <= 0 in every row,
+        too.
+        """
         valid = self.rows(tokens, padding)
-        x, fc1 = self.rand(tokens, hidden, dtype=dtype, seed=seed), self.rand(ffn, hidden, seed=seed + 1, dtype=dtype, fan_in=hidden)
+        x, fc1 = (
+            self.rand(tokens, hidden, dtype=dtype, seed=seed),
+            self.rand(ffn, hidden, seed=seed + 1, dtype=dtype, fan_in=hidden),
+        )
         bias = self.rand(ffn, seed=seed + 2, dtype=dtype) if with_bias else None
         fc2_t = self.rand(ffn, hidden, seed=seed + 3, dtype=dtype, fan_in=ffn)
         mask = self.rand_mask(tokens, ffn, density=density, seed=seed) & valid[:, None]
@@ -124,9 +174,14 @@ class Checks:
         args = (
             # every other padded row holds numbers: NaN alone would hide behind `h > 0`
             poison(x, valid | (torch.arange(tokens, device=self.device) % 2 == 1)),
-            poison(fc1, union), poison(bias, union) if with_bias else None, poison(fc2_t, alive),
-            *reference.compact_union(mask), row_lens_of(valid), mask if row_exact else None, "relu",
-        )  # fmt: skip
+            poison(fc1, union),
+            poison(bias, union) if with_bias else None,
+            poison(fc2_t, alive),
+            *reference.compact_union(mask),
+            row_lens_of(valid),
+            mask if row_exact else None,
+            "relu",
+        )
         out = self.kernels.sparse_mlp(*args, found, workspace)
         assert out.dtype == dtype and out[~valid].eq(0).all()
         assert_close(out, reference.sparse_mlp(*args, expected))
@@ -138,15 +193,38 @@ class Checks:
         for chosen in (*([n] for n in (0, 127, 128, 255, 256, 299)), [0, 299], [5, 200], [127, 128, 256]):
             mask = torch.zeros(3, 300, dtype=torch.bool, device=self.device)
             mask[0, chosen] = True
-            x, fc1, fc2_t = (self.rand(*s, seed=i, dtype=dtype, fan_in=f) for i, (s, f) in enumerate([((3, 16), 1), ((300, 16), 16), ((300, 16), 1)]))
+            x, fc1, fc2_t = (
+                self.rand(*s, seed=i, dtype=dtype, fan_in=f)
+                for i, (s, f) in enumerate([((3, 16), 1), ((300, 16), 16), ((300, 16), 1)])
+            )
             bias = self.rand(300, seed=5, dtype=dtype) + 9
-            args = x, poison(fc1, mask[0]), bias, poison(fc2_t, mask[0]), *reference.compact_union(mask), row_lens_of(self.rows(3, "none"))
+            args = (
+                x,
+                poison(fc1, mask[0]),
+                bias,
+                poison(fc2_t, mask[0]),
+                *reference.compact_union(mask),
+                row_lens_of(self.rows(3, "none")),
+            )
             assert_close(self.kernels.sparse_mlp(*args), reference.sparse_mlp(*args))
 
     def sparse_qkv(
-        self, tokens, heads=4, kv_heads=4, head_size=16, hidden=72, dtype=torch.float32, density=0.3, padding="some", with_bias=True, counted=True, seed=0
+        self,
+        tokens,
+        heads=4,
+        kv_heads=4,
+        head_size=16,
+        hidden=72,
+        dtype=torch.float32,
+        density=0.3,
+        padding="some",
+        with_bias=True,
+        counted=True,
+        seed=0,
     ):
-        """sparse_qkv against the reference; rows of padding may hold anything, but hold NaN in x and must not spread it."""
+        """sparse_qkv against the reference; rows of padding may hold anything, but hold NaN in x and must not
+        spread it.
+        """
         valid, size = self.rows(tokens, padding), (heads + 2 * kv_heads) * head_size
         mask = self.rand_mask(tokens, heads, density=density, seed=seed) & valid[:, None]
         wanted = torch.ones(size, dtype=torch.bool, device=self.device)
@@ -162,11 +240,24 @@ class Checks:
         if counted:
             assert torch.equal(found, expected)
 
-    def sparse_out_proj(self, tokens, heads=4, head_size=16, hidden=72, dtype=torch.float32, density=0.3, padding="some", given_output=True, seed=0):
+    def sparse_out_proj(
+        self,
+        tokens,
+        heads=4,
+        head_size=16,
+        hidden=72,
+        dtype=torch.float32,
+        density=0.3,
+        padding="some",
+        given_output=True,
+        seed=0,
+    ):
         """sparse_out_proj against the reference; it writes rows of padding too, with 0."""
         valid = self.rows(tokens, padding)
         mask = self.rand_mask(tokens, heads, density=density, seed=seed) & valid[:, None]
-        attn = reference.mask_heads(self.rand(tokens, heads, head_size, dtype=dtype, seed=seed), scores_of(mask))
+        attn = reference.mask_heads(
+            self.rand(tokens, heads, head_size, dtype=dtype, seed=seed), scores_of(mask)
+        )
         weight = self.rand(hidden, heads * head_size, seed=seed + 1, dtype=dtype, fan_in=heads * head_size)
         weight = poison(weight, mask.any(0).repeat_interleave(head_size), dim=1)
         output = torch.full((tokens, hidden), NAN, dtype=dtype, device=self.device) if given_output else None
@@ -177,40 +268,63 @@ class Checks:
         assert out[~mask.any(1)].eq(0).all()
 
     def arguments(self, name, tokens=20, dtype=torch.float32):
-        """Arguments of a function by name: everything selected, no padding, long enough to be cut in pieces."""
+        """Arguments of a function by name: everything selected, no padding, long enough to be cut in
+        pieces.
+        """
         ffn, rank, heads, head_size = 300, 20, 4, 16
-        hidden = 600 if name in ("score_heads", "select_neurons") else 100  # enough for two pieces of the predictor
+        # enough for two pieces of the predictor
+        hidden = 600 if name in ("score_heads", "select_neurons") else 100
         x, lens = self.rand(tokens, hidden, dtype=dtype), row_lens_of(self.rows(tokens, "none"))
         scores = torch.ones(tokens, heads, device=self.device)
         mask = torch.ones(tokens, ffn, dtype=torch.bool, device=self.device)
         ids, counts = reference.compact_union(mask)
         table = torch.arange(tokens * 10, dtype=torch.int32, device=self.device).view(tokens, 10)
-        head_predictor = self.rand(heads, hidden, seed=4, dtype=dtype, fan_in=hidden), self.rand(heads, seed=5)
+        head_predictor = (
+            self.rand(heads, hidden, seed=4, dtype=dtype, fan_in=hidden),
+            self.rand(heads, seed=5),
+        )
         mlp = {
-            "x": x, "fc1_weight": self.rand(ffn, hidden, seed=1, dtype=dtype, fan_in=hidden), "fc1_bias": self.rand(ffn, seed=2, dtype=dtype),
+            "x": x,
+            "fc1_weight": self.rand(ffn, hidden, seed=1, dtype=dtype, fan_in=hidden),
+            "fc1_bias": self.rand(ffn, seed=2, dtype=dtype),
             "fc2_weight_t": self.rand(ffn, hidden, seed=3, dtype=dtype, fan_in=ffn),
-        }  # fmt: skip
+        }
         return {
             "score_heads": {"x": x, "weight": head_predictor[0], "bias": head_predictor[1], "row_lens": lens},
             "select_neurons": {
-                "x": x, "down": self.rand(rank, hidden, seed=1, dtype=dtype, fan_in=hidden), "up": self.rand(ffn, rank, seed=2, dtype=dtype, fan_in=rank),
-                "bias": self.rand(ffn, seed=3), "row_lens": lens, "with_row_mask": True, "heads": (x, *head_predictor),
+                "x": x,
+                "down": self.rand(rank, hidden, seed=1, dtype=dtype, fan_in=hidden),
+                "up": self.rand(ffn, rank, seed=2, dtype=dtype, fan_in=rank),
+                "bias": self.rand(ffn, seed=3),
+                "row_lens": lens,
+                "with_row_mask": True,
+                "heads": (x, *head_predictor),
             },
             "sparse_mlp": {**mlp, "neuron_ids": ids, "counts": counts, "row_lens": lens, "row_mask": mask},
             "dense_mlp": mlp,
             "linear": {"x": x, "weight": mlp["fc1_weight"], "bias": mlp["fc1_bias"]},
             "sparse_qkv": {
-                "x": x, "weight": self.rand(8 * head_size, hidden, seed=1, dtype=dtype, fan_in=hidden), "bias": self.rand(8 * head_size, seed=2, dtype=dtype),
-                "head_scores": scores, "row_lens": lens, "head_size": head_size,
+                "x": x,
+                "weight": self.rand(8 * head_size, hidden, seed=1, dtype=dtype, fan_in=hidden),
+                "bias": self.rand(8 * head_size, seed=2, dtype=dtype),
+                "head_scores": scores,
+                "row_lens": lens,
+                "head_size": head_size,
             },
             "sparse_out_proj": {
-                "attn": self.rand(tokens, heads, head_size, dtype=dtype), "weight": self.rand(hidden, heads * head_size, seed=1, dtype=dtype), "head_scores": scores,
+                "attn": self.rand(tokens, heads, head_size, dtype=dtype),
+                "weight": self.rand(hidden, heads * head_size, seed=1, dtype=dtype),
+                "head_scores": scores,
             },
             "paged_attention": {
-                "query": self.rand(tokens, heads, head_size, dtype=dtype), "kv_cache": self.rand(tokens * 10, 2, 16, 2 * head_size, seed=1, dtype=dtype),
-                "block_table": table, "seq_lens": (140 + lens).clamp(max=160), "scale": 0.3, "head_scores": scores,
+                "query": self.rand(tokens, heads, head_size, dtype=dtype),
+                "kv_cache": self.rand(tokens * 10, 2, 16, 2 * head_size, seed=1, dtype=dtype),
+                "block_table": table,
+                "seq_lens": (140 + lens).clamp(max=160),
+                "scale": 0.3,
+                "head_scores": scores,
             },
-        }[name]  # fmt: skip
+        }[name]
 
 
 # Changes that make an argument wrong

@@ -2,6 +2,7 @@
 
 Apart from the tests, so that a host with pytest and torch alone can import them.
 """
+
 import torch
 
 NAN = float("nan")
@@ -42,8 +43,8 @@ def paged_cache(keys, values, needed, block_size, layout):
         layout: physical order inside a block, "HND" or "NHD".
 
     Returns:
-        kv_cache [num_blocks, kv_heads, block_size, 2 * head_size] by the layout's strides, block_table whose unused
-        entries name the block behind the cache's last, which holds NaN.
+        kv_cache [num_blocks, kv_heads, block_size, 2 * head_size] by the layout's strides, block_table whose
+        unused entries name the block behind the cache's last, which holds NaN.
     """
     kv_heads, head_size = keys[0].shape[1:]
     counts = [-(-len(k) // block_size) for k in keys]

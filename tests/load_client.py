@@ -2,6 +2,7 @@
 
 Standard library only, like scripts/server.py. One thread a client; nothing is retried, so nothing is hidden.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -16,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-# Silence of a connection after which a client gives up. It only turns a hang into a failure, so it is long: the machine may be busy.
+# Silence of a connection after which a client gives up. It only turns a hang into a failure, so it is long:
+# the machine may be busy.
 SILENCE_S = 300
 
 # How a request can end.
@@ -45,9 +47,14 @@ class Ask:
 
     def body(self, model: str) -> dict[str, Any]:
         return {
-            "model": model, "prompt": list(self.prompt), "max_tokens": self.max_tokens, "temperature": 0,
-            "ignore_eos": True, "return_token_ids": True, "stream": self.stream,
-        }  # fmt: skip
+            "model": model,
+            "prompt": list(self.prompt),
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream": self.stream,
+        }
 
 
 @dataclass
@@ -66,11 +73,19 @@ def ends(outcomes: Sequence[Outcome]) -> Counter[str]:
 
 
 def random_asks(
-    count: int, seed: int, *, vocab: int, prompt: tuple[int, int], tokens: tuple[int, int], abort_share: float = 0.25
+    count: int,
+    seed: int,
+    *,
+    vocab: int,
+    prompt: tuple[int, int],
+    tokens: tuple[int, int],
+    abort_share: float = 0.25,
 ) -> list[Ask]:
-    """Requests of random lengths; `prompt` and `tokens` are (shortest, longest). The same for the same arguments.
+    """Requests of random lengths; `prompt` and `tokens` are (shortest, longest). The same for the same
+    arguments.
 
-    The share that is aborted is met exactly, half-way through its tokens at the latest, and every fifth of it before the answer begins.
+    The share that is aborted is met exactly, half-way through its tokens at the latest, and every fifth of it
+    before the answer begins.
     """
     rng = random.Random(seed)
     asks = []
@@ -103,7 +118,9 @@ def ask(server: Any, model: str, asked: Ask) -> Outcome:
     connection = http.client.HTTPConnection(server.host, server.port, timeout=SILENCE_S)
     try:
         try:
-            connection.request("POST", "/v1/completions", json.dumps(asked.body(model)), {"Content-Type": "application/json"})
+            connection.request(
+                "POST", "/v1/completions", json.dumps(asked.body(model)), {"Content-Type": "application/json"}
+            )
             if asked.abort_after == 0:
                 outcome.end = ABORTED
                 return outcome
@@ -158,7 +175,9 @@ def _take(answer: dict[str, Any], outcome: Outcome) -> None:
 
 
 def _close(connection: http.client.HTTPConnection) -> None:
-    """Close at once: the response holds the socket too, so that closing the connection alone may leave it open."""
+    """Close at once: the response holds the socket too, so that closing the connection alone may leave it
+    open.
+    """
     if connection.sock is not None:
         with contextlib.suppress(OSError):
             connection.sock.shutdown(socket.SHUT_RDWR)

@@ -1,7 +1,10 @@
-"""A CPU attention backend whose cache has the layout of the GPU backends, so that the paged kernels meet the real engine.
+"""A CPU attention backend whose cache has the layout of the GPU backends, so that the paged kernels meet the
+real engine.
 
-`get_name` says TRITON_ATTN: that is the layout, and vLLM knows no other name for it. The metadata is the CPU backend's.
+`get_name` says TRITON_ATTN: that is the layout, and vLLM knows no other name for it. The metadata is the CPU
+backend's.
 """
+
 from __future__ import annotations
 
 import torch
@@ -28,7 +31,18 @@ class PagedCpuImpl(CPUAttentionBackendImpl):
         block, offset = slots[keep] // block_size, slots[keep] % block_size
         kv_cache[block, :, offset] = torch.cat([key, value], -1)[: len(slots)][keep]
 
-    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None):
+    def forward(
+        self,
+        layer,
+        query,
+        key,
+        value,
+        kv_cache,
+        attn_metadata,
+        output,
+        output_scale=None,
+        output_block_scale=None,
+    ):
         if attn_metadata is None:
             return output
         block_size = kv_cache.shape[2]
@@ -36,7 +50,8 @@ class PagedCpuImpl(CPUAttentionBackendImpl):
         for row, length in enumerate(attn_metadata.seq_lens.tolist()):
             begin, end = starts[row], starts[row + 1]
             blocks = attn_metadata.block_table[row, : -(-length // block_size)].long()
-            kv = kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()  # [kv_heads, length, 2 * head_size]
+            # [kv_heads, length, 2 * head_size]
+            kv = kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()
             k, v = kv.chunk(2, -1)
             q = query[begin:end].transpose(0, 1).float()
             mask = torch.arange(length) <= torch.arange(length - (end - begin), length)[:, None]

@@ -1,7 +1,8 @@
-"""The server that the server tests share, and how they ask it: a real process with its front end, engine and worker.
+"""The server that the server tests share, and how they ask it: a real process with its front end, engine and
+worker.
 
-Nothing here waits for a time: whatever must overlap is held open until it was seen to (`Held`), and `WAIT_S` only turns
-a hang into a failure.
+Nothing here waits for a time: whatever must overlap is held open until it was seen to (`Held`), and `WAIT_S`
+only turns a hang into a failure.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ LOGGING = {"VLLM_LOG_STATS_INTERVAL": "1"}  # /metrics follow the workers' count
 
 
 def dejavu(predictor: Path, **changes: Any) -> tuple[str, str]:
-    """The plugin's settings. With `row_exact` neighbours in a decode step do not change a request's tokens."""
+    """The plugin's settings. With `row_exact` neighbours in a decode step do not change a request's
+    tokens.
+    """
     settings = {"predictor": str(predictor), "row_exact": True, **changes}
     return "--additional-config", json.dumps({"dejavu": settings})
 
@@ -56,7 +59,9 @@ def start(server: Server) -> Server:
 
 
 def vllm_command() -> tuple[str, ...] | None:
-    """`vllm serve` of this environment; None where no distribution is called vllm, without which it does not run."""
+    """`vllm serve` of this environment; None where no distribution is called vllm, without which it does not
+    run.
+    """
     command = Path(sys.executable).with_name("vllm")
     try:
         return (str(command), "serve") if metadata.version("vllm") and command.exists() else None
@@ -65,12 +70,14 @@ def vllm_command() -> tuple[str, ...] | None:
 
 
 class Served:
-    """One server of a tiny model for all files that need one; a new one takes the place of one that a test broke.
+    """One server of a tiny model for all files that need one; a new one takes the place of one that a test
+    broke.
 
     Started by `vllm serve`, as users do, where that runs.
 
     Attributes:
-        model: the checkpoint, random, with a real tokenizer. place: where the served artifact lies; tests may replace it.
+        model: the checkpoint, random, with a real tokenizer. place: where the served artifact lies; tests may
+            replace it.
     """
 
     def __init__(self, directory: Path):
@@ -125,8 +132,8 @@ def complete(server: Server, **kwargs: Any) -> list[int]:
 def held(server: Server, prompts: list[list[int]]) -> Iterator[list[Iterator[dict[str, Any]]]]:
     """Requests that run, all of them, from the first line of the body to its last.
 
-    Each is a stream without an end in sight that has given a token. Leaving the body aborts them, and waits until the
-    server noticed.
+    Each is a stream without an end in sight that has given a token. Leaving the body aborts them, and waits
+    until the server noticed.
     """
     streams = [server.stream("/v1/completions", request(prompt, ENDLESS)) for prompt in prompts]
     try:

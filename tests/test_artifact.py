@@ -1,4 +1,7 @@
-"""The artifact: written whole or not at all, and refused with a reason whenever anything about it is wrong."""
+"""The artifact: written whole or not at all, and refused with a reason whenever anything about it is
+wrong.
+"""
+
 import dataclasses
 import json
 import os
@@ -19,7 +22,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from vllm_dejavu import artifact
-from vllm_dejavu.artifact import MANIFEST_FILE, TENSORS_FILE, ArtifactError, GateSpec, ModelSpec, WeightsFingerprint
+from vllm_dejavu.artifact import (
+    MANIFEST_FILE,
+    TENSORS_FILE,
+    ArtifactError,
+    GateSpec,
+    ModelSpec,
+    WeightsFingerprint,
+)
 from vllm_dejavu.inspection import artifact_table
 
 DOCS = Path(__file__).parent.parent / "docs" / "artifact.md"
@@ -66,16 +76,24 @@ def test_both_versions_are_read_and_the_second_is_written(copy, version):
 
 
 def test_an_int8_artifact_round_trips(model_dir, tmp_path):
-    """Integers stay integers, bit by bit; biases and rates are fp32; the weights take half the bytes of fp16."""
+    """Integers stay integers, bit by bit; biases and rates are fp32; the weights take half the bytes of
+    fp16.
+    """
     made = artifact.load(tiny.make_artifact(tmp_path / "int8", model_dir, dtype="int8"))
     again = artifact.load(artifact_of(made, tmp_path / "again"))
-    assert all(torch.equal(again.tensors[k], v) and again.tensors[k].dtype == v.dtype for k, v in made.tensors.items())
+    assert all(
+        torch.equal(again.tensors[k], v) and again.tensors[k].dtype == v.dtype
+        for k, v in made.tensors.items()
+    )
     for block, weights in (("mlp", ("down", "up")), ("attention", ("weight",))):
         spec, tensors = again.gate(0, block)
         assert spec.dtype == "int8" and {tensors[n].dtype for n in weights} == {torch.int8}
         assert {tensors[n].dtype for n in ("bias", "activation_rate")} == {torch.float32}
     half = artifact.load(tiny.make_artifact(tmp_path / "half", model_dir))
-    weights = [sum(t.nbytes for n, t in a.tensors.items() if n.endswith(("down", "up", "weight"))) for a in (made, half)]
+    weights = [
+        sum(t.nbytes for n, t in a.tensors.items() if n.endswith(("down", "up", "weight")))
+        for a in (made, half)
+    ]
     assert 2 * weights[0] == weights[1]
 
 
@@ -105,21 +123,57 @@ def swap_tensors(directory):
         pytest.param(lambda d: (d / TENSORS_FILE).unlink(), "has no predictors.safetensors", id="no-tensors"),
         pytest.param(shutil.rmtree, "vllm-dejavu train", id="no-directory"),
         pytest.param(truncate, "damaged or cut short", id="truncated"),
-        pytest.param(lambda d: (d / TENSORS_FILE).write_bytes(b""), "damaged or cut short", id="empty-tensors"),
+        pytest.param(
+            lambda d: (d / TENSORS_FILE).write_bytes(b""), "damaged or cut short", id="empty-tensors"
+        ),
         pytest.param(swap_tensors, "not of the same artifact", id="swapped"),
-        pytest.param(damage_tensors(lambda t: t.pop("layers.2.mlp.up")), "misses 1 tensor.*layers.2.mlp.up", id="missing-tensor"),
-        pytest.param(damage_tensors(lambda t: t.update(extra=torch.ones(1))), "unexpected 1 tensor.*extra", id="extra-tensor"),
-        pytest.param(damage_tensors(lambda t: t.update({"layers.0.mlp.down": torch.ones(8, 63).half()})), r"should be .*\[8, 64\], found .*\[8, 63\]", id="shape"),
-        pytest.param(damage_tensors(lambda t: t.update({"layers.0.mlp.down": torch.ones(8, 64)})), "float16.*float32", id="dtype"),
+        pytest.param(
+            damage_tensors(lambda t: t.pop("layers.2.mlp.up")),
+            "misses 1 tensor.*layers.2.mlp.up",
+            id="missing-tensor",
+        ),
+        pytest.param(
+            damage_tensors(lambda t: t.update(extra=torch.ones(1))),
+            "unexpected 1 tensor.*extra",
+            id="extra-tensor",
+        ),
+        pytest.param(
+            damage_tensors(lambda t: t.update({"layers.0.mlp.down": torch.ones(8, 63).half()})),
+            r"should be .*\[8, 64\], found .*\[8, 63\]",
+            id="shape",
+        ),
+        pytest.param(
+            damage_tensors(lambda t: t.update({"layers.0.mlp.down": torch.ones(8, 64)})),
+            "float16.*float32",
+            id="dtype",
+        ),
         # A bug would be to take any weights where the manifest says int8: scores would lose their scales.
-        pytest.param(lambda d: edit_manifest(d, lambda m: m["layers"][0]["mlp"].update(dtype="int8")), "should be torch.int8.*float16", id="not-the-integers-promised"),
-        pytest.param(damage_tensors(lambda t: t["layers.0.mlp.up"].view(-1)[3:5].fill_(float("nan"))), "2 values of 'layers.0.mlp.up' are not finite", id="nan"),
-        pytest.param(damage_tensors(lambda t: t["layers.0.attention.bias"].fill_(float("inf"))), "not finite", id="inf"),
-        pytest.param(lambda d: (d / MANIFEST_FILE).write_bytes(b"\xff\xfe\x00"), "cannot be read as JSON", id="binary-manifest"),
-        pytest.param(lambda d: (d / MANIFEST_FILE).write_text("[" * 100_000), "cannot be read as JSON", id="deep-manifest"),
+        pytest.param(
+            lambda d: edit_manifest(d, lambda m: m["layers"][0]["mlp"].update(dtype="int8")),
+            "should be torch.int8.*float16",
+            id="not-the-integers-promised",
+        ),
+        pytest.param(
+            damage_tensors(lambda t: t["layers.0.mlp.up"].view(-1)[3:5].fill_(float("nan"))),
+            "2 values of 'layers.0.mlp.up' are not finite",
+            id="nan",
+        ),
+        pytest.param(
+            damage_tensors(lambda t: t["layers.0.attention.bias"].fill_(float("inf"))), "not finite", id="inf"
+        ),
+        pytest.param(
+            lambda d: (d / MANIFEST_FILE).write_bytes(b"\xff\xfe\x00"),
+            "cannot be read as JSON",
+            id="binary-manifest",
+        ),
+        pytest.param(
+            lambda d: (d / MANIFEST_FILE).write_text("[" * 100_000),
+            "cannot be read as JSON",
+            id="deep-manifest",
+        ),
         pytest.param(lambda d: (d / MANIFEST_FILE).write_text("[]"), "an object", id="list-manifest"),
     ],
-)  # fmt: skip
+)
 def test_damage_is_refused(copy, damage, message):
     damage(copy)
     with pytest.raises(ArtifactError, match=message):
@@ -129,40 +183,92 @@ def test_damage_is_refused(copy, damage, message):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        pytest.param(lambda m: m.update(format="other"), "format should be 'vllm-dejavu-predictor'", id="format"),
-        pytest.param(lambda m: m.update(format_version=3), "expected format_version 1 or 2, found 3", id="version"),
-        pytest.param(lambda m: m.update(format_version=True), "expected format_version 1 or 2, found True", id="version-bool"),
-        pytest.param(lambda m: m.update(format_version=2.0), "expected format_version 1 or 2, found 2.0", id="version-float"),
+        pytest.param(
+            lambda m: m.update(format="other"), "format should be 'vllm-dejavu-predictor'", id="format"
+        ),
+        pytest.param(
+            lambda m: m.update(format_version=3), "expected format_version 1 or 2, found 3", id="version"
+        ),
+        pytest.param(
+            lambda m: m.update(format_version=True),
+            "expected format_version 1 or 2, found True",
+            id="version-bool",
+        ),
+        pytest.param(
+            lambda m: m.update(format_version=2.0),
+            "expected format_version 1 or 2, found 2.0",
+            id="version-float",
+        ),
         pytest.param(lambda m: m.pop("model"), "model should be", id="no-model"),
         pytest.param(lambda m: m["model"].pop("ffn_dim"), "model.ffn_dim should be present", id="no-ffn"),
         pytest.param(lambda m: m["model"].update(ffn_dim=-1), "model.ffn_dim", id="negative-ffn"),
         pytest.param(lambda m: m["model"].update(surprise=1), "model.surprise", id="unknown-key"),
         pytest.param(lambda m: m["layers"].pop(), "a list of 3 layers", id="too-few-layers"),
         pytest.param(lambda m: m["layers"][0].pop("mlp"), r"layers\[0\]", id="no-mlp"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(state="maybe"), r"layers\[0\].mlp.state.*'maybe'", id="state"),
+        pytest.param(
+            lambda m: m["layers"][0]["mlp"].update(state="maybe"),
+            r"layers\[0\].mlp.state.*'maybe'",
+            id="state",
+        ),
         pytest.param(lambda m: m["layers"][0]["mlp"].update(lookahead="next"), "lookahead", id="lookahead"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(lookahead="previous"), "no layer lies before", id="previous-in-layer-0"),
+        pytest.param(
+            lambda m: m["layers"][0]["mlp"].update(lookahead="previous"),
+            "no layer lies before",
+            id="previous-in-layer-0",
+        ),
         pytest.param(lambda m: m["layers"][0]["mlp"].update(rank=0), "rank", id="rank"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(density={"mean": 1.5, "upper": 1}), "density.mean", id="density"),
-        pytest.param(lambda m: m["layers"][0]["attention"].update(threshold=None), "threshold", id="no-threshold"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(union_density={"x": {"mean": 1, "upper": 1}}), "batch sizes", id="union-key"),
+        pytest.param(
+            lambda m: m["layers"][0]["mlp"].update(density={"mean": 1.5, "upper": 1}),
+            "density.mean",
+            id="density",
+        ),
+        pytest.param(
+            lambda m: m["layers"][0]["attention"].update(threshold=None), "threshold", id="no-threshold"
+        ),
+        pytest.param(
+            lambda m: m["layers"][0]["mlp"].update(union_density={"x": {"mean": 1, "upper": 1}}),
+            "batch sizes",
+            id="union-key",
+        ),
         pytest.param(lambda m: m["tensors"].update(file="../../etc/passwd"), "tensors.file", id="other-file"),
         pytest.param(lambda m: m["tensors"].update(sha256=7), "tensors.sha256", id="sha256-number"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(surprise=1), r"layers\[0\].mlp.surprise", id="unknown-gate-key"),
+        pytest.param(
+            lambda m: m["layers"][0]["mlp"].update(surprise=1),
+            r"layers\[0\].mlp.surprise",
+            id="unknown-gate-key",
+        ),
         pytest.param(lambda m: m["layers"][0]["mlp"].update(dtype="int4"), "dtype.*'int4'", id="dtype"),
-        pytest.param(lambda m: m["layers"][0]["attention"].update(lookahead="attn_input"), "lookahead", id="heads-behind-themselves"),
+        pytest.param(
+            lambda m: m["layers"][0]["attention"].update(lookahead="attn_input"),
+            "lookahead",
+            id="heads-behind-themselves",
+        ),
         pytest.param(lambda m: m["layers"][0]["mlp"].update(recall=float("nan")), "recall", id="nan"),
         pytest.param(lambda m: m.update(training=[]), "training should be an object", id="record"),
         # Bugs: these were accepted, or ended in an OverflowError or a bare ValueError.
         pytest.param(lambda m: m.update(surprise=1), "manifest.surprise", id="unknown-top-key"),
         pytest.param(lambda m: m["tensors"].update(surprise=1), "tensors.surprise", id="unknown-tensors-key"),
-        pytest.param(lambda m: m["layers"][1]["mlp"].update(oracle_density="x"), "oracle_density", id="oracle-density-of-a-dense-gate"),
+        pytest.param(
+            lambda m: m["layers"][1]["mlp"].update(oracle_density="x"),
+            "oracle_density",
+            id="oracle-density-of-a-dense-gate",
+        ),
         pytest.param(lambda m: m["layers"][0]["attention"].update(rank="x"), "rank", id="rank-of-heads"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(margin=10**400), "margin", id="number-no-float-holds"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(union_density={"²": {"mean": 1, "upper": 1}}), "batch sizes", id="superscript-batch"),
-        pytest.param(lambda m: m["layers"][0]["mlp"].update(union_density={"10000": {"mean": 1, "upper": 1}}), "batch sizes", id="huge-batch"),
+        pytest.param(
+            lambda m: m["layers"][0]["mlp"].update(margin=10**400), "margin", id="number-no-float-holds"
+        ),
+        pytest.param(
+            lambda m: m["layers"][0]["mlp"].update(union_density={"²": {"mean": 1, "upper": 1}}),
+            "batch sizes",
+            id="superscript-batch",
+        ),
+        pytest.param(
+            lambda m: m["layers"][0]["mlp"].update(union_density={"10000": {"mean": 1, "upper": 1}}),
+            "batch sizes",
+            id="huge-batch",
+        ),
     ],
-)  # fmt: skip
+)
 def test_manifest_errors_name_file_key_and_value(copy, edit, message):
     edit_manifest(copy, edit)
     with pytest.raises(ArtifactError, match=message) as e:
@@ -170,7 +276,9 @@ def test_manifest_errors_name_file_key_and_value(copy, edit, message):
     assert MANIFEST_FILE in str(e.value)
 
 
-@pytest.mark.parametrize("key", ["num_layers", "hidden_size", "ffn_dim", "num_heads", "layer_norm", "architecture", "activation"])
+@pytest.mark.parametrize(
+    "key", ["num_layers", "hidden_size", "ffn_dim", "num_heads", "layer_norm", "architecture", "activation"]
+)
 def test_another_geometry_is_refused(original, key):
     manifest = artifact.load(original).manifest
     value = getattr(manifest.model, key)
@@ -229,13 +337,20 @@ def test_an_interrupted_overwrite_is_never_a_mixture(original, model_dir, tmp_pa
 
 
 def test_a_save_killed_outright_is_not_mistaken_for_an_artifact(original, tmp_path):
-    """The process dies before the rename, without a chance to clean up: the place is free, and the next save succeeds."""
+    """The process dies before the rename, without a chance to clean up: the place is free, and the next save
+    succeeds.
+    """
     code = (
         "import os, sys; from vllm_dejavu import artifact; os.rename = lambda *a: os._exit(9); "
         "a = artifact.load(sys.argv[1]); artifact.save(sys.argv[2], a.manifest, a.tensors)"
     )
     env = os.environ | {"PYTHONPATH": str(DOCS.parent.parent)}
-    assert subprocess.run([sys.executable, "-c", code, original, tmp_path / "out"], env=env, timeout=HANG_S).returncode == 9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, original, tmp_path / "out"], env=env, timeout=HANG_S
+        ).returncode
+        == 9
+    )
     with pytest.raises(ArtifactError, match="No predictor artifact"):
         artifact.load(tmp_path / "out")
     loaded = artifact.load(original)
@@ -256,7 +371,8 @@ def test_a_full_disk_leaves_nothing(original, tmp_path, monkeypatch):
 
 
 def test_an_existing_directory_is_written_from_inside(original, tmp_path, monkeypatch):
-    """Bug: the files were staged beside the directory, where a mount point cannot be renamed into (EXDEV), or nothing written.
+    """Bug: the files were staged beside the directory, where a mount point cannot be renamed into (EXDEV), or
+    nothing written.
 
     What else lies in the directory stays.
     """
@@ -264,20 +380,26 @@ def test_an_existing_directory_is_written_from_inside(original, tmp_path, monkey
     out.mkdir()
     (out / "README.md").write_text("a model card")
     replace = os.replace
-    monkeypatch.setattr(artifact.os, "replace", lambda source, target: (renamed.append(Path(source)), replace(source, target)))
+    monkeypatch.setattr(
+        artifact.os, "replace", lambda source, target: (renamed.append(Path(source)), replace(source, target))
+    )
     artifact.save(out, loaded.manifest, loaded.tensors)
     assert renamed and all(out in source.parents for source in renamed)
     assert sorted(p.name for p in out.iterdir()) == ["README.md", MANIFEST_FILE, TENSORS_FILE]
 
 
 def test_others_may_read_what_one_user_trained(original, tmp_path):
-    """Bug: safetensors makes its files readable by their owner only, and a server often runs as another user."""
+    """Bug: safetensors makes its files readable by their owner only, and a server often runs as another
+    user.
+    """
     loaded, before = artifact.load(original), os.umask(0o022)
     try:
         artifact.save(tmp_path / "out", loaded.manifest, loaded.tensors)
     finally:
         os.umask(before)
-    assert {(tmp_path / "out" / name).stat().st_mode & 0o444 for name in (MANIFEST_FILE, TENSORS_FILE)} == {0o444}
+    assert {(tmp_path / "out" / name).stat().st_mode & 0o444 for name in (MANIFEST_FILE, TENSORS_FILE)} == {
+        0o444
+    }
 
 
 def test_overwriting_needs_a_word(original, copy):
@@ -355,8 +477,8 @@ class TestFingerprint:
     def test_it_is_as_documented(self, weights):
         """The function printed in docs/artifact.md, without torch.
 
-        Bug: the sampled positions came from a floating-point linspace, whose rounding (1058 values: one position) depends on who
-        computes it; now they are integers.
+        Bug: the sampled positions came from a floating-point linspace, whose rounding (1058 values: one
+        position) depends on who computes it; now they are integers.
         """
         documented = documented_code("fingerprint")
         odd = {f"layers.0.odd{n}": torch.arange(float(n)) for n in (1, 2, 511, 512, 513, 1058, 2052, 19993)}
@@ -374,7 +496,11 @@ class TestResolve:
     def test_a_directory(self, tmp_path):
         assert artifact.resolve(str(tmp_path), "any/model") == tmp_path
 
-    @pytest.mark.parametrize("name", ["./missing", "/no/such/dir", "a/b/c", "~/x", "plain", "x" * 5000, "nul\0"], ids=lambda n: ascii(n)[1:14])
+    @pytest.mark.parametrize(
+        "name",
+        ["./missing", "/no/such/dir", "a/b/c", "~/x", "plain", "x" * 5000, "nul\0"],
+        ids=lambda n: ascii(n)[1:14],
+    )
     def test_no_such_directory_and_no_hub_id(self, name):
         """Bug: a name longer than any file system takes ended in an OSError."""
         with pytest.raises(ArtifactError, match="no such directory, and not a hub id"):
@@ -406,7 +532,27 @@ class TestResolve:
 
 
 JUNK = st.sampled_from(
-    [None, True, False, -1, 0, 3, 10**400, 1.5, float("nan"), 1e308, "", "x", "sparse", "²", [], [1], {}, {"a": 1}, {"²": {"mean": 1, "upper": 1}}]
+    [
+        None,
+        True,
+        False,
+        -1,
+        0,
+        3,
+        10**400,
+        1.5,
+        float("nan"),
+        1e308,
+        "",
+        "x",
+        "sparse",
+        "²",
+        [],
+        [1],
+        {},
+        {"a": 1},
+        {"²": {"mean": 1, "upper": 1}},
+    ]
 )
 
 
@@ -418,7 +564,11 @@ def test_fuzzed_manifests_load_or_are_refused(original, tmp_path, data):
     for _ in range(data.draw(st.integers(1, 3))):
         node = raw
         for _ in range(data.draw(st.integers(0, 5))):
-            inner = [v for v in (node.values() if isinstance(node, dict) else node) if isinstance(v, (dict, list)) and v]
+            inner = [
+                v
+                for v in (node.values() if isinstance(node, dict) else node)
+                if isinstance(v, (dict, list)) and v
+            ]
             if not inner:
                 break
             node = inner[data.draw(st.integers(0, len(inner) - 1))]
@@ -444,16 +594,25 @@ def test_fuzzed_manifests_load_or_are_refused(original, tmp_path, data):
 
 
 @fuzz(200)
-@given(name=st.sampled_from([MANIFEST_FILE, TENSORS_FILE]), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3))
+@given(
+    name=st.sampled_from([MANIFEST_FILE, TENSORS_FILE]),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3),
+)
 def test_flipped_bytes_are_refused_or_change_nothing_that_is_checked(original, tmp_path, name, flips):
-    """In the tensors every flipped byte is noticed; in the manifest a changed digit may pass, but nothing else than ArtifactError comes out."""
+    """In the tensors every flipped byte is noticed; in the manifest a changed digit may pass, but nothing
+    else than ArtifactError comes out.
+    """
     target = tmp_path / "fuzz"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(original, target)
     data = bytearray((original / name).read_bytes())
     for place, value in flips:
         # half of the places lie in the first kilobyte, where safetensors has its header
-        index = int(2 * place * min(1023, len(data) - 1)) if place < 0.5 else int((2 * place - 1) * (len(data) - 1))
+        index = (
+            int(2 * place * min(1023, len(data) - 1))
+            if place < 0.5
+            else int((2 * place - 1) * (len(data) - 1))
+        )
         data[index] ^= value
     (target / name).write_bytes(data)
     if bytes(data) == (original / name).read_bytes():
@@ -490,7 +649,9 @@ def test_every_key_is_documented():
 def test_the_documented_example_writes_a_loadable_artifact(model_dir, tmp_path):
     from transformers import OPTConfig
 
-    spec = ModelSpec.from_hf_config(OPTConfig.from_pretrained(model_dir), "tiny", tiny.fingerprint_of(model_dir))
+    spec = ModelSpec.from_hf_config(
+        OPTConfig.from_pretrained(model_dir), "tiny", tiny.fingerprint_of(model_dir)
+    )
     documented_code("write")(str(tmp_path / "made"), dataclasses.asdict(spec))
     loaded = artifact.load(tmp_path / "made")
     assert loaded.manifest.layers[0]["mlp"].sparse and not loaded.manifest.layers[1]["mlp"].sparse

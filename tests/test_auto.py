@@ -1,4 +1,5 @@
 """`predictor: auto`: built once, from text the model writes itself; served; rebuilt for other weights."""
+
 import subprocess
 
 import pytest
@@ -18,7 +19,11 @@ def model(tmp_path_factory):
 def small_cache(tmp_path_factory, monkeypatch):
     """A cache of this module's own, and a recipe small enough for a model of 128 positions."""
     monkeypatch.setenv(auto.CACHE_VARIABLE, str(tmp_path_factory.getbasetemp() / "auto-cache"))
-    monkeypatch.setattr(auto, "RECIPE", {**auto.RECIPE, "max-tokens": 1024, "valid-tokens": 512, "seq-len": 64, "max-ppl-increase": 0.5})
+    monkeypatch.setattr(
+        auto,
+        "RECIPE",
+        {**auto.RECIPE, "max-tokens": 1024, "valid-tokens": 512, "seq-len": 64, "max-ppl-increase": 0.5},
+    )
 
 
 def test_first_start_builds_and_serves_sparse(model):

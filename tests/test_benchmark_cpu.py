@@ -1,4 +1,5 @@
 """benchmarks/bench_cpu_kernels.py: the crossover it computes, and that it runs; no time is asserted."""
+
 import csv
 import sys
 from pathlib import Path
@@ -18,8 +19,14 @@ def bench(monkeypatch):
 
 def rows(dense_ms, *sparse):
     """Rows of one batch; sparse: (density, ms, predict_ms)."""
-    points = [{"block": "mlp", "side": "sparse", "density": d, "ms": ms, "predict_ms": p} for d, ms, p in sparse]
-    return [{"block": "mlp", "side": "stock", "density": 1.0, "ms": 9.0}, {"block": "mlp", "side": "dense", "density": 1.0, "ms": dense_ms}, *points]
+    points = [
+        {"block": "mlp", "side": "sparse", "density": d, "ms": ms, "predict_ms": p} for d, ms, p in sparse
+    ]
+    return [
+        {"block": "mlp", "side": "stock", "density": 1.0, "ms": 9.0},
+        {"block": "mlp", "side": "dense", "density": 1.0, "ms": dense_ms},
+        *points,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,13 +47,34 @@ def test_crossover_is_where_sparse_with_its_prediction_takes_as_long_as_dense(be
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_runs_and_names_what_was_measured(bench, monkeypatch, tmp_path, dtype):
     """Every side of every batch is there, large batches without sparse ones, with counted densities."""
-    argv = ["--geometry", "tiny", "--dtype", dtype, "--tokens", "2", "70", "--layers", "2", "--rounds", "2", "--rank", "16", "--output", str(tmp_path)]
+    argv = [
+        "--geometry",
+        "tiny",
+        "--dtype",
+        dtype,
+        "--tokens",
+        "2",
+        "70",
+        "--layers",
+        "2",
+        "--rounds",
+        "2",
+        "--rank",
+        "16",
+        "--output",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", ["bench_cpu_kernels.py", *argv])
     bench.main()
     with (tmp_path / f"kernels-tiny-{dtype}.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     sides = {(r["tokens"], r["block"], r["side"]) for r in table}
-    assert {("2", "mlp", "sparse"), ("2", "qkv+out_proj", "sparse"), ("70", "mlp", "dense"), ("70", "mlp", "stock")} <= sides
+    assert {
+        ("2", "mlp", "sparse"),
+        ("2", "qkv+out_proj", "sparse"),
+        ("70", "mlp", "dense"),
+        ("70", "mlp", "stock"),
+    } <= sides
     assert ("70", "mlp", "sparse") not in sides
     assert all(0 <= float(r["density"]) <= 1 and float(r["ms"]) > 0 for r in table)
     assert {r["synthetic"] for r in table} == {"True"} and all(r["isa"] and r["commit"] for r in table)

@@ -1,4 +1,7 @@
-"""bench_engine.py: profiles with other densities, bytes a step reads, sizes of a CPU's engine, one row a point, a dry run of it all."""
+"""bench_engine.py: profiles with other densities, bytes a step reads, sizes of a CPU's engine, one row a
+point, a dry run of it all.
+"""
+
 import csv
 import lzma
 import shutil
@@ -35,7 +38,9 @@ PRESET = synthetic.profile_of("1.3b")[0]
 
 @pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.2, 0.4, 0.8])
 def test_scaled_profiles_are_profiles(density):
-    """The first value is what was asked; unions grow with the batch, stay below 1, and rates can be fitted to them."""
+    """The first value is what was asked; unions grow with the batch, stay below 1, and rates can be fitted to
+    them.
+    """
     profile = synthetic.scale_profile(PRESET, density)
     unions = list(profile.values())
     assert unions[0] == density and unions == sorted(unions) and unions[-1] < 1
@@ -65,31 +70,47 @@ def test_rank_is_that_of_training(name, rank):
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory):
-    return artifact.load(synthetic.write_artifact(tmp_path_factory.mktemp("int8") / "dejavu", SMALL, PRESET, 0.5, rank=32, dtype="int8"))
+    return artifact.load(
+        synthetic.write_artifact(
+            tmp_path_factory.mktemp("int8") / "dejavu", SMALL, PRESET, 0.5, rank=32, dtype="int8"
+        )
+    )
 
 
 def test_int8_predictors_select_at_the_densities(int8):
-    x = torch.nn.functional.layer_norm(torch.randn(1024, SMALL.hidden, generator=torch.Generator().manual_seed(1)), (SMALL.hidden,))
+    x = torch.nn.functional.layer_norm(
+        torch.randn(1024, SMALL.hidden, generator=torch.Generator().manual_seed(1)), (SMALL.hidden,)
+    )
     for layer in range(SMALL.num_layers):
         spec, t = int8.gate(layer, "mlp")
         assert spec.dtype == "int8" and t["up"].dtype == torch.int8
-        assert (reference.low_rank_scores(x, t["down"], t["up"], t["bias"]) > 0).float().mean() == pytest.approx(0.1, rel=0.1)
+        assert (
+            reference.low_rank_scores(x, t["down"], t["up"], t["bias"]) > 0
+        ).float().mean() == pytest.approx(0.1, rel=0.1)
         spec, t = int8.gate(layer, "attention")
         inputs = x * synthetic.INPUT_STD[spec.lookahead]
-        assert (reference.linear_scores(inputs, t["weight"], t["bias"]) > 0).float().mean() == pytest.approx(0.5, rel=0.1)
+        assert (reference.linear_scores(inputs, t["weight"], t["bias"]) > 0).float().mean() == pytest.approx(
+            0.5, rel=0.1
+        )
 
 
 @pytest.mark.parametrize("block", ["mlp", "attention"])
 def test_calibration_of_int8_meets_the_density(int8, block):
-    """Integers bring a step of their own for every unit: a shift of biases counts in these. Heads at 0.5 have a bias of 0."""
+    """Integers bring a step of their own for every unit: a shift of biases counts in these. Heads at 0.5 have
+    a bias of 0.
+    """
     spec, t = int8.gate(1, block)
     # inputs of another mean or scale than assumed, so that densities are off
-    x = synthetic.INPUT_STD[spec.lookahead] * (1.5 * torch.randn(2048, SMALL.hidden, generator=torch.Generator().manual_seed(2)))
+    x = synthetic.INPUT_STD[spec.lookahead] * (
+        1.5 * torch.randn(2048, SMALL.hidden, generator=torch.Generator().manual_seed(2))
+    )
     predictor = SimpleNamespace(**{name: tensor.clone() for name, tensor in t.items()})
     if block == "attention":
         predictor.bias -= 40 * x.std() * predictor.weight.float().abs().mean()
     units = SMALL.ffn if block == "mlp" else SMALL.num_heads
-    model = SimpleNamespace(gates=[SimpleNamespace(layer=0, block=block, spec=spec, units=units, predictor=predictor)])
+    model = SimpleNamespace(
+        gates=[SimpleNamespace(layer=0, block=block, spec=spec, units=units, predictor=predictor)]
+    )
 
     def count():
         if block == "mlp":
@@ -106,22 +127,36 @@ def test_calibration_of_int8_meets_the_density(int8, block):
 
 def test_density_one_predicts_nothing(tmp_path):
     """Gates are dense then, and the artifact holds no tensor for them."""
-    mlp_only = artifact.load(synthetic.write_artifact(tmp_path / "mlp", SMALL, PRESET, 1.0, rank=16, dtype="int8"))
+    mlp_only = artifact.load(
+        synthetic.write_artifact(tmp_path / "mlp", SMALL, PRESET, 1.0, rank=16, dtype="int8")
+    )
     assert {layer["attention"].state for layer in mlp_only.manifest.layers} == {"dense"}
     assert not any("attention" in name for name in mlp_only.tensors)
-    heads_only = artifact.load(synthetic.write_artifact(tmp_path / "heads", SMALL, synthetic.scale_profile(PRESET, 1.0), 0.5, rank=16))
-    assert {(layer["mlp"].state, layer["attention"].state) for layer in heads_only.manifest.layers} == {("dense", "sparse")}
+    heads_only = artifact.load(
+        synthetic.write_artifact(
+            tmp_path / "heads", SMALL, synthetic.scale_profile(PRESET, 1.0), 0.5, rank=16
+        )
+    )
+    assert {(layer["mlp"].state, layer["attention"].state) for layer in heads_only.manifest.layers} == {
+        ("dense", "sparse")
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiled_weights_are_random_enough(dtype):
     """Mean, spread, and no two rows alike, within a matrix longer than the tile and between two of them."""
     normals = synthetic._Normals(0)
-    first, second = torch.empty(160, 320, dtype=dtype), torch.empty(1000, 320, dtype=dtype)  # the first decides on the small tile
+    # the first decides on the small tile
+    first, second = (
+        torch.empty(160, 320, dtype=dtype),
+        torch.empty(1000, 320, dtype=dtype),
+    )
     for p in (first, second):
         normals.fill(p, 0.02)
     assert second.numel() > 4 * synthetic.TILES[0]
-    assert float(second.float().mean()) == pytest.approx(0, abs=1e-3) and float(second.float().std()) == pytest.approx(0.02, rel=0.02)
+    assert float(second.float().mean()) == pytest.approx(0, abs=1e-3) and float(
+        second.float().std()
+    ) == pytest.approx(0.02, rel=0.02)
     rows = torch.nn.functional.normalize(torch.cat([first, second]).float(), dim=1)
     assert (rows @ rows.T - torch.eye(len(rows))).abs().max() < 0.4
 
@@ -137,7 +172,14 @@ def _layers(g, mlp=None, heads=None):
 def test_bytes_are_those_of_the_roofline_model(name):
     """Dense and sparse, for densities that are alike in all layers."""
     g = GEOMETRIES[name]
-    work = Workload(batch=4, mlp_density=0.2, head_density=0.5, head_union_density=0.9, survivors=0.8, predictor_dtype_bytes=1)
+    work = Workload(
+        batch=4,
+        mlp_density=0.2,
+        head_density=0.5,
+        head_union_density=0.9,
+        survivors=0.8,
+        predictor_dtype_bytes=1,
+    )
     result = account(g, DEVICES["h200"], work)
     weights = ("qkv", "out_proj", "fc1", "fc2")
     lm_head = 2 * g.vocab * g.hidden
@@ -152,7 +194,12 @@ def test_bytes_are_those_of_the_roofline_model(name):
 def test_blocks_without_counts_are_read_whole():
     dense = engine_side.weight_bytes(SMALL, 4)
     assert engine_side.weight_bytes(SMALL, 4, _layers(SMALL)) == dense
-    assert engine_side.weight_bytes(SMALL, 4, _layers(SMALL, {"read_density": None, "survived_density": None}, {"read_density": None})) == dense
+    assert (
+        engine_side.weight_bytes(
+            SMALL, 4, _layers(SMALL, {"read_density": None, "survived_density": None}, {"read_density": None})
+        )
+        == dense
+    )
     assert engine_side.rate(3e6, {"tpot_p50_ms": 2.0}) == {"weight_mb": 3.0, "weight_gbps": 1.5}
 
 
@@ -160,12 +207,31 @@ def test_blocks_without_counts_are_read_whole():
 
 
 def test_a_cpu_engine_is_as_large_as_its_points_need():
-    """1.3B, 16 x 1024: 17 steps of 1,024 tokens read the prompts, so the first sequence comes to 1024 + 8 + 64 + 17 + 2."""
-    spec = {"batch": [1, 16], "context": [128, 1024], "warmup": 8, "steps": 64, "prefill_tokens": 1024, "dtype": "bfloat16", "max_model_len": 2048}
+    """1.3B, 16 x 1024: 17 steps of 1,024 tokens read the prompts, so the first sequence comes to 1024 + 8 +
+    64 + 17 + 2.
+    """
+    spec = {
+        "batch": [1, 16],
+        "context": [128, 1024],
+        "warmup": 8,
+        "steps": 64,
+        "prefill_tokens": 1024,
+        "dtype": "bfloat16",
+        "max_model_len": 2048,
+    }
     assert engine_side.steps_needed(16, 1024, spec) == 1115
     sizes = bench_engine.cpu_sizes(GEOMETRIES["1.3b"], spec)
-    assert sizes == {"max_model_len": 1115, "slots": 16, "kv_cache_bytes": (16 * 9 + 2) * 128 * 24 * 2 * 2048 * 2}
-    assert bench_engine.cpu_sizes(GEOMETRIES["1.3b"], spec | {"batch": [1], "context": [16], "steps": 2})["slots"] == engine_side.CALIBRATION_ROWS
+    assert sizes == {
+        "max_model_len": 1115,
+        "slots": 16,
+        "kv_cache_bytes": (16 * 9 + 2) * 128 * 24 * 2 * 2048 * 2,
+    }
+    assert (
+        bench_engine.cpu_sizes(GEOMETRIES["1.3b"], spec | {"batch": [1], "context": [16], "steps": 2})[
+            "slots"
+        ]
+        == engine_side.CALIBRATION_ROWS
+    )
     # what no position is left for does not enlarge it
     short = replace(GEOMETRIES["125m"], positions=514)
     assert bench_engine.cpu_sizes(short, spec | {"max_model_len": 512})["max_model_len"] < 512
@@ -177,8 +243,18 @@ def test_options_follow_the_device():
     assert (cpu.dtype, cpu.predictor_dtype, cpu.prefill) == ("bfloat16", "int8", 3)
     assert bench_engine.parse_args(["--dry-run"]).device == "cuda"
     assert bench_engine.label_of(gpu, "6.7b") == "6.7b"
-    assert bench_engine.label_of(bench_engine.parse_args(["--mlp-density", "0.1", "--head-density", "1", "--label", "x"]), "1.3b") == "1.3b-mlp0.1-heads1-x"
-    for wrong in (["--mlp-density", "0"], ["--head-density", "1.2"], ["--model", "m"], ["--model", "m", "--text", "t", "--dry-run"]):
+    assert (
+        bench_engine.label_of(
+            bench_engine.parse_args(["--mlp-density", "0.1", "--head-density", "1", "--label", "x"]), "1.3b"
+        )
+        == "1.3b-mlp0.1-heads1-x"
+    )
+    for wrong in (
+        ["--mlp-density", "0"],
+        ["--head-density", "1.2"],
+        ["--model", "m"],
+        ["--model", "m", "--text", "t", "--dry-run"],
+    ):
         with pytest.raises(SystemExit):
             bench_engine.parse_args(wrong)
 
@@ -273,13 +349,22 @@ def test_prompts_come_from_all_over_the_text(tmp_path):
     model = Path(__file__).parent.parent / "examples" / "opt-books-7m"
     text = tmp_path / "text.txt.xz"
     with lzma.open(text, "wt", encoding="utf-8") as file:
-        file.write("\n\n".join(f"Chapter {i}. The ship had been {i} weeks at sea, and the captain counted {i} gulls." for i in range(200)))
+        file.write(
+            "\n\n".join(
+                f"Chapter {i}. The ship had been {i} weeks at sea, and the captain counted {i} gulls."
+                for i in range(200)
+            )
+        )
     rows = bench_engine.text_prompts(model, text, 24, 8, seed=0)
     assert len(rows) == 8 and {len(row) for row in rows} == {24} and {row[0] for row in rows} == {2}
-    assert len({tuple(row) for row in rows}) == 8 and rows == bench_engine.text_prompts(model, text, 24, 8, seed=0)
+    assert len({tuple(row) for row in rows}) == 8 and rows == bench_engine.text_prompts(
+        model, text, 24, 8, seed=0
+    )
     (tmp_path / "prompts.json").write_text(bench_engine.json.dumps({24: rows}), encoding="utf-8")
     spec = {"prompts": str(tmp_path / "prompts.json")}
-    assert engine_side.prompts_of(spec, 3, 24) == rows[:3] and engine_side.prompts_of(spec, 9, 10) == [row[:10] for row in [*rows, rows[0]]]
+    assert engine_side.prompts_of(spec, 3, 24) == rows[:3] and engine_side.prompts_of(spec, 9, 10) == [
+        row[:10] for row in [*rows, rows[0]]
+    ]
 
 
 def test_hf_points():
@@ -293,31 +378,89 @@ def test_hf_points():
 
 def _row(side, repeat, ms, **more):
     return {
-        "status": "ok", "geometry": "1.3b", "label": "", "synthetic": "True", "dtype": "bfloat16", "mlp_asked": "0.1", "head_asked": "0.5", "batch": "1",
-        "context": "128", "side": side, "repeat": str(repeat), "tpot_p50_ms": str(ms), "device": "CPU", "commit": "abc", **more,
-    }  # fmt: skip
+        "status": "ok",
+        "geometry": "1.3b",
+        "label": "",
+        "synthetic": "True",
+        "dtype": "bfloat16",
+        "mlp_asked": "0.1",
+        "head_asked": "0.5",
+        "batch": "1",
+        "context": "128",
+        "side": side,
+        "repeat": str(repeat),
+        "tpot_p50_ms": str(ms),
+        "device": "CPU",
+        "commit": "abc",
+        **more,
+    }
 
 
 def test_pivot_puts_sides_beside_each_other():
     """Ratios are taken within a repeat; Transformers, which runs once, against its own."""
     rows = [
-        _row("dense", 0, 100, prefill_ms="10", weight_gbps="20", ttft_p50_ms="5"), _row("dense", 1, 120, prefill_ms="10", weight_gbps="22"), _row("dense", 2, 110),
-        _row("dejavu", 0, 50, mlp_density="0.11", prefill_ms="10", weight_gbps="10", ttft_p50_ms="4"), _row("dejavu", 1, 80, mlp_density="0.13", prefill_ms="8"),
-        _row("dejavu", 2, 50, status="not run: out of time"), _row("dejavu-dense", 0, 101), _row("hf", 0, 200),
-        _row("dense", 0, 30, batch="4"), _row("dejavu", 0, 20, geometry="2.7b"),
-    ]  # fmt: skip
+        _row("dense", 0, 100, prefill_ms="10", weight_gbps="20", ttft_p50_ms="5"),
+        _row("dense", 1, 120, prefill_ms="10", weight_gbps="22"),
+        _row("dense", 2, 110),
+        _row("dejavu", 0, 50, mlp_density="0.11", prefill_ms="10", weight_gbps="10", ttft_p50_ms="4"),
+        _row("dejavu", 1, 80, mlp_density="0.13", prefill_ms="8"),
+        _row("dejavu", 2, 50, status="not run: out of time"),
+        _row("dejavu-dense", 0, 101),
+        _row("hf", 0, 200),
+        _row("dense", 0, 30, batch="4"),
+        _row("dejavu", 0, 20, geometry="2.7b"),
+    ]
     first, second = bench_engine.pivot(rows)
-    assert (first["geometry"], first["batch"], first["context"], first["mlp_density"], first["head_density"]) == ("1.3b", 1, 128, 0.1, 0.5)
-    assert (first["dense_ms"], first["dejavu_ms"], first["hf_ms"], first["dejavu_dense_ms"]) == (110, 65, 200, 101)
-    assert (first["speedup"], first["speedup_min"], first["speedup_max"], first["repeats"]) == (1.75, 1.5, 2.0, 2)
+    assert (
+        first["geometry"],
+        first["batch"],
+        first["context"],
+        first["mlp_density"],
+        first["head_density"],
+    ) == ("1.3b", 1, 128, 0.1, 0.5)
+    assert (first["dense_ms"], first["dejavu_ms"], first["hf_ms"], first["dejavu_dense_ms"]) == (
+        110,
+        65,
+        200,
+        101,
+    )
+    assert (first["speedup"], first["speedup_min"], first["speedup_max"], first["repeats"]) == (
+        1.75,
+        1.5,
+        2.0,
+        2,
+    )
     assert first["hf_ratio"] == 4 and first["dense_state_ratio"] == pytest.approx(100 / 101)
-    assert first["ttft_ratio"] == 1.25 and first["prefill_ratio"] == 1.125 and first["gbps_ratio"] == 0.5 and first["mlp_counted"] == pytest.approx(0.12)
+    assert (
+        first["ttft_ratio"] == 1.25
+        and first["prefill_ratio"] == 1.125
+        and first["gbps_ratio"] == 0.5
+        and first["mlp_counted"] == pytest.approx(0.12)
+    )
     assert (first["device"], first["commit"]) == ("CPU", "abc")
-    assert (second["batch"], second["dense_ms"], second["dejavu_ms"], second["speedup"], second["repeats"]) == (4, 30, None, None, 0)
+    assert (
+        second["batch"],
+        second["dense_ms"],
+        second["dejavu_ms"],
+        second["speedup"],
+        second["repeats"],
+    ) == (4, 30, None, None, 0)
 
 
 def test_pivot_of_a_real_model_shows_what_was_counted():
-    rows = [_row(side, 0, 10, mlp_asked="", head_asked="", synthetic="False", mlp_density="0.07", head_density="0.8") for side in ("dense", "dejavu")]
+    rows = [
+        _row(
+            side,
+            0,
+            10,
+            mlp_asked="",
+            head_asked="",
+            synthetic="False",
+            mlp_density="0.07",
+            head_density="0.8",
+        )
+        for side in ("dense", "dejavu")
+    ]
     (row,) = bench_engine.pivot(rows)
     assert (row["mlp_density"], row["head_density"], row["synthetic"]) == (0.07, 0.8, "False")
 
@@ -328,21 +471,72 @@ def test_pivot_of_a_real_model_shows_what_was_counted():
 @pytest.mark.on_demand
 def test_dry_run_on_a_cpu(tmp_path):
     """Every side in an engine of its own, heads dense: one row a point, and a picture of it."""
-    command = ["--dry-run", "--device", "cpu", "--batch", "2", "--repeats", "1", "--sides", "dense", "dejavu", "hf", "--mlp-density", "0.2", "--head-density", "1"]
+    command = [
+        "--dry-run",
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--sides",
+        "dense",
+        "dejavu",
+        "hf",
+        "--mlp-density",
+        "0.2",
+        "--head-density",
+        "1",
+    ]
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "bench_engine.py"), *command, "--output", str(out), "--work", str(tmp_path / "work")],
-        capture_output=True, text=True, timeout=HANG_S,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(BENCHMARKS / "bench_engine.py"),
+            *command,
+            "--output",
+            str(out),
+            "--work",
+            str(tmp_path / "work"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     with (out / "speed.csv").open(encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
-    assert (row["geometry"], row["batch"], row["context"], row["mlp_density"], row["head_density"]) == ("tiny", "2", "64", "0.2", "1")
-    assert all(float(row[name]) > 0 for name in ("dense_ms", "dejavu_ms", "hf_ms", "speedup", "prefill_ratio", "dense_gbps", "gbps_ratio"))
-    assert float(row["mlp_counted"]) == pytest.approx(0.2, rel=0.5) and float(row["head_counted"]) == 1 and float(row["sparse_step_share"]) == 1
-    assert (row["compilation"], row["predictor_dtype"], row["synthetic"], row["dry_run"]) == ("eager", "int8", "True", "True")
+    assert (row["geometry"], row["batch"], row["context"], row["mlp_density"], row["head_density"]) == (
+        "tiny",
+        "2",
+        "64",
+        "0.2",
+        "1",
+    )
+    assert all(
+        float(row[name]) > 0
+        for name in ("dense_ms", "dejavu_ms", "hf_ms", "speedup", "prefill_ratio", "dense_gbps", "gbps_ratio")
+    )
+    assert (
+        float(row["mlp_counted"]) == pytest.approx(0.2, rel=0.5)
+        and float(row["head_counted"]) == 1
+        and float(row["sparse_step_share"]) == 1
+    )
+    assert (row["compilation"], row["predictor_dtype"], row["synthetic"], row["dry_run"]) == (
+        "eager",
+        "int8",
+        "True",
+        "True",
+    )
     assert float(row["dejavu_weight_mb"]) < float(row["dense_weight_mb"])
     if shutil.which("git"):
         assert row["commit"] and row["device"]
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "plots.py"), str(out)], capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0 and ((out / "speed.png").exists() or "not installed" in done.stdout), done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "plots.py"), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+    )
+    assert done.returncode == 0 and ((out / "speed.png").exists() or "not installed" in done.stdout), (
+        done.stdout + done.stderr
+    )

@@ -1,4 +1,5 @@
 """The existence study: its figures against brute force on tiny inputs, and one run of every part."""
+
 import csv
 import math
 import re
@@ -40,24 +41,54 @@ def place(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "examples" / "opt-books-7m" / name, model / name)
     for name, word in (("train", "river"), ("held", "village")):
-        text = "\n\n".join(" ".join(f"By the {word} in the year {n} nobody spoke of it, {d}." for n in range(40)) for d in range(3))
+        text = "\n\n".join(
+            " ".join(f"By the {word} in the year {n} nobody spoke of it, {d}." for n in range(40))
+            for d in range(3)
+        )
         (place / f"{name}.txt").write_text(text, encoding="utf-8")
     return place
 
 
 def arguments(place, output, *parts):
     return [
-        "--model", str(place / "model"), "--data", str(place / "train.txt"), "--held-out", str(place / "held.txt"), "--output", str(output),
-        "--tokens", "512", "--held-out-tokens", "256", "--scored-tokens", "128", "--seq-len", str(SEQ_LEN), "--layers", "2", "--batch", "3",
-        "--neighbours-rounds", "2", "--neighbours-tokens", "4", "--neighbours-geometry", "24x96", "--parts", *parts,
-    ]  # fmt: skip
+        "--model",
+        str(place / "model"),
+        "--data",
+        str(place / "train.txt"),
+        "--held-out",
+        str(place / "held.txt"),
+        "--output",
+        str(output),
+        "--tokens",
+        "512",
+        "--held-out-tokens",
+        "256",
+        "--scored-tokens",
+        "128",
+        "--seq-len",
+        str(SEQ_LEN),
+        "--layers",
+        "2",
+        "--batch",
+        "3",
+        "--neighbours-rounds",
+        "2",
+        "--neighbours-tokens",
+        "4",
+        "--neighbours-geometry",
+        "24x96",
+        "--parts",
+        *parts,
+    ]
 
 
 @pytest.fixture(scope="module")
 def results(place):
     out = place / "out"
     existence.main(arguments(place, out, *PARTS_WITHOUT_FAISS))
-    return out, {p.stem.removeprefix("existence_"): list(csv.DictReader(p.open(newline=""))) for p in out.glob("*.csv")}
+    return out, {
+        p.stem.removeprefix("existence_"): list(csv.DictReader(p.open(newline=""))) for p in out.glob("*.csv")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +98,21 @@ def model(place):
 
 @pytest.fixture(scope="module")
 def tokens():
-    return torch.cat([torch.full((4, 1), 2), torch.randint(4, 8192, (4, SEQ_LEN - 1), generator=generator(3))], 1)
+    return torch.cat(
+        [torch.full((4, 1), 2), torch.randint(4, 8192, (4, SEQ_LEN - 1), generator=generator(3))], 1
+    )
 
 
 @pytest.fixture(scope="module")
 def oracle(model):
     count = len(model.layers)
     norms = [model.weight(i, "fc2").norm(dim=0) for i in range(count)]
-    return existence.Oracle(model, norms, [existence.head_grams(model.weight(i, "self_attn.out_proj"), 2) for i in range(count)], batch=3)
+    return existence.Oracle(
+        model,
+        norms,
+        [existence.head_grams(model.weight(i, "self_attn.out_proj"), 2) for i in range(count)],
+        batch=3,
+    )
 
 
 # --- statistics
@@ -84,7 +122,9 @@ def test_auc_counts_pairs_and_halves_ties():
     scores = torch.randint(0, 6, (60,), generator=generator()).float()
     active = torch.rand(60, generator=generator(1)) < 0.3
     pairs = scores[active][:, None] - scores[~active][None, :]
-    assert existence.auc(scores, active) == pytest.approx(float(((pairs > 0).double() + 0.5 * (pairs == 0)).mean()))
+    assert existence.auc(scores, active) == pytest.approx(
+        float(((pairs > 0).double() + 0.5 * (pairs == 0)).mean())
+    )
     assert math.isnan(existence.auc(scores, torch.zeros(60, dtype=torch.bool)))
 
 
@@ -101,7 +141,9 @@ def test_spearman_is_the_correlation_of_ranks_with_ties_shared():
     a, b = torch.tensor([1.0, 5.0, 2.0, 2.0, 9.0]), torch.tensor([3.0, 1.0, 4.0, 5.0, 0.0])
     rank_a, rank_b = torch.tensor([0, 3, 1.5, 1.5, 4]).double(), torch.tensor([2, 1, 3, 4, 0]).double()
     assert existence.ranks(a).tolist() == rank_a.tolist()
-    assert existence.spearman(a, b) == pytest.approx(float(torch.corrcoef(torch.stack([rank_a, rank_b]))[0, 1]))
+    assert existence.spearman(a, b) == pytest.approx(
+        float(torch.corrcoef(torch.stack([rank_a, rank_b]))[0, 1])
+    )
     assert existence.spearman(a, a**3) == pytest.approx(1)
 
 
@@ -138,10 +180,15 @@ def test_a_walk_sees_what_the_model_does(model, tokens):
     walk, last_middle = existence.Walk(model, tokens, batch=3), None
     for i, layer in enumerate(model.layers):
         seen = list(walk.layer())
-        before, middle, z, attn_update, mlp_update = (torch.cat([getattr(s, n) for s in seen]) for n in ("before", "middle", "z", "attn_update", "mlp_update"))
+        before, middle, z, attn_update, mlp_update = (
+            torch.cat([getattr(s, n) for s in seen])
+            for n in ("before", "middle", "z", "attn_update", "mlp_update")
+        )
         torch.testing.assert_close(before, hidden[i].flatten(0, 1), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(middle, before + attn_update)
-        torch.testing.assert_close(torch.cat([s.after for s in seen]), middle + mlp_update, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.cat([s.after for s in seen]), middle + mlp_update, rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(z, layer.fc1(layer.final_layer_norm(middle)), rtol=1e-4, atol=1e-4)
         attn_input = torch.cat([s.inputs["attn_input"] for s in seen])
         torch.testing.assert_close(attn_input, layer.self_attn_layer_norm(before), rtol=1e-4, atol=1e-4)
@@ -160,7 +207,9 @@ def test_a_post_norm_model_walks_too(opt, tokens):
     for i, layer in enumerate(post.layers):
         [seen] = walk.layer()
         torch.testing.assert_close(seen.after, hidden[i + 1].flatten(0, 1), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(seen.after, layer.final_layer_norm(seen.middle + seen.mlp_update), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            seen.after, layer.final_layer_norm(seen.middle + seen.mlp_update), rtol=1e-4, atol=1e-4
+        )
 
 
 # --- oracle
@@ -174,14 +223,20 @@ def test_a_selection_of_everything_costs_nothing(model, oracle, tokens):
         one = oracle.score(tokens, cuts)
         torch.testing.assert_close(one.nats, dense, rtol=1e-4, atol=1e-5)
         assert one.mean_density("heads") == 1.0 and 0 < one.mean_density("neurons") < 0.6
-        torch.testing.assert_close(oracle.score(tokens, cuts, two_pass=True).nats, dense, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            oracle.score(tokens, cuts, two_pass=True).nats, dense, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("two_pass", [False, True], ids=["one pass", "two passes"])
 @pytest.mark.parametrize("rule", ["threshold", "top"])
 def test_oracle_equals_masks_by_hand(model, oracle, tokens, rule, two_pass):
     """In two passes the masks of the dense run apply, in one those of the masked run itself."""
-    cuts = {"neurons": [0.5] * 3, "heads": [3.4, 4.1, 4.8]} if rule == "threshold" else {"neurons": [11] * 3, "heads": [1] * 3}
+    cuts = (
+        {"neurons": [0.5] * 3, "heads": [3.4, 4.1, 4.8]}
+        if rule == "threshold"
+        else {"neurons": [11] * 3, "heads": [1] * 3}
+    )
     count = {"neurons": 0.0, "heads": 0.0}
 
     def choose(block, layer, values):
@@ -201,7 +256,10 @@ def test_oracle_equals_masks_by_hand(model, oracle, tokens, rule, two_pass):
 
     if two_pass:
         masks = {}
-        with model.observed(lambda i, s, v: masks.update({("a", i): on_attention(i, s, v)}), lambda i, s, v: masks.update({("m", i): on_mlp(i, s, v)})):
+        with model.observed(
+            lambda i, s, v: masks.update({("a", i): on_attention(i, s, v)}),
+            lambda i, s, v: masks.update({("m", i): on_mlp(i, s, v)}),
+        ):
             model.decoder(tokens)
         with model.observed(lambda i, s, v: masks["a", i], lambda i, s, v: masks["m", i]):
             expected = model.nll(tokens)
@@ -225,7 +283,9 @@ def test_limits_cost_no_more_than_the_budget(results):
     natural = [float(r["natural_density"]) for r in results[1]["oracle"]]
     assert float(rows["neurons"]["neurons_density"]) <= sum(natural) / len(natural) + 0.02
     shared = rows[existence.SHARED]
-    for kept, active in zip(shared["neurons_by_layer"].split(), natural, strict=True):  # on other text than the thresholds', and behind masks
+    for kept, active in zip(
+        shared["neurons_by_layer"].split(), natural, strict=True
+    ):  # on other text than the thresholds', and behind masks
         assert float(kept) == pytest.approx(float(shared["neurons_nominal"]) * active, abs=0.05)
 
 
@@ -238,11 +298,15 @@ def test_dense_reads_are_all_that_is_stored(model, opt):
     positions = model.model.model.decoder.embed_positions.weight.numel()
     # A row of the token table is read for the embedding, and again with the whole table as LM head.
     assert weights.layers_read(1, 1, 1) + weights.outside - 2 * 64 == weights.stored - positions
-    assert existence.Weights.of(OptModel(str(opt(bias=False)))).layers_read(1, 1, 1) == 3 * (12 * 64 * 64 + 4 * 64)
+    assert existence.Weights.of(OptModel(str(opt(bias=False)))).layers_read(1, 1, 1) == 3 * (
+        12 * 64 * 64 + 4 * 64
+    )
 
 
 def test_bytes_by_hand():
-    weights = existence.Weights(hidden=8, ffn=32, layers=2, bias=False, norms=0, outside=100, stored=2 * 12 * 64 + 150)
+    weights = existence.Weights(
+        hidden=8, ffn=32, layers=2, bias=False, norms=0, outside=100, stored=2 * 12 * 64 + 150
+    )
     row = existence.bytes_row(weights, "point", 0.25, 0.5)
     # K and V whole, half of Q and of out_proj; a quarter of fc1 and fc2.
     read = 2 * (2 * 64 + 0.5 * 64 + 0.5 * 64 + 0.25 * 2 * 8 * 32)
@@ -265,7 +329,9 @@ def test_bytes_of_the_artifact_count_its_predictors(results):
     dense = next(r for r in results[1]["bytes"] if r["point"] == "dense")
     assert float(dense["layers_read"]) == 1
     skipped = 0.5 * (2 * hidden**2 + hidden + 2 * hidden * ffn + ffn)  # half of Q, out_proj, fc1 and fc2
-    assert float(row["layers_read"]) == pytest.approx((3 * layer - 3 * skipped + predictors) / (3 * layer), rel=1e-5)
+    assert float(row["layers_read"]) == pytest.approx(
+        (3 * layer - 3 * skipped + predictors) / (3 * layer), rel=1e-5
+    )
 
 
 # --- predictability
@@ -282,7 +348,9 @@ def test_token_table_is_the_mean_by_token_backed_off():
     torch.testing.assert_close(table.overall(), overall)
     for row, token in zip(table.rate(ids), ids.tolist(), strict=True):
         mine = values[tokens == token].float()
-        torch.testing.assert_close(row, (mine.sum(0) + existence.BACKOFF * overall) / (len(mine) + existence.BACKOFF))
+        torch.testing.assert_close(
+            row, (mine.sum(0) + existence.BACKOFF * overall) / (len(mine) + existence.BACKOFF)
+        )
 
 
 def test_moments_of_any_input_reach_the_fits(model, tokens):
@@ -290,16 +358,24 @@ def test_moments_of_any_input_reach_the_fits(model, tokens):
     walk = existence.Walk(model, tokens, batch=2)
     sums, kept = existence.Sums(), []
     for seen in walk.layer():
-        inputs = {"embedding": torch.randn(len(seen.z), 64, generator=generator(len(kept))), "mlp_input": seen.inputs["mlp_input"]}
+        inputs = {
+            "embedding": torch.randn(len(seen.z), 64, generator=generator(len(kept))),
+            "mlp_input": seen.inputs["mlp_input"],
+        }
         heads = torch.randn(len(seen.z), 2, generator=generator(7 + len(kept)))
         sums.add_batch(inputs, seen.z > 0, seen.z.relu(), heads)
         kept.append((inputs["embedding"], seen.z, heads))
     x, z, heads = (torch.cat(parts).double() for parts in zip(*kept, strict=True))
     moments = sums.as_moments(0, "embedding")
-    fit = existence.fit_mlp(moments, 0, existence.LayerWeights.of(model, 0), "attn_input", 64, existence.forms.get("closed_form"))
+    fit = existence.fit_mlp(
+        moments, 0, existence.LayerWeights.of(model, 0), "attn_input", 64, existence.forms.get("closed_form")
+    )
     centred, ridge = x - x.mean(0), existence.forms.RIDGE
     cov = centred.T @ centred / len(x)
-    solve = torch.linalg.solve(cov + ridge * cov.diagonal().mean() * torch.eye(64, dtype=cov.dtype), centred.T @ (z - z.mean(0)) / len(x))
+    solve = torch.linalg.solve(
+        cov + ridge * cov.diagonal().mean() * torch.eye(64, dtype=cov.dtype),
+        centred.T @ (z - z.mean(0)) / len(x),
+    )
     predicted = z.mean(0) + centred @ solve
     found = x @ (fit.up @ fit.down).T + fit.bias
     for neuron in range(0, 256, 51):  # up to a positive scale each
@@ -316,7 +392,11 @@ def test_more_context_predicts_better(results):
     assert {layer for _, layer, _ in auc} == {0, 2}  # --layers 2
     for layer in (0, 2):
         assert auc["neurons", layer, "mlp_input"] > 0.99  # pre-activations are linear in it
-        assert auc["neurons", layer, "mlp_input"] > auc["neurons", layer, "embedding"] > auc["neurons", layer, "random"]
+        assert (
+            auc["neurons", layer, "mlp_input"]
+            > auc["neurons", layer, "embedding"]
+            > auc["neurons", layer, "random"]
+        )
         assert abs(auc["neurons", layer, "random"] - 0.5) < 0.02
     assert ("neurons", 0, "previous") not in auc and ("neurons", 2, "previous") in auc
     random = [r for r in rows if r["input"] == "random" and r["block"] == "neurons"]
@@ -329,14 +409,23 @@ def test_more_context_predicts_better(results):
 
 def test_drift_equals_brute_force(place, results):
     study = existence.Study(argparse_of(place))
-    hidden = [h.view(-1, SEQ_LEN, 64)[:, 1:].flatten(0, 1) for h in study.opt.model.model.decoder(study.scored, output_hidden_states=True).hidden_states]
+    hidden = [
+        h.view(-1, SEQ_LEN, 64)[:, 1:].flatten(0, 1)
+        for h in study.opt.model.model.decoder(study.scored, output_hidden_states=True).hidden_states
+    ]
     rows = results[1]["drift"]
     cosine = torch.nn.functional.cosine_similarity
     for i in (0, 1):  # what stands behind the last layer is returned after one more LayerNorm
-        assert float(rows[i]["cos_next"]) == pytest.approx(float(cosine(hidden[i], hidden[i + 1], dim=1).mean()), abs=1e-4)
-    assert float(rows[0]["cos_next_but_one"]) == pytest.approx(float(cosine(hidden[0], hidden[2], dim=1).mean()), abs=1e-4)
+        assert float(rows[i]["cos_next"]) == pytest.approx(
+            float(cosine(hidden[i], hidden[i + 1], dim=1).mean()), abs=1e-4
+        )
+    assert float(rows[0]["cos_next_but_one"]) == pytest.approx(
+        float(cosine(hidden[0], hidden[2], dim=1).mean()), abs=1e-4
+    )
     caught = []
-    hook = study.opt.layers[1].self_attn.out_proj.register_forward_hook(lambda m, a, o: caught.append(o.view(-1, SEQ_LEN, 64)[:, 1:].flatten(0, 1)))
+    hook = study.opt.layers[1].self_attn.out_proj.register_forward_hook(
+        lambda m, a, o: caught.append(o.view(-1, SEQ_LEN, 64)[:, 1:].flatten(0, 1))
+    )
     study.opt.decoder(study.scored)
     hook.remove()
     ratio = caught[0].norm(dim=1) / hidden[1].norm(dim=1)
@@ -347,8 +436,35 @@ def test_drift_equals_brute_force(place, results):
 
 def argparse_of(place):
     class Arguments:
-        model, data, held_out, output = str(place / "model"), [str(place / "train.txt")], [str(place / "held.txt")], str(place / "unused")
-        tokens, held_out_tokens, scored_tokens, max_documents, seq_len, batch, layers, seed, device, predictor = 512, 256, 128, None, SEQ_LEN, 3, 2, 0, "cpu", None
+        model, data, held_out, output = (
+            str(place / "model"),
+            [str(place / "train.txt")],
+            [str(place / "held.txt")],
+            str(place / "unused"),
+        )
+        (
+            tokens,
+            held_out_tokens,
+            scored_tokens,
+            max_documents,
+            seq_len,
+            batch,
+            layers,
+            seed,
+            device,
+            predictor,
+        ) = (
+            512,
+            256,
+            128,
+            None,
+            SEQ_LEN,
+            3,
+            2,
+            0,
+            "cpu",
+            None,
+        )
 
     return Arguments()
 
@@ -363,10 +479,15 @@ def test_layers_are_spread_evenly_and_all_taken_if_no_more_are_there(model, aske
 
 
 def test_augmented_vectors_are_nearest_where_the_inner_product_is_largest():
-    database, query = torch.randn(50, 6, generator=generator()).numpy(), torch.randn(9, 6, generator=generator(1)).numpy()
+    database, query = (
+        torch.randn(50, 6, generator=generator()).numpy(),
+        torch.randn(9, 6, generator=generator(1)).numpy(),
+    )
     wide = torch.from_numpy(existence.to_l2(database))
     distances = torch.cdist(torch.nn.functional.pad(torch.from_numpy(query), (0, 1)), wide)
-    assert torch.equal(distances.argsort(1)[:, :8], torch.from_numpy(query @ database.T).argsort(1, descending=True)[:, :8])
+    assert torch.equal(
+        distances.argsort(1)[:, :8], torch.from_numpy(query @ database.T).argsort(1, descending=True)[:, :8]
+    )
 
 
 def test_one_threshold_after_one_scale():
@@ -382,7 +503,11 @@ def test_one_threshold_after_one_scale():
 def test_density_at_recall_by_brute_force():
     scores, active = torch.rand(200, generator=generator()), torch.rand(200, generator=generator(1)) < 0.2
     for recall in (0.1, 0.5, 0.9, 1.0):
-        best = min(float((scores >= t).float().mean()) for t in scores if float((scores[active] >= t).float().mean()) >= recall - 1e-9)
+        best = min(
+            float((scores >= t).float().mean())
+            for t in scores
+            if float((scores[active] >= t).float().mean()) >= recall - 1e-9
+        )
         assert existence.density_at_recall(scores, active, recall) == pytest.approx(best)
 
 
@@ -399,14 +524,20 @@ def test_without_faiss_the_part_says_so_and_the_others_run(place, tmp_path, monk
     said = capsys.readouterr().out
     assert "SKIPPED, faiss is not installed; pip install faiss-cpu" in said
     assert "results of the part `oracle`" in said  # and what `bytes` alone has to do without
-    assert not (tmp_path / "existence_neighbours.csv").exists() and (tmp_path / "existence_bytes.csv").exists()
+    assert (
+        not (tmp_path / "existence_neighbours.csv").exists() and (tmp_path / "existence_bytes.csv").exists()
+    )
 
 
 def test_searches_find_what_brute_force_finds(place, tmp_path):
     faiss = pytest.importorskip("faiss", reason="needs faiss-cpu")
     faiss.omp_set_num_threads(1)
     g = generator()
-    fc1, bias, x = torch.randn(120, 16, generator=g) / 4, torch.randn(120, generator=g), torch.randn(10, 16, generator=g)
+    fc1, bias, x = (
+        torch.randn(120, 16, generator=g) / 4,
+        torch.randn(120, generator=g),
+        torch.randn(10, 16, generator=g),
+    )
     z = x @ fc1.T + bias
     top = torch.zeros_like(z, dtype=torch.bool).scatter_(1, z.topk(12, dim=1).indices, True)
     for search in existence.searches(faiss, existence.with_bias(fc1, bias), 12):
@@ -418,10 +549,20 @@ def test_searches_find_what_brute_force_finds(place, tmp_path):
     existence.main(arguments(place, tmp_path, "neighbours"))
     rows = list(csv.DictReader((tmp_path / "existence_neighbours.csv").open(newline="")))
     synthetic = [r for r in rows if r["synthetic"] == "True"]
-    assert {r["layer"] for r in rows} == {"0", "2", ""} and all("SYNTHETIC 24x96" == r["database"] for r in synthetic)
-    assert {r["method"] for r in rows} >= {"exact", "IVF", "predictor", "fc1 itself", "HNSW, inner product", "HNSW, L2 by augmentation"}
+    assert {r["layer"] for r in rows} == {"0", "2", ""} and all(
+        "SYNTHETIC 24x96" == r["database"] for r in synthetic
+    )
+    assert {r["method"] for r in rows} >= {
+        "exact",
+        "IVF",
+        "predictor",
+        "fc1 itself",
+        "HNSW, inner product",
+        "HNSW, L2 by augmentation",
+    }
     assert all(float(r["us_p20"]) <= float(r["us"]) <= float(r["us_p80"]) for r in rows)
-    assert not any(r["recall"] for r in synthetic if r["method"] == "predictor")  # a random predictor has none
+    # a random predictor has none
+    assert not any(r["recall"] for r in synthetic if r["method"] == "predictor")
     exact = {r["layer"]: float(r["recall"]) for r in rows if r["method"] == "exact"}
     assert all(0.3 < v <= 1 for v in exact.values())
 
@@ -452,7 +593,10 @@ def test_heads_are_measured_on_the_models_own_attention(results, place, model):
     maps = study.opt.model(study.held_out, output_attentions=True).attentions
     tail = maps[1][:, 1, existence.MAP_FROM :].double()
     assert float(rows[3]["bos"]) == pytest.approx(float(tail[..., 0].mean()), abs=1e-4)
-    entropy = -(tail * tail.clamp_min(1e-30).log()).sum(-1) / torch.arange(existence.MAP_FROM + 1, SEQ_LEN + 1).log()
+    entropy = (
+        -(tail * tail.clamp_min(1e-30).log()).sum(-1)
+        / torch.arange(existence.MAP_FROM + 1, SEQ_LEN + 1).log()
+    )
     assert float(rows[3]["entropy"]) == pytest.approx(float(entropy.mean()), abs=1e-3)
     overall = next(r for r in results[1]["heads_correlation"] if r["layer"] == "all")
     assert int(overall["n"]) == 6
@@ -463,7 +607,17 @@ def test_heads_are_measured_on_the_models_own_attention(results, place, model):
 
 def test_every_part_leaves_rows_with_provenance_and_pictures(results):
     out, tables = results
-    assert set(tables) == {"oracle", "oracle_curve", "oracle_limits", "oracle_passes", "bytes", "predictability", "drift", "heads", "heads_correlation"}
+    assert set(tables) == {
+        "oracle",
+        "oracle_curve",
+        "oracle_limits",
+        "oracle_passes",
+        "bytes",
+        "predictability",
+        "drift",
+        "heads",
+        "heads_correlation",
+    }
     for rows in tables.values():
         assert rows and all(r["commit"] and r["torch"] for r in rows)
     for name in ("oracle", "bytes", "predictability", "drift", "heads", "attention"):
@@ -473,7 +627,11 @@ def test_every_part_leaves_rows_with_provenance_and_pictures(results):
 def test_the_report_begins_with_its_command_and_keeps_sections_of_earlier_runs(results, place):
     out, _ = results
     first = (out / "existence.md").read_text(encoding="utf-8")
-    assert first.splitlines()[2].strip().startswith("python benchmarks/existence.py --model model --data train.txt")
+    assert (
+        first.splitlines()[2]
+        .strip()
+        .startswith("python benchmarks/existence.py --model model --data train.txt")
+    )
     assert str(place) not in first
     assert re.findall(r"<!-- part: (\w+)", first) == PARTS_WITHOUT_FAISS
     existence.main(arguments(place, out, "bytes"))

@@ -1,4 +1,7 @@
-"""Inflated models: widened, they give the same logits, selections, densities and recall, and are refused where that is impossible."""
+"""Inflated models: widened, they give the same logits, selections, densities and recall, and are refused
+where that is impossible.
+"""
+
 from __future__ import annotations
 
 import json
@@ -31,7 +34,8 @@ SEED = 5
 TOLERANCE = RELATIVE_RMS[torch.float32]
 TOKENS = 64
 BLOCKS = ("mlp", "attention")
-# A score this close to 0, as a share of its layer's spread, may come out on either side: sums run in another order.
+# A score this close to 0, as a share of its layer's spread, may come out on either side: sums run in another
+# order.
 ROUNDING = 1e-5
 
 
@@ -52,9 +56,30 @@ class Pair:
 
 
 CASES = {
-    "int8_x2": {"factor": 2, "dtype": "int8", "mlp": "self", "attention": "previous", "hidden": 128, "heads": 4},
-    "float16_x3": {"factor": 3, "dtype": "float16", "mlp": "attn_input", "attention": "self", "hidden": 64, "heads": 2},
-    "previous_x3": {"factor": 3, "dtype": "int8", "mlp": "previous", "attention": "previous", "hidden": 96, "heads": 3},
+    "int8_x2": {
+        "factor": 2,
+        "dtype": "int8",
+        "mlp": "self",
+        "attention": "previous",
+        "hidden": 128,
+        "heads": 4,
+    },
+    "float16_x3": {
+        "factor": 3,
+        "dtype": "float16",
+        "mlp": "attn_input",
+        "attention": "self",
+        "hidden": 64,
+        "heads": 2,
+    },
+    "previous_x3": {
+        "factor": 3,
+        "dtype": "int8",
+        "mlp": "previous",
+        "attention": "previous",
+        "hidden": 96,
+        "heads": 3,
+    },
     "books_x2": {"factor": 2},
 }
 
@@ -66,7 +91,13 @@ def pair(request, tmp_path_factory) -> Pair:
     original = inflate.DEFAULT_MODEL
     if case:
         original = make_opt(root / "original", hidden=case.pop("hidden"), heads=case.pop("heads"))
-        make_artifact(original / "dejavu", original, density=0.3, union_density={"8": {"mean": 0.6, "upper": 0.7}}, **case)
+        make_artifact(
+            original / "dejavu",
+            original,
+            density=0.3,
+            union_density={"8": {"mean": 0.6, "upper": 0.7}},
+            **case,
+        )
     return Pair(original, inflate.inflate(original, root / "inflated", factor, torch.float32, SEED), factor)
 
 
@@ -74,7 +105,8 @@ def pair(request, tmp_path_factory) -> Pair:
 class Run:
     """What a dense pass over TOKENS tokens showed, by (layer, block)."""
 
-    inputs: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)  # hidden states that fed the gates
+    # hidden states that fed the gates
+    inputs: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     scores: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     contributions: dict[int, torch.Tensor] = field(default_factory=dict)
     pre_activations: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -89,7 +121,9 @@ def observe(directory: Path) -> Run:
             x = run.inputs[layer, block] = states.gate_input(block, spec.lookahead)
             low_rank = block == "mlp"
             run.scores[layer, block] = (
-                reference.low_rank_scores(x, t["down"], t["up"], t["bias"]) if low_rank else reference.linear_scores(x, t["weight"], t["bias"])
+                reference.low_rank_scores(x, t["down"], t["up"], t["bias"])
+                if low_rank
+                else reference.linear_scores(x, t["weight"], t["bias"])
             )
 
     def on_attention(layer: int, states: hf_opt.LayerStates, attn: torch.Tensor) -> None:
@@ -121,7 +155,9 @@ def logits(directory: Path) -> torch.Tensor:
 
 
 def test_logits_are_the_same(pair):
-    """Guards every rule of the widening at once: what reads copies is divided, biases and norms are copied, the last norm is divided."""
+    """Guards every rule of the widening at once: what reads copies is divided, biases and norms are copied,
+    the last norm is divided.
+    """
     config, wide = (OPTConfig.from_pretrained(d) for d in (pair.original, pair.inflated))
     for name in ("hidden_size", "word_embed_proj_dim", "ffn_dim", "num_attention_heads"):
         assert getattr(wide, name) == pair.factor * getattr(config, name)
@@ -133,20 +169,29 @@ def test_logits_are_the_same(pair):
 
 
 def test_every_parameter_matters_to_the_logits(tmp_path):
-    """The comparison above must see each kind of weight: on the tiny model none is 0 or 1, where a forgotten rule would not show."""
+    """The comparison above must see each kind of weight: on the tiny model none is 0 or 1, where a forgotten
+    rule would not show.
+    """
     model = OPTForCausalLM.from_pretrained(make_opt(tmp_path / "opt"))
     for name, p in model.named_parameters():
         assert p.std() > 0.05 and (p.ndim > 1 or p.abs().min() > 0), name
 
 
 def test_gates_select_the_copies_of_what_they_selected(pair, runs):
-    """Same lookahead, same hidden states, factor times the scores: a unit's copies are selected exactly when it was."""
+    """Same lookahead, same hidden states, factor times the scores: a unit's copies are selected exactly when
+    it was.
+    """
     original, inflated = runs
     assert original.scores.keys() == inflated.scores.keys() and original.scores, "no gate was compared"
     rounding = 0
     for (layer, block), scores in original.scores.items():
         sources = pair.sources(layer, block)
-        assert relative_rms(inflated.inputs[layer, block], original.inputs[layer, block][:, pair.copies.channels]) < TOLERANCE
+        assert (
+            relative_rms(
+                inflated.inputs[layer, block], original.inputs[layer, block][:, pair.copies.channels]
+            )
+            < TOLERANCE
+        )
         assert relative_rms(inflated.scores[layer, block], pair.factor * scores[:, sources]) < TOLERANCE
         expected, found = (scores > 0)[:, sources], inflated.scores[layer, block] > 0
         assert 0 < expected.float().mean() < 1, f"layer {layer} {block} selects all or nothing"
@@ -165,24 +210,36 @@ def test_neurons_fire_where_their_originals_do(pair, runs):
 
 
 def test_head_contributions_and_thresholds_scale_alike(pair, runs):
-    """A copy adds 1/factor to factor copies of each channel: norms and thresholds shrink by sqrt(factor), so the same heads are active."""
+    """A copy adds 1/factor to factor copies of each channel: norms and thresholds shrink by sqrt(factor), so
+    the same heads are active.
+    """
     original, inflated = runs
     before, after = (artifact.load(d / "dejavu").manifest.layers for d in (pair.original, pair.inflated))
     for layer, norms in original.contributions.items():
         sources = pair.sources(layer, "attention")
-        assert relative_rms(inflated.contributions[layer], norms[:, sources] / math.sqrt(pair.factor)) < TOLERANCE
+        assert (
+            relative_rms(inflated.contributions[layer], norms[:, sources] / math.sqrt(pair.factor))
+            < TOLERANCE
+        )
         if not before[layer]["attention"].sparse:
             continue
         threshold = before[layer]["attention"].threshold
         assert after[layer]["attention"].threshold == pytest.approx(threshold / math.sqrt(pair.factor))
         middle = float(norms.median())  # the tiny artifacts' own threshold is below every norm
         for cut in (threshold, middle * (1 + 1e-4)):
-            assert torch.equal(inflated.contributions[layer] > cut / math.sqrt(pair.factor), (norms > cut)[:, sources])
+            assert torch.equal(
+                inflated.contributions[layer] > cut / math.sqrt(pair.factor), (norms > cut)[:, sources]
+            )
 
 
 def test_artifact_is_that_of_the_new_weights(pair):
-    """It loads, fits geometry and weights as vLLM checks them, keeps its densities, and says that it was inflated."""
-    loaded, original = artifact.load(pair.inflated / "dejavu"), artifact.load(pair.original / "dejavu").manifest
+    """It loads, fits geometry and weights as vLLM checks them, keeps its densities, and says that it was
+    inflated.
+    """
+    loaded, original = (
+        artifact.load(pair.inflated / "dejavu"),
+        artifact.load(pair.original / "dejavu").manifest,
+    )
     found = hf_opt.fingerprint(str(pair.inflated))
     spec = artifact.ModelSpec.from_hf_config(OPTConfig.from_pretrained(pair.inflated), "inflated", found)
     artifact.check_model(loaded.manifest, spec)
@@ -200,7 +257,9 @@ def test_artifact_is_that_of_the_new_weights(pair):
 
 def test_predictor_weights_are_copied_as_stored(pair):
     """int8 integers stay integers: no gate's weights are scaled, in any dtype."""
-    original, inflated = (load_file(d / "dejavu" / artifact.TENSORS_FILE) for d in (pair.original, pair.inflated))
+    original, inflated = (
+        load_file(d / "dejavu" / artifact.TENSORS_FILE) for d in (pair.original, pair.inflated)
+    )
     assert original.keys() == inflated.keys()
     for name in (n for n in original if n.endswith(("down", "up", "weight"))):
         assert inflated[name].dtype == original[name].dtype
@@ -216,11 +275,15 @@ def rows_alike(weight: torch.Tensor) -> int:
 
 
 def test_copies_do_not_lie_side_by_side(tmp_path):
-    """Else a selection would be read in blocks. Shuffled, factor - 1 pairs of neighbours are copies by chance; side by side most would be."""
+    """Else a selection would be read in blocks. Shuffled, factor - 1 pairs of neighbours are copies by
+    chance; side by side most would be.
+    """
     factor = 4
     model = make_opt(tmp_path / "opt", hidden=128, heads=8, layers=2)
     config = OPTConfig.from_pretrained(model)
-    weights = load_file(inflate.inflate(model, tmp_path / "wide", factor, torch.float32, SEED) / "model.safetensors")
+    weights = load_file(
+        inflate.inflate(model, tmp_path / "wide", factor, torch.float32, SEED) / "model.safetensors"
+    )
     allowed = 4 * factor
     assert rows_alike(weights["model.decoder.embed_tokens.weight"].t()) <= allowed
     for layer in range(2):
@@ -229,15 +292,23 @@ def test_copies_do_not_lie_side_by_side(tmp_path):
         per_head = weights[f"model.decoder.layers.{layer}.self_attn.v_proj.weight"].view(factor * 8, -1)
         assert rows_alike(per_head) <= 3 * factor < (factor - 1) * 8
     copies = inflate.Copies.draw(config, factor, SEED)
-    for sources, units in ((copies.channels, 128), *((n, 512) for n in copies.neurons), *((h, 8) for h in copies.heads)):
-        assert torch.equal(sources.bincount(), torch.full((units,), factor)), "an original is missing or there too often"
+    for sources, units in (
+        (copies.channels, 128),
+        *((n, 512) for n in copies.neurons),
+        *((h, 8) for h in copies.heads),
+    ):
+        assert torch.equal(sources.bincount(), torch.full((units,), factor)), (
+            "an original is missing or there too often"
+        )
         assert neighbours(sources) <= allowed
     assert not torch.equal(*copies.neurons) and not torch.equal(*copies.heads), "layers are shuffled alike"
     assert not torch.equal(copies.channels, inflate.Copies.draw(config, factor, SEED + 1).channels)
 
 
 def test_powers_of_two_round_nothing_in_bfloat16(tmp_path):
-    """The shipped bfloat16 weights, widened in bfloat16, are those divided by 8, to the bit: quality differs by the sparsity alone."""
+    """The shipped bfloat16 weights, widened in bfloat16, are those divided by 8, to the bit: quality differs
+    by the sparsity alone.
+    """
     original = load_file(inflate.DEFAULT_MODEL / "model.safetensors")
     inflate.main(["--geometry", "1.3b", "--output", str(tmp_path / "wide"), "--seed", str(SEED)])
     copies = inflate.Copies.draw(OPTConfig.from_pretrained(inflate.DEFAULT_MODEL), 8, SEED)
@@ -247,13 +318,23 @@ def test_powers_of_two_round_nothing_in_bfloat16(tmp_path):
     layer = "model.decoder.layers.3."
     expected = original[f"{layer}fc1.weight"][copies.neurons[3]][:, copies.channels]
     assert torch.equal(8 * wide[f"{layer}fc1.weight"], expected)
-    assert torch.equal(8 * wide[f"{layer}fc2.weight"], original[f"{layer}fc2.weight"][copies.channels][:, copies.neurons[3]])
-    assert torch.equal(8 * wide["model.decoder.final_layer_norm.bias"], original["model.decoder.final_layer_norm.bias"][copies.channels])
+    assert torch.equal(
+        8 * wide[f"{layer}fc2.weight"], original[f"{layer}fc2.weight"][copies.channels][:, copies.neurons[3]]
+    )
+    assert torch.equal(
+        8 * wide["model.decoder.final_layer_norm.bias"],
+        original["model.decoder.final_layer_norm.bias"][copies.channels],
+    )
 
-    # The rest of what the command writes: OPT-1.3B's width, a labelled card, what generation needs, a readable file.
+    # The rest of what the command writes: OPT-1.3B's width, a labelled card, what generation needs, a
+    # readable file.
     config = json.loads((tmp_path / "wide" / "config.json").read_text())
     target = GEOMETRIES["1.3b"]
-    assert (config["hidden_size"], config["ffn_dim"], config["num_attention_heads"]) == (target.hidden, target.ffn, target.num_heads)
+    assert (config["hidden_size"], config["ffn_dim"], config["num_attention_heads"]) == (
+        target.hidden,
+        target.ffn,
+        target.num_heads,
+    )
     assert config["num_hidden_layers"] == 6 and config["dtype"] == "bfloat16"
     card = (tmp_path / "wide" / "README.md").read_text()
     assert "# opt-books-7m, inflated x8" in card and "Depth is not inflated" in card
@@ -289,7 +370,9 @@ def test_older_names_of_tensors(tmp_path, prefix):
 
 
 class TestRefusals:
-    """What cannot be widened with the same logits ends before anything is written, with what to do instead."""
+    """What cannot be widened with the same logits ends before anything is written, with what to do
+    instead.
+    """
 
     @pytest.mark.parametrize("factor", [0, 1, -2, 2.5, True])
     def test_factors(self, opt, tmp_path, factor):
@@ -302,7 +385,11 @@ class TestRefusals:
         [
             pytest.param(Geometry("odd", 600, 8, 2), "no multiple of the model's 256", id="hidden"),
             pytest.param(Geometry("small", 128, 2, 2), "no multiple of the model's 256", id="smaller"),
-            pytest.param(GEOMETRIES["6.7b"], r"heads of 128, the model of 64.*--factor 16 .* 64 heads of 64", id="head_size"),
+            pytest.param(
+                GEOMETRIES["6.7b"],
+                r"heads of 128, the model of 64.*--factor 16 .* 64 heads of 64",
+                id="head_size",
+            ),
             pytest.param(GEOMETRIES["2.7b"], r"heads of 80, the model of 64.*--factor 10", id="head_size_80"),
         ],
     )
@@ -371,16 +458,26 @@ class TestServed:
         # A threshold among the contributions, so that recall is neither 0 nor 1.
         norms = observe(original).contributions
         loaded = artifact.load(original / "dejavu")
-        layers = tuple({**g, "attention": replace(g["attention"], threshold=float(norms[i].median()))} for i, g in enumerate(loaded.manifest.layers))
-        artifact.save(original / "dejavu", replace(loaded.manifest, layers=layers), loaded.tensors, overwrite=True)
+        layers = tuple(
+            {**g, "attention": replace(g["attention"], threshold=float(norms[i].median()))}
+            for i, g in enumerate(loaded.manifest.layers)
+        )
+        artifact.save(
+            original / "dejavu", replace(loaded.manifest, layers=layers), loaded.tensors, overwrite=True
+        )
         pair = Pair(original, inflate.inflate(original, root / "inflated", 2, torch.float32, SEED), 2)
         return pair, [self._serve(model) for model in (pair.original, pair.inflated)]
 
     def _serve(self, model: Path) -> tuple:
-        texts = {name: prompt + random_prompt(self.NEW_TOKENS + 1, seed=2 + i)[1:] for i, (name, prompt) in enumerate(self.PROMPTS.items())}
+        texts = {
+            name: prompt + random_prompt(self.NEW_TOKENS + 1, seed=2 + i)[1:]
+            for i, (name, prompt) in enumerate(self.PROMPTS.items())
+        }
         with engine(model, dejavu={"measure": True}) as llm, Recorder(llm, texts) as recorder:
             found = run_requests(llm, {0: self.PROMPTS}, self.NEW_TOKENS)
-            assert {name: self.PROMPTS[name] + tokens for name, tokens in found.items()} == texts, "the forced tokens were not taken"
+            assert {name: self.PROMPTS[name] + tokens for name, tokens in found.items()} == texts, (
+                "the forced tokens were not taken"
+            )
             return recorder.steps, metrics_of(llm), type(model_of(llm)).__name__
 
     def test_same_log_probabilities_and_choices(self, served):
@@ -406,14 +503,18 @@ class TestServed:
         assert compared == (self.NEW_TOKENS - 1) * 2 * 3
 
     def test_same_densities_and_recall(self, served):
-        """Of selections, of the batch's unions, of survivors of fc1; head recall needs the scaled thresholds."""
+        """Of selections, of the batch's unions, of survivors of fc1; head recall needs the scaled
+        thresholds.
+        """
         _, ((_, expected, _), (_, found, _)) = served
         assert found["steps"] == expected["steps"] and found["steps"]["sparse"] == self.NEW_TOKENS - 1
         compared = 0
         for gates, wide in zip(expected["layers"], found["layers"], strict=True):
             for block in BLOCKS:
                 assert gates[block]["gated"] and wide[block]["gated"]
-                for name in ("rows", "density", "read_density", "recall") + (("survived_density",) if block == "mlp" else ()):
+                for name in ("rows", "density", "read_density", "recall") + (
+                    ("survived_density",) if block == "mlp" else ()
+                ):
                     assert wide[block][name] == pytest.approx(gates[block][name], abs=1e-12), (block, name)
                     compared += 0 < gates[block][name] < 1
         assert compared > 15, "most shares are 0 or 1: the test says nothing"
@@ -426,5 +527,12 @@ def test_copied_files_are_only_those_of_the_model(tmp_path):
     (model / "vocab.json").write_text("{}")
     wide = inflate.inflate(model, tmp_path / "wide", 2)
     assert {p.name for p in wide.iterdir()} == {
-        "README.md", "config.json", "dejavu", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-    }  # fmt: skip
+        "README.md",
+        "config.json",
+        "dejavu",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }

@@ -1,4 +1,5 @@
 """The predictor study: its figures against brute force, and a small run of every study."""
+
 import csv
 import shutil
 import subprocess
@@ -22,18 +23,45 @@ def arguments(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "examples" / "opt-books-7m" / name, model / name)
     for name, word in (("train", "river"), ("held", "village")):
-        text = "\n\n".join(" ".join(f"By the {word} in the year {n} nobody spoke of it, {d}." for n in range(60)) for d in range(4))
+        text = "\n\n".join(
+            " ".join(f"By the {word} in the year {n} nobody spoke of it, {d}." for n in range(60))
+            for d in range(4)
+        )
         (place / f"{name}.txt").write_text(text, encoding="utf-8")
     return [
-        "--model", str(model), "--data", str(place / "train.txt"), "--held-out", str(place / "held.txt"), "--output", str(place / "out"),
-        "--tokens", "1024", "--held-out-tokens", "1024", "--scored-tokens", "256", "--seeds", "1",
-    ]  # fmt: skip
+        "--model",
+        str(model),
+        "--data",
+        str(place / "train.txt"),
+        "--held-out",
+        str(place / "held.txt"),
+        "--output",
+        str(place / "out"),
+        "--tokens",
+        "1024",
+        "--held-out-tokens",
+        "1024",
+        "--scored-tokens",
+        "256",
+        "--seeds",
+        "1",
+    ]
 
 
 @pytest.fixture(scope="module")
 def results(arguments):
-    # As users run it, in a process of its own: after some orders of engine tests autograd was off in this one.
-    command = [sys.executable, predictor_study.__file__, "forms", "quality", "lookahead", "heads", "data", *arguments]
+    # As users run it, in a process of its own: after some orders of engine tests autograd was off in this
+    # one.
+    command = [
+        sys.executable,
+        predictor_study.__file__,
+        "forms",
+        "quality",
+        "lookahead",
+        "heads",
+        "data",
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     out = Path(arguments[arguments.index("--output") + 1])
@@ -64,20 +92,37 @@ def test_oracle_heads_are_no_denser_than_predicted_ones_at_the_same_budget(resul
     density = {(r["selection"], r["budget"]): float(r["head_density"]) for r in rows}
     assert all(float(r["ppl_increase"]) <= float(r["budget"]) for r in rows)
     budgets = {b for _, b in density}
-    assert sum(density["oracle", b] for b in budgets) <= sum(density["closed_form", b] for b in budgets) + 1e-9
+    assert (
+        sum(density["oracle", b] for b in budgets) <= sum(density["closed_form", b] for b in budgets) + 1e-9
+    )
 
 
 def test_scores_equal_brute_force(arguments):
-    parsed = {"model": arguments[1], "data": [arguments[3]], "held_out": [arguments[5]], "held_out_tokens": 512, "scored_tokens": 128}
+    parsed = {
+        "model": arguments[1],
+        "data": [arguments[3]],
+        "held_out": [arguments[5]],
+        "held_out_tokens": 512,
+        "scored_tokens": 128,
+    }
     study = predictor_study.Study(type("Arguments", (), parsed))
     g = torch.Generator().manual_seed(0)
-    tensors = {"down": torch.randn(8, 64, generator=g), "up": torch.randn(256, 8, generator=g), "bias": torch.zeros(256)}
+    tensors = {
+        "down": torch.randn(8, 64, generator=g),
+        "up": torch.randn(256, 8, generator=g),
+        "bias": torch.zeros(256),
+    }
     found = study.score(1, tensors, "self")
     seen = study.seen[1]
     scores = (seen["mlp_input"] @ tensors["down"].T @ tensors["up"].T).flatten()[:4000]
     active = (seen["z"] > 0).flatten()
     natural = float(active.float().mean())
-    cut = (seen["mlp_input"] @ tensors["down"].T @ tensors["up"].T).flatten().sort().values[int((1 - 1.25 * natural) * active.numel())]
+    cut = (
+        (seen["mlp_input"] @ tensors["down"].T @ tensors["up"].T)
+        .flatten()
+        .sort()
+        .values[int((1 - 1.25 * natural) * active.numel())]
+    )
     selected = (seen["mlp_input"] @ tensors["down"].T @ tensors["up"].T).flatten() > cut
     assert found["recall"] == pytest.approx(float((selected & active).sum() / active.sum()), abs=1e-3)
     assert found["precision"] == pytest.approx(float((selected & active).sum() / selected.sum()), abs=1e-3)

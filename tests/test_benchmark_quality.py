@@ -1,4 +1,7 @@
-"""The quality study: tasks, selections, counts and errors against brute force, and a small run of its parts."""
+"""The quality study: tasks, selections, counts and errors against brute force, and a small run of its
+parts.
+"""
+
 import csv
 import json
 import math
@@ -28,27 +31,77 @@ BOS = 2
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Of a run on a tiny random model: heads gated by `previous`, layer 2 without predictors, weights in int8."""
+    """Of a run on a tiny random model: heads gated by `previous`, layer 2 without predictors, weights in
+    int8.
+    """
     place = tmp_path_factory.mktemp("quality")
     model = tiny.make_opt(place / "model", vocab=8192, hidden=128, heads=4)
-    tiny.make_artifact(model / "dejavu", model, mlp="self", attention="previous", dense_layers=(2,), density=0.3, dtype="int8")
+    tiny.make_artifact(
+        model / "dejavu",
+        model,
+        mlp="self",
+        attention="previous",
+        dense_layers=(2,),
+        density=0.3,
+        dtype="int8",
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "examples" / "opt-books-7m" / name, model / name)
     for name, word in (("train", "river"), ("valid", "harbour"), ("test", "village")):
-        text = "\n\n".join(" ".join(f"By the {word} in the year {n} nobody spoke of it, {d}." for n in range(60)) for d in range(4))
+        text = "\n\n".join(
+            " ".join(f"By the {word} in the year {n} nobody spoke of it, {d}." for n in range(60))
+            for d in range(4)
+        )
         (place / f"{name}.txt").write_text(text, encoding="utf-8")
     rows = {
-        "lambada": [{"text": f"He said the old house by the {w} was " + "very " * n + "empty"} for n, w in enumerate(("river", "sea", "road", "mill"))],
-        "blimp": [{"uid": u, "field": u[0], "good": f"The {u} cats {n} sleep.", "bad": f"The {u} cats {n} sleeps very."} for u in ("aa", "ab", "ba") for n in range(5)],
-        "piqa": [{"goal": f"open door {n}", "sol1": "turn the handle", "sol2": "eat it " * (n + 1), "label": n % 2} for n in range(4)],
+        "lambada": [
+            {"text": f"He said the old house by the {w} was " + "very " * n + "empty"}
+            for n, w in enumerate(("river", "sea", "road", "mill"))
+        ],
+        "blimp": [
+            {
+                "uid": u,
+                "field": u[0],
+                "good": f"The {u} cats {n} sleep.",
+                "bad": f"The {u} cats {n} sleeps very.",
+            }
+            for u in ("aa", "ab", "ba")
+            for n in range(5)
+        ],
+        "piqa": [
+            {"goal": f"open door {n}", "sol1": "turn the handle", "sol2": "eat it " * (n + 1), "label": n % 2}
+            for n in range(4)
+        ],
     }
     for name, items in rows.items():
         (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n", encoding="utf-8")
     return [
-        "--model", str(model), "--train", str(place / "train.txt"), "--calibration", str(place / "valid.txt"), "--texts", f"held={place / 'test.txt'}",
-        *(x for name in rows for x in (f"--{name}", str(place / f"{name}.jsonl"))), "--output", str(place / "out"), "--training-tokens", "none: random",
-        "--items", "3", "--tokens", "512", "--train-tokens", "1024", "--calibration-tokens", "1024", "--passages", "3", "--densities", "0.5",
-    ]  # fmt: skip
+        "--model",
+        str(model),
+        "--train",
+        str(place / "train.txt"),
+        "--calibration",
+        str(place / "valid.txt"),
+        "--texts",
+        f"held={place / 'test.txt'}",
+        *(x for name in rows for x in (f"--{name}", str(place / f"{name}.jsonl"))),
+        "--output",
+        str(place / "out"),
+        "--training-tokens",
+        "none: random",
+        "--items",
+        "3",
+        "--tokens",
+        "512",
+        "--train-tokens",
+        "1024",
+        "--calibration-tokens",
+        "1024",
+        "--passages",
+        "3",
+        "--densities",
+        "0.5",
+    ]
 
 
 def run(arguments, *more):
@@ -81,12 +134,15 @@ def tiny_tokens(length, seed):
     return torch.randint(3, 8192, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# --- scores and selections ------------------------------------------------------------------------------------------------
+# --- scores and selections
+# ------------------------------------------------------------------------------------------------
 
 
 def test_dense_scores_are_those_of_the_model_itself(study):
     for text, score in zip(some_texts(), study.masked(DENSE).score(some_texts()), strict=True):
-        logits = study.opt.model(input_ids=torch.tensor([text.tokens])).logits[0, text.start - 1 : -1].double()
+        logits = (
+            study.opt.model(input_ids=torch.tensor([text.tokens])).logits[0, text.start - 1 : -1].double()
+        )
         targets = torch.tensor(text.tokens[text.start :])
         assert torch.allclose(score.nll, -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], atol=1e-4)
         assert score.correct.tolist() == (logits.argmax(-1) == targets).tolist()
@@ -95,7 +151,11 @@ def test_dense_scores_are_those_of_the_model_itself(study):
     assert sure.correct.tolist() == [True]
 
 
-@pytest.mark.parametrize("point", [Point(m, "both", d) for m in quality.MODES for d in ("0.5", OWN)], ids=lambda p: f"{p.mode}-{p.density}")
+@pytest.mark.parametrize(
+    "point",
+    [Point(m, "both", d) for m in quality.MODES for d in ("0.5", OWN)],
+    ids=lambda p: f"{p.mode}-{p.density}",
+)
 def test_padding_changes_neither_scores_nor_counts(study, point):
     """Texts of unequal length in one batch, against every text alone."""
     masks = study.selections.masks(point)
@@ -113,7 +173,8 @@ def test_padding_changes_neither_scores_nor_counts(study, point):
         assert (counts[key] - masks.counts[key]).abs().max() <= 2
     dense = study.masked(DENSE).score(some_texts())
     apart = max(float((a.nll - b.nll).abs().max()) for a, b in zip(together, dense, strict=True))
-    # The truly active neurons (and heads above the tiny artifact's low threshold) are all that a dense model uses.
+    # The truly active neurons (and heads above the tiny artifact's low threshold) are all that a dense model
+    # uses.
     assert apart < 1e-4 if point == Point("oracle", "both", OWN) else apart > 1e-3
 
 
@@ -124,7 +185,10 @@ def test_random_selection_is_exact_even_and_fresh():
     pairs = (mask[:, 3] & mask[:, 9]).mean()  # drawn without replacement
     assert abs(pairs - 5 / 12 * 4 / 11) < 0.03
     assert len({row.tobytes() for row in mask}) > 600  # of 792 subsets
-    assert not quality.exact_random(np.random.default_rng(0), 3, 12, 0).any() and quality.exact_random(np.random.default_rng(0), 3, 12, 12).all()
+    assert (
+        not quality.exact_random(np.random.default_rng(0), 3, 12, 0).any()
+        and quality.exact_random(np.random.default_rng(0), 3, 12, 12).all()
+    )
     assert (quality.exact_random(np.random.default_rng(1), 500, 1, 1).sum(1) == 1).all()
 
 
@@ -157,7 +221,9 @@ def observed(study):
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.6])
 def test_thresholds_give_the_density_they_are_for(study, observed, density):
-    """Every layer selects that share of the calibration text's pairs; the oracle the largest, and no neuron that ReLU stops."""
+    """Every layer selects that share of the calibration text's pairs; the oracle the largest, and no neuron
+    that ReLU stops.
+    """
     s, valid = study.selections, SimpleNamespace(valid=torch.ones(len(observed[0, "mlp"]), dtype=torch.bool))
     for layer in range(3):
         weight = study.opt.weight(layer, "fc2")
@@ -165,7 +231,9 @@ def test_thresholds_give_the_density_they_are_for(study, observed, density):
         energy = z.clamp_min(0) * weight.norm(dim=0)
         mask = s.rule((layer, "mlp"), "oracle", density)(valid, None, z)
         assert not (mask & (z <= 0)).any()
-        assert float(mask.float().mean()) == pytest.approx(min(density, float((z > 0).float().mean())), abs=2e-3)
+        assert float(mask.float().mean()) == pytest.approx(
+            min(density, float((z > 0).float().mean())), abs=2e-3
+        )
         assert float(energy[mask].min()) >= float(energy[~mask].max())
         attn = observed[layer, "attention"]
         per_head = study.opt.weight(layer, "self_attn.out_proj").unflatten(1, attn.shape[1:])
@@ -193,7 +261,10 @@ def test_static_units_are_the_most_frequent_ones(study, observed):
 def test_a_gate_at_no_cut_is_the_stored_one_and_layers_without_one_are_fitted(study):
     s = study.selections
     assert s.fitted == [(2, "mlp"), (2, "attention")]
-    assert s.predictors[2, "attention"].gate.lookahead == "previous" and s.predictors[2, "mlp"].gate.lookahead == "self"
+    assert (
+        s.predictors[2, "attention"].gate.lookahead == "previous"
+        and s.predictors[2, "mlp"].gate.lookahead == "self"
+    )
     _, stored = study.loaded.gate(1, "mlp")
     assert torch.equal(s.predictors[1, "mlp"].at(0.0).tensors["bias"], stored["bias"])
     assert s.predictors[2, "attention"].dtype == s.predictors[2, "mlp"].dtype == "int8"
@@ -201,7 +272,9 @@ def test_a_gate_at_no_cut_is_the_stored_one_and_layers_without_one_are_fitted(st
 
 @pytest.mark.parametrize("block", ["mlp", "attention"])
 def test_integers_are_put_back_on_one_scale(study, block):
-    """Stored scores times their scale are the fitted scores again, which are in the same unit for all units of a block."""
+    """Stored scores times their scale are the fitted scores again, which are in the same unit for all units
+    of a block.
+    """
     s, layer = study.selections, 1
     weights = quality.LayerWeights.of(study.opt, layer)
     if block == "mlp":
@@ -224,10 +297,12 @@ def test_total_sparsity_counts_what_is_read(study):
     hidden, ffn, heads, rank = 128, 512, 4, 8
     layers = []
     for i in range(3):
-        layers.append({
-            "mlp": {"gated": True, "rows": 10, "units": ffn, "density": 0.3 + 0.1 * i, "hit": 10 * 32},
-            "attention": {"gated": i != 0, "density": 0.25 if i else 1.0},
-        })  # fmt: skip
+        layers.append(
+            {
+                "mlp": {"gated": True, "rows": 10, "units": ffn, "density": 0.3 + 0.1 * i, "hit": 10 * 32},
+                "attention": {"gated": i != 0, "density": 0.25 if i else 1.0},
+            }
+        )
     read = 0.0
     for i in range(3):
         read += 2 * hidden * hidden  # K and V
@@ -235,30 +310,42 @@ def test_total_sparsity_counts_what_is_read(study):
         read += hidden * ffn * (0.3 + 0.1 * i) + hidden * 32
         used = s.predictors[i, "mlp"].gate.tensors
         assert used["down"].shape == (rank, hidden)
-        read += (rank * hidden + ffn * rank) / 2 + (heads * hidden / 2 if i else 0)  # bytes of int8 beside 16 bits
+        # bytes of int8 beside 16 bits
+        read += (rank * hidden + ffn * rank) / 2 + (heads * hidden / 2 if i else 0)
     dense = 3 * (4 * hidden * hidden + 2 * hidden * ffn)
     found = s.densities(point, layers)
     assert found["total_sparsity"] == pytest.approx(1 - read / dense)
-    assert found["mlp_density"] == pytest.approx(0.4) and found["head_density"] == pytest.approx(0.5) and found["fc2_density"] == pytest.approx(32 / 10 / ffn * 10)
+    assert (
+        found["mlp_density"] == pytest.approx(0.4)
+        and found["head_density"] == pytest.approx(0.5)
+        and found["fc2_density"] == pytest.approx(32 / 10 / ffn * 10)
+    )
     without = s.densities(Point("oracle", "both", "0.5"), layers)["total_sparsity"]
     assert without > found["total_sparsity"], "an oracle reads no predictor"
 
 
-# --- tasks and statistics -------------------------------------------------------------------------------------------------
+# --- tasks and statistics
+# -------------------------------------------------------------------------------------------------
 
 
 def test_tasks_score_what_they_say(study):
     tasks = {t.name: t for t in study.tasks}
     decode = study.tokenizer.decode
     lambada = tasks["lambada"].texts
-    assert len(lambada) == 3 and all(decode(t.tokens[t.start :]) == " empty" and t.tokens[0] == BOS for t in lambada)
+    assert len(lambada) == 3 and all(
+        decode(t.tokens[t.start :]) == " empty" and t.tokens[0] == BOS for t in lambada
+    )
     assert all(decode(t.tokens[1 : t.start]).startswith("He said the old house by the") for t in lambada)
     blimp = tasks["blimp"]
     assert Counter(blimp.strata) == {"aa": 2, "ab": 2, "ba": 2} and len(blimp.texts) == 12
-    assert decode(blimp.texts[0].tokens[1:]).endswith("sleep.") and decode(blimp.texts[1].tokens[1:]).endswith("sleeps very.")
+    assert decode(blimp.texts[0].tokens[1:]).endswith("sleep.") and decode(
+        blimp.texts[1].tokens[1:]
+    ).endswith("sleeps very.")
     assert all(t.start == 1 for t in blimp.texts)
     piqa = tasks["piqa"].texts
-    assert decode(piqa[1].tokens[1 : piqa[1].start]).startswith("Question: open door") and decode(piqa[1].tokens[piqa[1].start :]).startswith(" eat it")
+    assert decode(piqa[1].tokens[1 : piqa[1].start]).startswith("Question: open door") and decode(
+        piqa[1].tokens[piqa[1].start :]
+    ).startswith(" eat it")
     held = tasks["held"].texts
     assert all(len(t.tokens) == study.seq_len == 127 for t in held)
     long = qt.lambada_task([{"text": "word " * 300 + "end"}], study.tokenizer, BOS, 127).texts[0]
@@ -266,7 +353,10 @@ def test_tasks_score_what_they_say(study):
 
 
 def made_scores(*nlls, correct=None):
-    return [Score(torch.tensor(n, dtype=torch.float64), torch.tensor(c)) for n, c in zip(nlls, correct or [[True] * len(n) for n in nlls], strict=True)]
+    return [
+        Score(torch.tensor(n, dtype=torch.float64), torch.tensor(c))
+        for n, c in zip(nlls, correct or [[True] * len(n) for n in nlls], strict=True)
+    ]
 
 
 def test_measures_against_made_up_scores(study):
@@ -276,11 +366,18 @@ def test_measures_against_made_up_scores(study):
     assert values == {"lambada": [0, 1, 0], "lambada_nll": [3, 1, 3]}
     good_bad = made_scores([1.0, 1.0], [3.0], [2.0], [1.5], *[[1.0]] * 8)
     assert tasks["blimp"].measures["blimp"].values(good_bad).tolist() == [1, 0, 0, 0, 0, 0]
-    rows = [{"goal": "g", "sol1": "ab", "sol2": "abcdefgh", "label": 1}, {"goal": "g", "sol1": "ab", "sol2": "cd", "label": 0}]
+    rows = [
+        {"goal": "g", "sol1": "ab", "sol2": "abcdefgh", "label": 1},
+        {"goal": "g", "sol1": "ab", "sol2": "cd", "label": 0},
+    ]
     piqa = qt.piqa_task(rows, study.tokenizer, BOS, 127)
     ends = made_scores([2.0, 1.0], [4.0], [1.0], [2.0])
     assert piqa.measures["piqa"].values(ends).tolist() == [0, 1]
-    assert piqa.measures["piqa_norm"].values(ends).tolist() == [1, 1]  # 3 / 3 characters with the space, against 4 / 9
+    # 3 / 3 characters with the space, against 4 / 9
+    assert piqa.measures["piqa_norm"].values(ends).tolist() == [
+        1,
+        1,
+    ]
     assert tasks["held"].measures["held"].values(made_scores([1.0, 3.0], [2.0, 2.0])).tolist() == [2, 2]
 
 
@@ -297,7 +394,12 @@ def test_standard_errors_are_those_of_repeated_draws():
     population = {"a": torch.rand(1000, generator=g), "b": 3 + 2 * torch.rand(1000, generator=g)}
     means, errors, plain = [], [], []
     for _ in range(400):
-        values = torch.cat([p[torch.randint(1000, (n,), generator=g)] for p, n in ((population["a"], 20), (population["b"], 20))])
+        values = torch.cat(
+            [
+                p[torch.randint(1000, (n,), generator=g)]
+                for p, n in ((population["a"], 20), (population["b"], 20))
+            ]
+        )
         mean, se = qt.mean_se(values, ["a"] * 20 + ["b"] * 20)
         means.append(mean)
         errors.append(se)
@@ -305,15 +407,21 @@ def test_standard_errors_are_those_of_repeated_draws():
     truth = float(torch.tensor(means, dtype=torch.float64).std())
     assert sum(errors) / 400 == pytest.approx(truth, rel=0.12)
     assert sum(plain) / 400 > 1.5 * truth, "without strata the difference between groups counts as error"
-    assert qt.mean_se(torch.tensor([1.0, 2.0, 4.0]))[1] == pytest.approx(np.std([1, 2, 4], ddof=1) / math.sqrt(3))
+    assert qt.mean_se(torch.tensor([1.0, 2.0, 4.0]))[1] == pytest.approx(
+        np.std([1, 2, 4], ddof=1) / math.sqrt(3)
+    )
     assert math.isnan(qt.mean_se(torch.tensor([1.0]))[1])
 
 
 def test_differences_are_paired():
     dense = torch.tensor([2.0, 5.0, 9.0], dtype=torch.float64)
     found = qt.statistics(Measure("nll", lambda s: s), dense + torch.tensor([0.1, 0.2, 0.3]), dense)
-    assert found["difference"] == pytest.approx(0.2) and found["difference_se"] == pytest.approx(0.1 / math.sqrt(3))
-    assert found["ppl_increase"] == pytest.approx(math.exp(0.2) - 1) and found["ppl_increase_se"] == pytest.approx(math.exp(0.2) * 0.1 / math.sqrt(3))
+    assert found["difference"] == pytest.approx(0.2) and found["difference_se"] == pytest.approx(
+        0.1 / math.sqrt(3)
+    )
+    assert found["ppl_increase"] == pytest.approx(math.exp(0.2) - 1) and found[
+        "ppl_increase_se"
+    ] == pytest.approx(math.exp(0.2) * 0.1 / math.sqrt(3))
     assert found["value_se"] > 1 and found["perplexity"] == pytest.approx(math.exp(16.6 / 3))
 
 
@@ -322,7 +430,8 @@ def test_repetition_by_hand():
     assert 1 - qt.distinct([7] * 10, 4) == pytest.approx(6 / 7) and math.isnan(qt.distinct([1, 2], 3))
 
 
-# --- a whole run ----------------------------------------------------------------------------------------------------------
+# --- a whole run
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -342,9 +451,15 @@ def test_card_comes_first_and_holds_the_model(output, study):
 
     with study.opt.observed(None, look):
         study.opt.decoder(tokens)
-    assert [int(r["value"]) for r in dead] == (~fired).sum(1).tolist() and {int(r["tokens"]) for r in dead} == {tokens.numel()}
+    assert [int(r["value"]) for r in dead] == (~fired).sum(1).tolist() and {
+        int(r["tokens"]) for r in dead
+    } == {tokens.numel()}
     text = (output / "quality.md").read_text(encoding="utf-8")
-    assert text.index("## The model") < text.index("## Quality against sparsity") < text.index("## How it was made")
+    assert (
+        text.index("## The model")
+        < text.index("## Quality against sparsity")
+        < text.index("## How it was made")
+    )
     assert str(output) not in text and "--parts card sweep context report" in text
 
 
@@ -377,19 +492,44 @@ def test_sweep_takes_up_where_it_stopped(output, arguments, tmp_path, monkeypatc
     place = ["--output", str(tmp_path), "--parts", "sweep"]
     scored = []
     plain = quality.MaskedScorer.score
-    monkeypatch.setattr(quality.MaskedScorer, "score", lambda self, texts: scored.append((bool(self.masks.rules), texts)) or plain(self, texts))
+    monkeypatch.setattr(
+        quality.MaskedScorer,
+        "score",
+        lambda self, texts: scored.append((bool(self.masks.rules), texts)) or plain(self, texts),
+    )
     run(arguments, *place)
     assert not scored and rows_of(tmp_path / "quality_sweep.csv") == rows_of(output / "quality_sweep.csv")
     rows = rows_of(output / "quality_sweep.csv")
-    kept = [r for r in rows if (r["mode"], r["blocks"], r["density"], r["task"]) != ("static", "both", "0.5", "blimp")]
+    kept = [
+        r
+        for r in rows
+        if (r["mode"], r["blocks"], r["density"], r["task"]) != ("static", "both", "0.5", "blimp")
+    ]
     assert len(kept) == len(rows) - 1
     quality.write_rows(tmp_path / "quality_sweep.csv", kept)
     run(arguments, *place)
     assert [sparse for sparse, _ in scored] == [False, True]
-    same = ("mode", "blocks", "density", "task", "value", "difference", "difference_se", "mlp_density", "total_sparsity")
-    for name, columns in (("quality_sweep", same), ("quality_blimp", ("mode", "blocks", "density", "uid", "value", "difference_se"))):
-        before, after = ({tuple(r[c] for c in columns) for r in rows_of(d / f"{name}.csv")} for d in (output, tmp_path))
-        assert before == after and len(rows_of(tmp_path / f"{name}.csv")) == len(rows_of(output / f"{name}.csv"))
+    same = (
+        "mode",
+        "blocks",
+        "density",
+        "task",
+        "value",
+        "difference",
+        "difference_se",
+        "mlp_density",
+        "total_sparsity",
+    )
+    for name, columns in (
+        ("quality_sweep", same),
+        ("quality_blimp", ("mode", "blocks", "density", "uid", "value", "difference_se")),
+    ):
+        before, after = (
+            {tuple(r[c] for c in columns) for r in rows_of(d / f"{name}.csv")} for d in (output, tmp_path)
+        )
+        assert before == after and len(rows_of(tmp_path / f"{name}.csv")) == len(
+            rows_of(output / f"{name}.csv")
+        )
     with pytest.raises(ValueError, match="other settings"):
         run(arguments, *place, "--items", "2")
 
@@ -400,7 +540,13 @@ def test_context_rows_by_hand(output, study):
     passages = study.windows(study.args.texts[0].split("=", 1)[1], 3 * (length + 1), length + 1)
     gains = []
     for row in passages.tolist():
-        logits = study.opt.model(input_ids=torch.tensor([[*row, *row[1:]]])).logits[0].detach().double().log_softmax(-1)
+        logits = (
+            study.opt.model(input_ids=torch.tensor([[*row, *row[1:]]]))
+            .logits[0]
+            .detach()
+            .double()
+            .log_softmax(-1)
+        )
         nll = [-float(logits[i, t]) for i, t in enumerate([*row[1:], *row[1:]])]
         gains.append(sum(nll[length + 1 :]) / (length - 1) - sum(nll[1:length]) / (length - 1))
     [found] = [r for r in rows if (r["mode"], r["name"]) == ("dense", "second - first")]
@@ -411,14 +557,24 @@ def test_context_rows_by_hand(output, study):
     assert {r["mode"] for r in rows if r["kind"] == "position"} == {"dense", "predictor", "oracle", "random"}
 
 
-@pytest.mark.slow  # vLLM's import and its inspection of the model class, where no other test has paid for them
+# vLLM's import and its inspection of the model class, where no other test has paid for them
+@pytest.mark.slow
 def test_engine_and_masks_agree(study):
-    """The engine's scores, densities and total sparsity at the artifact's own point are those of the masks."""
+    """The engine's scores, densities and total sparsity at the artifact's own point are those of the
+    masks.
+    """
     point, texts = Point("predictor", "both", OWN), some_texts()
     masked = study.masked(point)
     expected = masked.score(texts)
     simulated = study.selections.densities(point, masked.masks.read_out())
-    with quality.engine(study, "float32", mode=quality.SERVED[point.mode], apply_to="all", measure=True, blocks=["mlp", "attention"]) as llm:
+    with quality.engine(
+        study,
+        "float32",
+        mode=quality.SERVED[point.mode],
+        apply_to="all",
+        measure=True,
+        blocks=["mlp", "attention"],
+    ) as llm:
         found = quality.EngineScorer(llm).score(texts)
         counted = quality.metrics.summarize(llm.collective_rpc("dejavu_metrics"))["layers"]
     served = study.selections.densities(point, counted)
@@ -433,14 +589,33 @@ def test_report_of_generation_and_engine(tmp_path):
     for decoding in ("greedy", "sampled"):
         for mode, dtype in (("dense", "bfloat16"), ("sparse", "bfloat16"), ("dense", "float32")):
             for prompt in range(4):
-                rows.append({
-                    "decoding": decoding, "mode": mode, "dtype": dtype, "prompt": prompt, "prompt_tokens": 32, "new_tokens": 8, "batch": 16,
-                    "agreement": 8 if (mode, dtype) == ("dense", "bfloat16") else (0, 2, 4, 8)[prompt], "distinct_1": 0.5, "distinct_2": 0.6, "distinct_3": 0.7,
-                    "rep_4": 0.1 if mode == "dense" else 0.2 + 0.1 * prompt, "nll": 2.0 + 0.5 * (mode == "sparse") * prompt, "mlp_density": 0.1, "head_density": 0.9, "sparse_step_share": 0.95,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "decoding": decoding,
+                        "mode": mode,
+                        "dtype": dtype,
+                        "prompt": prompt,
+                        "prompt_tokens": 32,
+                        "new_tokens": 8,
+                        "batch": 16,
+                        "agreement": 8 if (mode, dtype) == ("dense", "bfloat16") else (0, 2, 4, 8)[prompt],
+                        "distinct_1": 0.5,
+                        "distinct_2": 0.6,
+                        "distinct_3": 0.7,
+                        "rep_4": 0.1 if mode == "dense" else 0.2 + 0.1 * prompt,
+                        "nll": 2.0 + 0.5 * (mode == "sparse") * prompt,
+                        "mlp_density": 0.1,
+                        "head_density": 0.9,
+                        "sparse_step_share": 0.95,
+                    }
+                )
     quality.write_rows(tmp_path / "quality_generation.csv", rows)
     run(["--output", str(tmp_path)], "--parts", "report")
-    line = next(x for x in (tmp_path / "quality.md").read_text().splitlines() if x.startswith("| greedy | sparse, bfloat16"))
+    line = next(
+        x
+        for x in (tmp_path / "quality.md").read_text().splitlines()
+        if x.startswith("| greedy | sparse, bfloat16")
+    )
     cells = [c.strip() for c in line.strip("|").split("|")]
     assert cells[2] == "3.5 ± 1.7 (median 2)"
     assert cells[3:7] == ["0.25", "0.25", "0.25", "0.25"]
@@ -452,12 +627,25 @@ def test_panels_say_what_they_show(output, tmp_path, monkeypatch):
     from matplotlib import pyplot
 
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    quality_report.plot_sweep(tmp_path / "x.png", rows_of(output / "quality_sweep.csv"), ["blimp", "piqa"], ["mlp", "both"], "accuracy", pyplot)
+    quality_report.plot_sweep(
+        tmp_path / "x.png",
+        rows_of(output / "quality_sweep.csv"),
+        ["blimp", "piqa"],
+        ["mlp", "both"],
+        "accuracy",
+        pyplot,
+    )
     axes = pyplot.gcf().axes
     assert [a.get_title() for a in axes] == ["MLP only", "MLP and heads", "", ""]
-    assert [bool(a.get_xlabel()) for a in axes] == [False, False, True, True] and axes[2].get_ylabel().startswith("piqa")
+    assert [bool(a.get_xlabel()) for a in axes] == [False, False, True, True] and axes[
+        2
+    ].get_ylabel().startswith("piqa")
     drawn = {tuple(line.get_xdata()) for line in axes[0].lines}
-    wanted = {(float(r["total_sparsity"]),) for r in rows_of(output / "quality_sweep.csv") if (r["blocks"], r["task"]) == ("mlp", "blimp")}
+    wanted = {
+        (float(r["total_sparsity"]),)
+        for r in rows_of(output / "quality_sweep.csv")
+        if (r["blocks"], r["task"]) == ("mlp", "blimp")
+    }
     assert wanted <= drawn
     pyplot.figure().clear()
 

@@ -1,4 +1,7 @@
-"""The benchmarks: synthetic predictors select what they are asked to; launches a layer and percentiles are counted right."""
+"""The benchmarks: synthetic predictors select what they are asked to; launches a layer and percentiles are
+counted right.
+"""
+
 import sys
 from pathlib import Path
 
@@ -45,7 +48,9 @@ def written(tmp_path_factory):
 def test_artifact_loads_and_fits_its_model(written):
     directory, path = written
     loaded = artifact.load(path)
-    artifact.check_model(loaded.manifest, artifact.ModelSpec.from_hf_config(OPTConfig.from_pretrained(directory), "small"))
+    artifact.check_model(
+        loaded.manifest, artifact.ModelSpec.from_hf_config(OPTConfig.from_pretrained(directory), "small")
+    )
     assert loaded.manifest.calibration["synthetic"] is True
     assert [layer["attention"].lookahead for layer in loaded.manifest.layers] == ["self", "previous"]
 
@@ -53,7 +58,9 @@ def test_artifact_loads_and_fits_its_model(written):
 def test_the_predictor_selects_at_the_densities(written):
     """Over normalised inputs, one token and unions of 8; heads over the residual stream."""
     tokens = 1024
-    x = torch.nn.functional.layer_norm(torch.randn(tokens, SMALL.hidden, generator=torch.Generator().manual_seed(1)), (SMALL.hidden,))
+    x = torch.nn.functional.layer_norm(
+        torch.randn(tokens, SMALL.hidden, generator=torch.Generator().manual_seed(1)), (SMALL.hidden,)
+    )
     rows = torch.ones(tokens, dtype=torch.int32)
     loaded = artifact.load(written[1])
     for layer in range(SMALL.num_layers):
@@ -63,7 +70,9 @@ def test_the_predictor_selects_at_the_densities(written):
         assert mask.view(-1, 8, SMALL.ffn).any(dim=1).float().mean() == pytest.approx(0.21, rel=0.1)
         spec, t = loaded.gate(layer, "attention")
         inputs = x if spec.lookahead == "self" else x * synthetic.RESIDUAL_STD
-        assert (reference.linear_scores(inputs, t["weight"], t["bias"]) > 0).float().mean() == pytest.approx(0.4, rel=0.1)
+        assert (reference.linear_scores(inputs, t["weight"], t["bias"]) > 0).float().mean() == pytest.approx(
+            0.4, rel=0.1
+        )
 
 
 def test_spread_varies_layers_around_the_profile(tmp_path):

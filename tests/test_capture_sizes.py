@@ -1,4 +1,7 @@
-"""The largest batch of decoding requests gets a CUDA graph of its own, or a warning says that it will run dense."""
+"""The largest batch of decoding requests gets a CUDA graph of its own, or a warning says that it will run
+dense.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -22,13 +25,19 @@ def heard(caplog, monkeypatch):
 
 def sizes_after(sizes, max_num_seqs, mode=CUDAGraphMode.FULL_AND_PIECEWISE):
     compilation = SimpleNamespace(cudagraph_capture_sizes=list(sizes), cudagraph_mode=mode)
-    support.add_capture_size(SimpleNamespace(compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs)))
+    support.add_capture_size(
+        SimpleNamespace(
+            compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs)
+        )
+    )
     return compilation.cudagraph_capture_sizes
 
 
 @pytest.mark.parametrize("mode", [CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY])
 def test_max_num_seqs_is_captured(mode, heard):
-    """vLLM captures [.., 96, 104, ..] but full decode graphs only up to max_num_seqs: 97 to 100 requests would run piecewise."""
+    """vLLM captures [.., 96, 104, ..] but full decode graphs only up to max_num_seqs: 97 to 100 requests
+    would run piecewise.
+    """
     assert sizes_after([1, 2, 4, 8, 96, 104, 200], 100, mode) == [1, 2, 4, 8, 96, 100, 104, 200]
     assert sizes_after([1, 2, 4, 8], 8, mode) == [1, 2, 4, 8]
     assert not heard.records
@@ -37,8 +46,18 @@ def test_max_num_seqs_is_captured(mode, heard):
 @pytest.mark.parametrize(
     ("max_num_seqs", "mode", "warning"),
     [
-        pytest.param(1024, CUDAGraphMode.FULL_AND_PIECEWISE, "more than 8 requests run without a graph", id="beyond_the_largest"),
-        pytest.param(6, CUDAGraphMode.PIECEWISE, "PIECEWISE replays decode steps in piecewise graphs, which run dense", id="piecewise"),
+        pytest.param(
+            1024,
+            CUDAGraphMode.FULL_AND_PIECEWISE,
+            "more than 8 requests run without a graph",
+            id="beyond_the_largest",
+        ),
+        pytest.param(
+            6,
+            CUDAGraphMode.PIECEWISE,
+            "PIECEWISE replays decode steps in piecewise graphs, which run dense",
+            id="piecewise",
+        ),
     ],
 )
 def test_what_cannot_be_captured_is_said(max_num_seqs, mode, warning, heard):
@@ -61,7 +80,7 @@ def test_a_step_knows_that_it_is_captured(monkeypatch, mode, capturing, expected
     metadata = SimpleNamespace(max_query_len=1)
     context = SimpleNamespace(
         attn_metadata={"attn": metadata}, additional_kwargs={}, cudagraph_runtime_mode=mode
-    )  # fmt: skip
+    )
     monkeypatch.setattr(ops, "get_forward_context", lambda: context)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)

@@ -1,4 +1,5 @@
 """Settings: every key, every wrong value, and that nothing but ValueError ever comes out."""
+
 import dataclasses
 from pathlib import Path
 
@@ -14,22 +15,45 @@ FIELDS = [f.name for f in dataclasses.fields(DejaVuConfig)]
 
 def test_defaults():
     assert dataclasses.asdict(DejaVuConfig.from_dict({})) == {
-        "predictor": None, "mode": "sparse", "apply_to": "decode", "row_exact": False, "blocks": ("mlp", "attention"),
-        "crossover": None, "sample_recall": 64, "measure": False, "overlap": False, "seed": 0,
+        "predictor": None,
+        "mode": "sparse",
+        "apply_to": "decode",
+        "row_exact": False,
+        "blocks": ("mlp", "attention"),
+        "crossover": None,
+        "sample_recall": 64,
+        "measure": False,
+        "overlap": False,
+        "seed": 0,
         "weight_bits": 16,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("predictor", "some/dir"), ("predictor", None), ("mode", "dense"), ("mode", "oracle"), ("mode", "random"), ("mode", "static"),
-        ("apply_to", "all"), ("row_exact", True), ("blocks", ["mlp"]), ("blocks", ["attention", "mlp"]), ("crossover", 0.3),
-        ("crossover", 1), ("crossover", None), ("measure", True), ("overlap", True), ("seed", 2**31 - 1),
-        ("weight_bits", 16), ("weight_bits", 8), ("weight_bits", 4),
+        ("predictor", "some/dir"),
+        ("predictor", None),
+        ("mode", "dense"),
+        ("mode", "oracle"),
+        ("mode", "random"),
+        ("mode", "static"),
+        ("apply_to", "all"),
+        ("row_exact", True),
+        ("blocks", ["mlp"]),
+        ("blocks", ["attention", "mlp"]),
+        ("crossover", 0.3),
+        ("crossover", 1),
+        ("crossover", None),
+        ("measure", True),
+        ("overlap", True),
+        ("seed", 2**31 - 1),
+        ("weight_bits", 16),
+        ("weight_bits", 8),
+        ("weight_bits", 4),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_allowed_values(key, value):
     got = getattr(DejaVuConfig.from_dict({key: value}), key)
     assert got == (tuple(value) if isinstance(value, list) else value)
@@ -38,16 +62,36 @@ def test_allowed_values(key, value):
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("predictor", 3, "a path"), ("predictor", " ", "a path"), ("mode", "fast", "'oracle'"), ("mode", None, "'oracle'"),
-        ("apply_to", "prefill", "'decode'"), ("row_exact", 1, "true or false"), ("row_exact", "yes", "true or false"),
-        ("measure", None, "true or false"), ("overlap", 1, "true or false"), ("blocks", [], "'mlp'"), ("blocks", "mlp", "'mlp'"), ("blocks", ["mlp", "mlp"], "'mlp'"),
-        ("blocks", ["heads"], "'attention'"), ("blocks", [["mlp"]], "'mlp'"), ("crossover", 0, "(0, 1]"), ("crossover", 1.01, "(0, 1]"),
-        ("crossover", True, "(0, 1]"), ("crossover", float("nan"), "(0, 1]"), ("crossover", "1", "(0, 1]"), ("seed", -1, "[0, 2147483648)"),
-        ("seed", 2**31, "[0, 2147483648)"), ("seed", 0.5, "[0, 2147483648)"), ("seed", True, "[0, 2147483648)"),
-        ("weight_bits", 3, "[16, 8, 4]"), ("weight_bits", 4.0, "[16, 8, 4]"), ("weight_bits", "4", "[16, 8, 4]"), ("weight_bits", None, "[16, 8, 4]"),
+        ("predictor", 3, "a path"),
+        ("predictor", " ", "a path"),
+        ("mode", "fast", "'oracle'"),
+        ("mode", None, "'oracle'"),
+        ("apply_to", "prefill", "'decode'"),
+        ("row_exact", 1, "true or false"),
+        ("row_exact", "yes", "true or false"),
+        ("measure", None, "true or false"),
+        ("overlap", 1, "true or false"),
+        ("blocks", [], "'mlp'"),
+        ("blocks", "mlp", "'mlp'"),
+        ("blocks", ["mlp", "mlp"], "'mlp'"),
+        ("blocks", ["heads"], "'attention'"),
+        ("blocks", [["mlp"]], "'mlp'"),
+        ("crossover", 0, "(0, 1]"),
+        ("crossover", 1.01, "(0, 1]"),
+        ("crossover", True, "(0, 1]"),
+        ("crossover", float("nan"), "(0, 1]"),
+        ("crossover", "1", "(0, 1]"),
+        ("seed", -1, "[0, 2147483648)"),
+        ("seed", 2**31, "[0, 2147483648)"),
+        ("seed", 0.5, "[0, 2147483648)"),
+        ("seed", True, "[0, 2147483648)"),
+        ("weight_bits", 3, "[16, 8, 4]"),
+        ("weight_bits", 4.0, "[16, 8, 4]"),
+        ("weight_bits", "4", "[16, 8, 4]"),
+        ("weight_bits", None, "[16, 8, 4]"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_errors_name_key_value_and_allowed_set(key, value, allowed):
     with pytest.raises(ValueError) as e:
         DejaVuConfig.from_dict({key: value})
@@ -62,7 +106,9 @@ def test_unknown_key_is_named_with_the_allowed_ones():
 
 
 def test_unknown_keys_of_any_type_are_refused():
-    """Bug: unknown keys were sorted as they were, and {1: ..., "x": ...}, which only Python callers can pass, gave a TypeError."""
+    """Bug: unknown keys were sorted as they were, and {1: ..., "x": ...}, which only Python callers can pass,
+    gave a TypeError.
+    """
     with pytest.raises(ValueError, match="Unknown setting"):
         DejaVuConfig.from_dict({1: True, "x": True, None: True})
 
@@ -83,7 +129,9 @@ def test_settings_cannot_change_afterwards():
         DejaVuConfig().mode = "dense"
 
 
-@pytest.mark.parametrize(("changes", "masks"), [({}, False), ({"row_exact": True}, True), ({"apply_to": "all"}, True)], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "masks"), [({}, False), ({"row_exact": True}, True), ({"apply_to": "all"}, True)], ids=str
+)
 def test_rows_are_masked_by_row_exact_and_when_scoring(changes, masks):
     assert DejaVuConfig.from_dict(changes).masks_rows is masks
 
@@ -96,7 +144,16 @@ JSON = st.recursive(
 
 
 @fuzz(100)
-@given(st.one_of(JSON, st.dictionaries(st.sampled_from([*FIELDS, "x"]), JSON | st.sampled_from(["sparse", "all", "mlp", True, 1]), max_size=4)))
+@given(
+    st.one_of(
+        JSON,
+        st.dictionaries(
+            st.sampled_from([*FIELDS, "x"]),
+            JSON | st.sampled_from(["sparse", "all", "mlp", True, 1]),
+            max_size=4,
+        ),
+    )
+)
 def test_anything_gives_settings_or_a_value_error(value):
     try:
         assert isinstance(DejaVuConfig.from_dict(value), DejaVuConfig)

@@ -1,4 +1,5 @@
 """The example of docs/extend.md is run as it stands there."""
+
 import re
 import sys
 from pathlib import Path
@@ -28,9 +29,16 @@ def pca(tmp_path, monkeypatch):
 def test_example_trains_an_artifact(pca, tmp_path):
     model = tiny.make_opt(tmp_path / "model")
     config = pipeline.TrainConfig(
-        model=str(model), data=("self",), output=str(tmp_path / "out"), form=pca, seq_len=64, max_tokens=2048, valid_tokens=512,
-        rank=32, max_ppl_increase=0.5,
-    )  # fmt: skip
+        model=str(model),
+        data=("self",),
+        output=str(tmp_path / "out"),
+        form=pca,
+        seq_len=64,
+        max_tokens=2048,
+        valid_tokens=512,
+        rank=32,
+        max_ppl_increase=0.5,
+    )
     made = pipeline.run(config)
     assert made.manifest.training["form"] == pca
     assert any(layer["mlp"].sparse for layer in artifact.load(tmp_path / "out").manifest.layers)
@@ -40,9 +48,15 @@ def test_example_at_full_rank_is_least_squares(pca, tmp_path):
     """With all components nothing is left out: scores are the pre-activations, scaled."""
     opt = OptModel(str(tiny.make_opt(tmp_path / "model")))
     tokens = torch.randint(3, tiny.VOCAB, (12, 40), generator=torch.Generator().manual_seed(1))
-    moments = Collector(opt, Request({"mlp": ("attn_input",), "attention": ("self",)}, range(3))).run(tokens, 4, progress=lambda n: None)
+    moments = Collector(opt, Request({"mlp": ("attn_input",), "attention": ("self",)}, range(3))).run(
+        tokens, 4, progress=lambda n: None
+    )
     inputs = []
-    with opt.observed(on_mlp=lambda layer, states, z: inputs.append(states.attn_input.double().clone()) if layer == 1 else None):
+    with opt.observed(
+        on_mlp=lambda layer, states, z: (
+            inputs.append(states.attn_input.double().clone()) if layer == 1 else None
+        )
+    ):
         opt.decoder(tokens)
     hidden = opt.config.hidden_size
     scores = []

@@ -1,4 +1,5 @@
 """`vllm-dejavu doctor`: vLLM takes any --model-impl, so only this tells whether ours would have an effect."""
+
 import os
 import subprocess
 import sys
@@ -19,7 +20,11 @@ sys.meta_path.insert(0, Broken())
 def doctor(**env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k != "VLLM_PLUGINS"}
     return subprocess.run(
-        [sys.executable, "-m", "vllm_dejavu.cli", "doctor"], env=clean | env, capture_output=True, text=True, timeout=HANG_S
+        [sys.executable, "-m", "vllm_dejavu.cli", "doctor"],
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
 
 
@@ -37,13 +42,19 @@ def test_plugin_not_allowed_by_vllm_plugins():
     assert "VLLM_PLUGINS" in done.stdout and "would NOT take effect" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["vllm_dejavu.plugin", pytest.param("vllm_dejavu.model", marks=pytest.mark.on_demand)])
+@pytest.mark.parametrize(
+    "module", ["vllm_dejavu.plugin", pytest.param("vllm_dejavu.model", marks=pytest.mark.on_demand)]
+)
 def test_broken_plugin_is_reported_with_its_error(tmp_path, module):
     """vLLM only logs a plugin that fails to import, and goes on with its own OPT."""
     (tmp_path / "sitecustomize.py").write_text(BREAK.format(module=module))
     done = doctor(PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
-    assert "broken on purpose" in done.stdout and "Reinstall" in done.stdout and "would NOT take effect" in done.stdout
+    assert (
+        "broken on purpose" in done.stdout
+        and "Reinstall" in done.stdout
+        and "would NOT take effect" in done.stdout
+    )
 
 
 def test_plugin_not_installed(tmp_path, monkeypatch):

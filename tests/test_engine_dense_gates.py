@@ -1,4 +1,7 @@
-"""Blocks that an artifact or the crossover keeps dense are reported as dense, not hidden behind sparse steps."""
+"""Blocks that an artifact or the crossover keeps dense are reported as dense, not hidden behind sparse
+steps.
+"""
+
 from dataclasses import replace
 
 import pytest
@@ -27,7 +30,9 @@ def test_an_artifact_that_gates_nothing_has_no_sparse_steps(opt, predictors):
 
 
 def test_batches_beyond_the_calibrated_sizes_are_above_the_crossover(opt, predictors):
-    """A union only grows with the batch, so a batch of 3 may not run sparse on the word of a table that ends at 2."""
+    """A union only grows with the batch, so a batch of 3 may not run sparse on the word of a table that ends
+    at 2.
+    """
     model = opt()
     table = {str(batch): {"mean": 0.1, "upper": 0.1} for batch in (1, 2)}
     artifact = predictors(model, union_density=table)
@@ -38,7 +43,7 @@ def test_batches_beyond_the_calibrated_sizes_are_above_the_crossover(opt, predic
 UNION = {1: 0.1, 2: 0.2, 8: 0.5, 64: 0.9}
 PLAIN = GateSpec(
     state="sparse", form="low_rank", lookahead="self", rank=4, density={"mean": 0.1, "upper": 0.1}
-)  # fmt: skip
+)
 CALIBRATED = replace(PLAIN, union_density={str(b): {"mean": d, "upper": d} for b, d in UNION.items()})
 
 
@@ -58,7 +63,9 @@ CALIBRATED = replace(PLAIN, union_density={str(b): {"mean": d, "upper": d} for b
     ],
 )
 def test_the_crossover_is_given_or_as_measured_for_the_kernels(crossover, measured, expected):
-    """The largest batch that runs sparse, by the calibrated unions 0.1, 0.2, 0.5, 0.9 of batches 1, 2, 8 and 64."""
+    """The largest batch that runs sparse, by the calibrated unions 0.1, 0.2, 0.5, 0.9 of batches 1, 2, 8 and
+    64.
+    """
     assert _largest_batch(CALIBRATED, crossover, measured) == expected
 
 
@@ -108,7 +115,9 @@ def test_without_calibrated_unions_nothing_is_above_a_crossover():
     assert _largest_batch(PLAIN, 0.01, {}) is None
 
 
-@pytest.mark.parametrize(("hidden", "expected"), [(64, 768), (768, 768), (1024, 768), (2048, 2048), (12288, 2048)])
+@pytest.mark.parametrize(
+    ("hidden", "expected"), [(64, 768), (768, 768), (1024, 768), (2048, 2048), (12288, 2048)]
+)
 def test_crossovers_are_those_of_the_next_smaller_hidden_size_measured(hidden, expected):
     measured = {2048: {1: 0.9}, 768: {1: 0.8}}
     assert _of_size(measured, hidden) == measured[expected]
@@ -128,8 +137,14 @@ def test_measured_crossovers_are_densities_by_block_size_and_batch(kernels):
 def test_a_gate_takes_the_crossovers_of_its_block_and_hidden_size(opt, predictors, monkeypatch):
     """The tiny model's 64 columns are below every size of the table, so that the smallest one counts."""
     model = opt()
-    artifact = predictors(model, union_density={str(batch): {"mean": d, "upper": d} for batch, d in UNION.items()})
-    monkeypatch.setattr(ops.implementation("cpu"), "CROSSOVERS", {"mlp": {768: {2: 0.15}, 2048: {}}, "attention": {2048: {8: 0.4}}})
+    artifact = predictors(
+        model, union_density={str(batch): {"mean": d, "upper": d} for batch, d in UNION.items()}
+    )
+    monkeypatch.setattr(
+        ops.implementation("cpu"),
+        "CROSSOVERS",
+        {"mlp": {768: {2: 0.15}, 2048: {}}, "attention": {2048: {8: 0.4}}},
+    )
     with engine(model, dejavu={"predictor": artifact}) as llm:
         gates = llm.apply_model(lambda model: [(gate.block, gate.max_tokens) for gate in model.gates])[0]
     assert set(gates) == {("mlp", 1), ("attention", 7)}

@@ -1,7 +1,9 @@
-"""The engine on a GPU with CUDA graphs on: parity with dense vLLM, graphs against eager, sparse share, batch sizes.
+"""The engine on a GPU with CUDA graphs on: parity with dense vLLM, graphs against eager, sparse share, batch
+sizes.
 
 Needs a GPU; none has run these yet. Everything else about the engine is tested on the CPU.
 """
+
 from __future__ import annotations
 
 import pytest
@@ -13,9 +15,13 @@ MODEL = {"hidden": 256, "heads": 4, "tied": False, "dtype": "float16", "layers":
 PROMPTS = [random_prompt(n, seed=3) for n in (1, 2, 33, 45, 7)]
 NEW_TOKENS = 24
 GRAPHS = {
-    "enforce_eager": False, "dtype": "float16", "max_num_seqs": 5, "block_size": 16, "max_logprobs": 20,
+    "enforce_eager": False,
+    "dtype": "float16",
+    "max_num_seqs": 5,
+    "block_size": 16,
+    "max_logprobs": 20,
     "gpu_memory_utilization": 0.15,  # what vLLM wants to find free: several tests may run beside each other
-}  # fmt: skip
+}
 # Two tokens whose log-probabilities dense vLLM rates closer than this may change places in fp16.
 MARGIN = 0.05
 
@@ -25,7 +31,9 @@ def run(model, impl, dejavu=None, prompts=PROMPTS, **options):
     with engine(model, impl=impl, dejavu=dejavu, **{**GRAPHS, **options}) as llm:
         if impl == "dejavu":
             llm.collective_rpc("dejavu_reset_metrics")  # the warm-up's steps
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], greedy(NEW_TOKENS, logprobs=10), use_tqdm=False)
+        outputs = llm.generate(
+            [{"prompt_token_ids": p} for p in prompts], greedy(NEW_TOKENS, logprobs=10), use_tqdm=False
+        )
         counted = metrics_of(llm) if impl == "dejavu" else None
         name = type(model_of(llm)).__name__
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
@@ -34,12 +42,16 @@ def run(model, impl, dejavu=None, prompts=PROMPTS, **options):
 
 
 def assert_same_text(found, expected, tolerance):
-    """Tokens agree up to a near-tie of `expected`; up to there the log-probabilities agree within `tolerance`."""
+    """Tokens agree up to a near-tie of `expected`; up to there the log-probabilities agree within
+    `tolerance`.
+    """
     compared = 0
     for ours, our_steps, theirs, their_steps in zip(*found, *expected, strict=True):
         for token, our_step, other, their_step in zip(ours, our_steps, theirs, their_steps, strict=True):
             if token != other:
-                assert their_step[other] - their_step.get(token, -1e9) < MARGIN, "another token, and not a near-tie"
+                assert their_step[other] - their_step.get(token, -1e9) < MARGIN, (
+                    "another token, and not a near-tie"
+                )
                 break
             assert abs(our_step[token] - their_step[token]) < tolerance
             compared += 1

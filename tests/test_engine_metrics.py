@@ -1,4 +1,7 @@
-"""What an engine says of itself while it serves: counters after warm-up, recall on prompts, the dense switch, Prometheus."""
+"""What an engine says of itself while it serves: counters after warm-up, recall on prompts, the dense switch,
+Prometheus.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -16,7 +19,9 @@ from vllm_dejavu.selection import head_contributions, head_grams
 
 
 def tokens_of(llm, prompt, max_tokens=12):
-    return llm.generate({"prompt_token_ids": prompt}, greedy(max_tokens), use_tqdm=False)[0].outputs[0].token_ids
+    return (
+        llm.generate({"prompt_token_ids": prompt}, greedy(max_tokens), use_tqdm=False)[0].outputs[0].token_ids
+    )
 
 
 def gate_counts(llm):
@@ -39,7 +44,9 @@ def test_sampled_recall_is_prediction_against_truth(opt, predictors, monkeypatch
         layers = list(model_of(llm).model.decoder.local_layers())
         for i, layer in enumerate(layers):
             for block, module in (("mlp", layer.mlp), ("attention", layer.self_attn)):
-                module.register_forward_pre_hook(lambda _, args, key=(i, block): inputs.setdefault(key, args[0].clone()) is None or None)
+                module.register_forward_pre_hook(
+                    lambda _, args, key=(i, block): inputs.setdefault(key, args[0].clone()) is None or None
+                )
         tokens_of(llm, random_prompt(length), max_tokens=4)
         counted = gate_counts(llm)
         rows = [i * length // SAMPLED_ROWS for i in range(SAMPLED_ROWS)]
@@ -53,7 +60,9 @@ def test_sampled_recall_is_prediction_against_truth(opt, predictors, monkeypatch
                     grams = head_grams(module.out_proj.weight, module.units)
                     active = head_contributions(attention_outputs[i][rows], grams) > module.threshold
                 expected = [SAMPLED_ROWS, int(chosen.sum()), int(active.sum()), int((chosen & active).sum())]
-                assert [counted[i, block][f"sampled_{n}"] for n in ("rows", "selected", "active", "hit")] == expected
+                assert [
+                    counted[i, block][f"sampled_{n}"] for n in ("rows", "selected", "active", "hit")
+                ] == expected
                 assert counted[i, block]["active"] == 0, "counts of sparse steps are not touched"
         summary = metrics_of(llm)["layers"][1]["mlp"]
         assert 0 < summary["sampled_recall"] < 1 and 0 < summary["sampled_density"] < 1
@@ -62,11 +71,14 @@ def test_sampled_recall_is_prediction_against_truth(opt, predictors, monkeypatch
 @pytest.mark.parametrize(
     ("settings", "lengths", "samples"),
     [
-        ({"sample_recall": 0}, [100] * 3, 0), ({"sample_recall": 1}, [LONG_PASS - 1] * 3, 0), ({"sample_recall": 1}, [LONG_PASS] * 3, 3),
-        ({"sample_recall": 3}, [100] * 6, 2), ({"sample_recall": 1, "mode": "static"}, [100] * 3, 0),
+        ({"sample_recall": 0}, [100] * 3, 0),
+        ({"sample_recall": 1}, [LONG_PASS - 1] * 3, 0),
+        ({"sample_recall": 1}, [LONG_PASS] * 3, 3),
+        ({"sample_recall": 3}, [100] * 6, 2),
+        ({"sample_recall": 1, "mode": "static"}, [100] * 3, 0),
     ],
     ids=["off", "short", "just-long", "every-third", "control"],
-)  # fmt: skip
+)
 def test_which_passes_are_sampled(opt, predictors, settings, lengths, samples):
     model = opt()
     with engine(model, dejavu={"predictor": predictors(model), **settings}) as llm:
@@ -76,7 +88,9 @@ def test_which_passes_are_sampled(opt, predictors, settings, lengths, samples):
 
 
 def test_nothing_is_sampled_in_graphs(opt, predictors, monkeypatch):
-    """A graph of speculative decoding is dense too: what was captured in it would sample in every replay, rows of padding as well."""
+    """A graph of speculative decoding is dense too: what was captured in it would sample in every replay,
+    rows of padding as well.
+    """
     model = opt()
     monkeypatch.setattr(ops.Step, "in_graph", property(lambda _: True, lambda *_: None))
     with engine(model, dejavu={"predictor": predictors(model), "sample_recall": 1}) as llm:
@@ -86,13 +100,17 @@ def test_nothing_is_sampled_in_graphs(opt, predictors, monkeypatch):
 
 def test_heads_scored_by_the_layer_before_are_sampled_too(opt, predictors):
     model = opt()
-    with engine(model, dejavu={"predictor": predictors(model, attention="previous"), "sample_recall": 1}) as llm:
+    with engine(
+        model, dejavu={"predictor": predictors(model, attention="previous"), "sample_recall": 1}
+    ) as llm:
         tokens_of(llm, random_prompt(90))
         assert {g["sampled_rows"] for g in gate_counts(llm).values()} == {SAMPLED_ROWS}
 
 
 def test_dense_switch(opt, predictors):
-    """Tokens as dense vLLM's while it is on, also where a cached prefix holds what sparse steps wrote; then as before."""
+    """Tokens as dense vLLM's while it is on, also where a cached prefix holds what sparse steps wrote; then
+    as before.
+    """
     model, prompt = opt(), random_prompt(40)
     with engine(model, impl="vllm") as llm:
         dense = tokens_of(llm, prompt, 40)
@@ -107,7 +125,11 @@ def test_dense_switch(opt, predictors):
         assert again.num_cached_tokens == 0, "what sparse steps wrote must not be found again"
         assert tokens_of(llm, prompt, 40) == dense
         summary = metrics_of(llm, reset=True)
-        assert summary["mlp_density"] == 1 and summary["head_density"] == 1 and summary["sparse_step_share"] > 0.9
+        assert (
+            summary["mlp_density"] == 1
+            and summary["head_density"] == 1
+            and summary["sparse_step_share"] > 0.9
+        )
         control.set_dense(llm, False)
         assert tokens_of(llm, prompt, 40) == sparse
         summary = metrics_of(llm)
@@ -140,7 +162,9 @@ def test_asynchronous_switch_resets_the_cache_and_says_when_it_could_not():
 
 @pytest.mark.parametrize("first", [True, False], ids=["first-stage", "later-stage"])
 def test_after_warm_up_counts_are_zero_and_later_stages_have_buffers(monkeypatch, first):
-    """GPU workers warm up with metadata. On a CPU in eager mode vLLM made no buffers for what the stage before sends."""
+    """GPU workers warm up with metadata. On a CPU in eager mode vLLM made no buffers for what the stage
+    before sends.
+    """
     from vllm.v1.worker.worker_base import WorkerBase
 
     done = []
@@ -162,7 +186,11 @@ def test_after_warm_up_counts_are_zero_and_later_stages_have_buffers(monkeypatch
     ours = SimpleNamespace(reset_metrics=lambda: done.append("reset"))
     assert Worker(ours, intermediate_tensors=None).compile_or_warm_up_model() == "seconds"
     assert done == (["warm", "reset"] if first else ["warm", "dummy", "reset"])
-    for model, buffers in ((ours, {"intermediate_tensors": "made"}), (ours, {}), (object(), {"intermediate_tensors": None})):
+    for model, buffers in (
+        (ours, {"intermediate_tensors": "made"}),
+        (ours, {}),
+        (object(), {"intermediate_tensors": None}),
+    ):
         done.clear()
         assert Worker(model, **buffers).compile_or_warm_up_model() == "seconds" and "dummy" not in done
 
@@ -175,12 +203,21 @@ def exporter():
 
 
 def sample(name, engine=0, **labels):
-    return REGISTRY.get_sample_value(f"vllm:dejavu_{name}", {"model_name": "tiny", "engine": str(engine), **labels})
+    return REGISTRY.get_sample_value(
+        f"vllm:dejavu_{name}", {"model_name": "tiny", "engine": str(engine), **labels}
+    )
 
 
 def summary_of(steps):
     """As far as the exporter looks."""
-    return {"steps": {"sparse": steps}, "layers": [], "predictor_bytes": 1, "dense_switch": False, "mode": "sparse", "artifact": {"digest": "d", "fingerprint_verified": True}}
+    return {
+        "steps": {"sparse": steps},
+        "layers": [],
+        "predictor_bytes": 1,
+        "dense_switch": False,
+        "mode": "sparse",
+        "artifact": {"digest": "d", "fingerprint_verified": True},
+    }
 
 
 def test_prometheus_metrics_follow_the_counters(opt, predictors, exporter):
@@ -189,19 +226,35 @@ def test_prometheus_metrics_follow_the_counters(opt, predictors, exporter):
         for round_ in (1, 2):
             tokens_of(llm, random_prompt(70), max_tokens=11)
             exporter.update(metrics.summarize(llm.collective_rpc("dejavu_metrics")))
-            assert sample("steps_total", reason="sparse") == 10 * round_ and sample("steps_total", reason="prefill_or_mixed") == round_
+            assert (
+                sample("steps_total", reason="sparse") == 10 * round_
+                and sample("steps_total", reason="prefill_or_mixed") == round_
+            )
         summary = metrics_of(llm, reset=True)
         counts = summary["layers"][1]["mlp"]
         at = {"layer": "1", "block": "mlp"}
-        assert sample("selected_units_total", **at) / sample("selectable_units_total", **at) == counts["density"] < 1
-        assert sample("read_units_total", **at) / sample("readable_units_total", **at) == counts["read_density"]
-        assert sample("sampled_hit_units_total", **at) / sample("sampled_active_units_total", **at) == counts["sampled_recall"]
+        assert (
+            sample("selected_units_total", **at) / sample("selectable_units_total", **at)
+            == counts["density"]
+            < 1
+        )
+        assert (
+            sample("read_units_total", **at) / sample("readable_units_total", **at) == counts["read_density"]
+        )
+        assert (
+            sample("sampled_hit_units_total", **at) / sample("sampled_active_units_total", **at)
+            == counts["sampled_recall"]
+        )
         assert sample("calibrated_density", **at) == 0.5
         assert sample("selected_units_total", layer="2", block="mlp") is None, "a dense layer selects nothing"
-        assert sample("density", block="mlp") == pytest.approx(sum(summary["layers"][i]["mlp"]["density"] for i in (0, 1)) / 2)
+        assert sample("density", block="mlp") == pytest.approx(
+            sum(summary["layers"][i]["mlp"]["density"] for i in (0, 1)) / 2
+        )
         assert sample("predictor_bytes") == summary["predictor_bytes"] > 0 and sample("dense_switch") == 0
         digest = summary["artifact"]["digest"]
-        assert digest and sample("info", mode="sparse", artifact_digest=digest, fingerprint_verified="true") == 1
+        assert (
+            digest and sample("info", mode="sparse", artifact_digest=digest, fingerprint_verified="true") == 1
+        )
         # The counters were reset: a Prometheus counter goes on from where it was.
         tokens_of(llm, random_prompt(70), max_tokens=4)
         exporter.update(metrics.summarize(llm.collective_rpc("dejavu_metrics")))
@@ -213,14 +266,25 @@ def test_counts_are_fetched_when_vllm_logs_and_a_failure_stops_nothing(exporter,
 
     for _ in range(2):
         monitoring.install()
-    monkeypatch.setattr(monitoring, "summarize", lambda ranks: summary_of(3) if ranks == ["rank"] else pytest.fail("asked twice"))
+    monkeypatch.setattr(
+        monitoring,
+        "summarize",
+        lambda ranks: summary_of(3) if ranks == ["rank"] else pytest.fail("asked twice"),
+    )
     logged = []
 
     def fake(impl, rpc):
         model_config = SimpleNamespace(model_impl=impl, served_model_name="tiny")
-        config = SimpleNamespace(model_config=model_config, parallel_config=SimpleNamespace(_api_process_rank=0))
+        config = SimpleNamespace(
+            model_config=model_config, parallel_config=SimpleNamespace(_api_process_rank=0)
+        )
         client = SimpleNamespace(core_engines=[b"\0\0"], engine_ranks_managed=[0])
-        return SimpleNamespace(vllm_config=config, engine_core=client, collective_rpc=rpc, logger_manager=SimpleNamespace(log=lambda: logged.append(impl)))
+        return SimpleNamespace(
+            vllm_config=config,
+            engine_core=client,
+            collective_rpc=rpc,
+            logger_manager=SimpleNamespace(log=lambda: logged.append(impl)),
+        )
 
     async def rpc(method):
         return ["rank"]
@@ -235,6 +299,7 @@ def test_counts_are_fetched_when_vllm_logs_and_a_failure_stops_nothing(exporter,
 
 def test_data_parallel_engines_are_counted_each(exporter):
     """An engine is named by its rank, and asked itself."""
+
     async def call(method, *args, engine):
         assert (method, *args) == ("collective_rpc", "dejavu_metrics", None, (), None)
         return [summary_of({b"a": 5, b"b": 7}[engine])]

@@ -1,8 +1,11 @@
-"""Tensor and pipeline parallelism in real processes: the model is cut into ranks, and what it selects and says stays the same.
+"""Tensor and pipeline parallelism in real processes: the model is cut into ranks, and what it selects and
+says stays the same.
 
-The shipped model in float32 writes given texts, so that every engine sees the same inputs, whatever rounding does; then it
-writes on its own. All ranks of an engine together are compared with one process, and with Hugging Face's masked OPT.
+The shipped model in float32 writes given texts, so that every engine sees the same inputs, whatever rounding
+does; then it writes on its own. All ranks of an engine together are compared with one process, and with
+Hugging Face's masked OPT.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -27,7 +30,9 @@ from tolerances import relative_rms
 from vllm_dejavu import artifact
 from vllm_dejavu.artifact import GateSpec
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="made for workers on a CPU: here they would share a GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="made for workers on a CPU: here they would share a GPU"
+)
 
 TESTS = Path(__file__).parent
 SHIPPED = TESTS.parent / "examples" / "opt-books-7m"
@@ -36,18 +41,33 @@ NEW_TOKENS = 16
 FLIPS_ALLOWED = 3
 
 TEXTS = (
-    "The old house stood at the end of the lane, and nobody in the village could remember who had lived there before the war.",
-    "She put the letter down upon the table, looked at him for a moment without a word, and then went slowly out of the room into the garden.",
-    "There was a great noise in the street below, where a crowd of men and boys had gathered round the carriage.",
-    "In the morning they set out again across the hills. The wind had fallen, the sky was clear, and before noon they saw the sea far away beneath them, "
-    "with a single white sail upon it.",
+    (
+        "The old house stood at the end of the lane, and nobody in the village could remember who had lived"
+        " there before the war."
+    ),
+    (
+        "She put the letter down upon the table, looked at him for a moment without a word, and then went"
+        " slowly out of the room into the garden."
+    ),
+    (
+        "There was a great noise in the street below, where a crowd of men and boys had gathered round the"
+        " carriage."
+    ),
+    (
+        "In the morning they set out again across the hills. The wind had fallen, the sky was clear, and"
+        " before noon they saw the sea far away beneath them, with a single white sail upon it."
+    ),
 )
 
 
 def pieces(texts: list[list[int]]) -> dict:
     """`observe`'s arguments for making requests write the last NEW_TOKENS of their texts."""
     named = dict(zip("abcd", texts, strict=True))
-    return {"texts": named, "prompts": {k: t[:-NEW_TOKENS] for k, t in named.items()}, "max_tokens": NEW_TOKENS}
+    return {
+        "texts": named,
+        "prompts": {k: t[:-NEW_TOKENS] for k, t in named.items()},
+        "max_tokens": NEW_TOKENS,
+    }
 
 
 def job(model: Path, predictor: Path) -> dict:
@@ -63,13 +83,21 @@ def in_processes(directory: Path, arguments: dict, **environment: str) -> dict:
     """`observe`, in a process group of its own that is gone afterwards."""
     paths, log = [directory / name for name in ("job.json", "result.json")], directory / "log"
     paths[0].write_text(json.dumps(arguments))
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS / "ray_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "0"  # vLLM 0.32 waits so long in vain for each engine's workers, then ends them
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(TESTS), str(TESTS / "ray_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    environment["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = (
+        "0"  # vLLM 0.32 waits so long in vain for each engine's workers, then ends them
+    )
     with open(log, "wb") as out:
         process = subprocess.Popen(
             [sys.executable, str(TESTS / "parallel_worker.py"), *map(str, paths)],
-            env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             status = process.wait(HANG_S)
         except subprocess.TimeoutExpired:
@@ -78,15 +106,22 @@ def in_processes(directory: Path, arguments: dict, **environment: str) -> dict:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert status == 0, f"exit status {status}; the end of its log:\n{log.read_text(errors='replace')[-6000:]}"
+    assert status == 0, (
+        f"exit status {status}; the end of its log:\n{log.read_text(errors='replace')[-6000:]}"
+    )
     return load(paths[1])
 
 
 def without(directory: Path, target: Path, gates: set[tuple[int, str]]) -> Path:
     """A copy of an artifact in which these gates are dense."""
     loaded = artifact.load(directory)
-    layers = tuple({b: GateSpec(state="dense") if (i, b) in gates else g for b, g in layer.items()} for i, layer in enumerate(loaded.manifest.layers))
-    tensors = {k: t for k, t in loaded.tensors.items() if (int(k.split(".")[1]), k.split(".")[2]) not in gates}
+    layers = tuple(
+        {b: GateSpec(state="dense") if (i, b) in gates else g for b, g in layer.items()}
+        for i, layer in enumerate(loaded.manifest.layers)
+    )
+    tensors = {
+        k: t for k, t in loaded.tensors.items() if (int(k.split(".")[1]), k.split(".")[2]) not in gates
+    }
     artifact.save(target, replace(loaded.manifest, layers=layers), tensors)
     return target
 
@@ -98,10 +133,14 @@ def alone():
 
 
 def flips(found: dict, expected: dict) -> int:
-    """Units that one of two runs over the same inputs selected and the other did not; both chose the same dense blocks."""
+    """Units that one of two runs over the same inputs selected and the other did not; both chose the same
+    dense blocks.
+    """
     count = 0
     for step, other in zip(found["steps"], expected["steps"], strict=True):
-        assert step.requests == other.requests and torch.equal(step.input_ids, other.input_ids), "the inputs differ"
+        assert step.requests == other.requests and torch.equal(step.input_ids, other.input_ids), (
+            "the inputs differ"
+        )
         assert step.gates.keys() == other.gates.keys()
         for key, gate in step.gates.items():
             assert (gate is None) == (other.gates[key] is None), f"{key} ran dense in one of them"
@@ -110,12 +149,17 @@ def flips(found: dict, expected: dict) -> int:
 
 
 def check_steps(found: dict, model: Path, predictor: Path) -> None:
-    """Against Hugging Face's OPT, in float64: every selection, and the log-probabilities that follow from the selections."""
+    """Against Hugging Face's OPT, in float64: every selection, and the log-probabilities that follow from the
+    selections.
+    """
     steps = found["steps"]
     assert [s.sparse for s in steps] == [False] + [True] * (NEW_TOKENS - 1)
     replayed = Replay(model, predictor).run(steps)
     assert replayed.checked > 100_000 and not replayed.wrong and replayed.flips <= FLIPS_ALLOWED
-    assert relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs)) < TOLERANCE["float32"]
+    assert (
+        relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs))
+        < TOLERANCE["float32"]
+    )
 
 
 def check_same_result(found: dict, expected: dict) -> None:
@@ -128,7 +172,9 @@ def check_same_result(found: dict, expected: dict) -> None:
 
 
 def check_shards(ranks: list[list[dict]], predictor: Path) -> None:
-    """`down` is whole on every rank; all else is cut by neurons or heads, in the order of ranks, without gap or overlap."""
+    """`down` is whole on every rank; all else is cut by neurons or heads, in the order of ranks, without gap
+    or overlap.
+    """
     stored = load_file(predictor / "predictors.safetensors")
     for gates in zip(*ranks, strict=True):
         assert len({(gate["layer"], gate["block"]) for gate in gates}) == 1
@@ -171,15 +217,22 @@ def test_tensor_parallel(ranks, executor, alone, tmp_path):
 @pytest.mark.parametrize(
     ("lookahead", "tensor_parallel", "dense"),
     [
-        # Of layer 3, the first of the second stage, only the heads look at the layer before; those of layer 5 do too.
+        # Of layer 3, the first of the second stage, only the heads look at the layer before; those of layer 5
+        # do too.
         pytest.param("shipped", 1, {(3, "attention")}, id="shipped"),
-        pytest.param("shipped", 2, {(3, "attention")}, id="shipped-tensor-parallel-2", marks=pytest.mark.on_demand),
+        pytest.param(
+            "shipped", 2, {(3, "attention")}, id="shipped-tensor-parallel-2", marks=pytest.mark.on_demand
+        ),
         pytest.param("self", 1, set(), id="self", marks=pytest.mark.on_demand),
-        pytest.param("previous", 1, {(2, "mlp"), (2, "attention")}, id="previous", marks=pytest.mark.on_demand),
+        pytest.param(
+            "previous", 1, {(2, "mlp"), (2, "attention")}, id="previous", marks=pytest.mark.on_demand
+        ),
     ],
 )
 def test_pipeline_parallel(lookahead, tensor_parallel, dense, opt, predictors, tmp_path):
-    """Two stages are one, but for gates of the second one's first layer that look at the layer before: these run dense."""
+    """Two stages are one, but for gates of the second one's first layer that look at the layer before: these
+    run dense.
+    """
     model, predictor = SHIPPED, SHIPPED / "dejavu"
     if lookahead != "shipped":
         model = opt(layers=4, hidden=256, heads=4, tied=False)
@@ -187,7 +240,11 @@ def test_pipeline_parallel(lookahead, tensor_parallel, dense, opt, predictors, t
     expected_predictor = without(predictor, tmp_path / "artifact", dense) if dense else predictor
     expected = observe(**job(model, expected_predictor))
     arguments = job(model, predictor)
-    arguments["options"] = {"pipeline_parallel_size": 2, "tensor_parallel_size": tensor_parallel, "distributed_executor_backend": "mp"}
+    arguments["options"] = {
+        "pipeline_parallel_size": 2,
+        "tensor_parallel_size": tensor_parallel,
+        "distributed_executor_backend": "mp",
+    }
     found = in_processes(tmp_path, arguments)
 
     assert len(found["shards"]) == 2 * tensor_parallel

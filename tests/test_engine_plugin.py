@@ -1,4 +1,7 @@
-"""The plugin at the level of an engine: who gets our class, what is refused at start-up, what every load format ends with."""
+"""The plugin at the level of an engine: who gets our class, what is refused at start-up, what every load
+format ends with.
+"""
+
 from __future__ import annotations
 
 import json
@@ -44,7 +47,9 @@ def refusal(model, dejavu=None, **options) -> str:
 class TestWhoGetsOurClass:
     @pytest.mark.parametrize("impl", ["auto", "vllm"])
     def test_vllms_own_opt_is_untouched(self, impl, model, artifact):
-        """Our plugin is registered (twice), and still every other model_impl gives vLLM's class, whatever our settings say."""
+        """Our plugin is registered (twice), and still every other model_impl gives vLLM's class, whatever our
+        settings say.
+        """
         vllm_dejavu.register()
         vllm_dejavu.register()
         with engine(model, impl=impl, dejavu={"predictor": artifact}) as llm:
@@ -74,11 +79,18 @@ class TestWhoGetsOurClass:
 class TestRefusedModels:
     def test_another_architecture(self, tmp_path):
         LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=256,
             architectures=["LlamaForCausalLM"],
-        ).save_pretrained(tmp_path)  # fmt: skip
+        ).save_pretrained(tmp_path)
         error = refusal(tmp_path)
-        assert "model_impl='dejavu' supports the architectures ['OPTForCausalLM']" in error and "LlamaForCausalLM" in error
+        assert (
+            "model_impl='dejavu' supports the architectures ['OPTForCausalLM']" in error
+            and "LlamaForCausalLM" in error
+        )
 
     def test_activation_other_than_relu(self, model, tmp_path):
         shutil.copytree(model, tmp_path, dirs_exist_ok=True)
@@ -88,7 +100,10 @@ class TestRefusedModels:
 
     def test_quantized_checkpoint(self, model, artifact, tmp_path):
         shutil.copytree(model, tmp_path, dirs_exist_ok=True)
-        edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}))
+        edit_json(
+            tmp_path / "config.json",
+            lambda c: c.update(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}),
+        )
         assert "does not support quantization='fp8'" in refusal(tmp_path, {"predictor": artifact})
 
     @pytest.mark.parametrize("change", ["missing", "unknown"])
@@ -102,26 +117,55 @@ class TestRefusedModels:
             del tensors[name], tensors[name.replace("fc2", "fc3")]
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         error = refusal(tmp_path, {"predictor": artifact})
-        assert ("lacks 1 tensor(s), first" in error and "fc2" in error) if change == "missing" else ("does not have" in error and "fc3" in error)
+        assert (
+            ("lacks 1 tensor(s), first" in error and "fc2" in error)
+            if change == "missing"
+            else ("does not have" in error and "fc3" in error)
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        pytest.param({"quantization": "fp8"}, "quantization='fp8': rows of packed weights cannot be gathered", id="quantization"),
+        pytest.param(
+            {"quantization": "fp8"},
+            "quantization='fp8': rows of packed weights cannot be gathered",
+            id="quantization",
+        ),
         pytest.param({"enable_lora": True}, "enable_lora=True: predictors are trained", id="lora"),
-        pytest.param({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': selected heads are read from an unquantized cache", id="fp8_kv_cache"),
-        pytest.param({"compilation_config": {"cudagraph_mode": "FULL"}, "enforce_eager": False}, "cudagraph_mode='FULL': one full graph", id="cudagraph_full"),
+        pytest.param(
+            {"kv_cache_dtype": "fp8"},
+            "kv_cache_dtype='fp8': selected heads are read from an unquantized cache",
+            id="fp8_kv_cache",
+        ),
+        pytest.param(
+            {"compilation_config": {"cudagraph_mode": "FULL"}, "enforce_eager": False},
+            "cudagraph_mode='FULL': one full graph",
+            id="cudagraph_full",
+        ),
         pytest.param(
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "kv_transfer_config='ExampleConnector': the cache depends on mode and predictor", id="kv_connector",
+            "kv_transfer_config='ExampleConnector': the cache depends on mode and predictor",
+            id="kv_connector",
         ),
-        pytest.param({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "decode_context_parallel_size=2", id="decode_context_parallel"),
-        pytest.param({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2", id="prefill_context_parallel"),
+        pytest.param(
+            {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+            "decode_context_parallel_size=2",
+            id="decode_context_parallel",
+        ),
+        pytest.param(
+            {"prefill_context_parallel_size": 2},
+            "prefill_context_parallel_size=2",
+            id="prefill_context_parallel",
+        ),
         pytest.param({"enable_dbo": True}, "enable_dbo=True", id="microbatches"),
-        pytest.param({"tensor_parallel_size": 3}, "tensor_parallel_size=3: 2 heads and 256 neurons", id="uneven_tensor_parallel"),
+        pytest.param(
+            {"tensor_parallel_size": 3},
+            "tensor_parallel_size=3: 2 heads and 256 neurons",
+            id="uneven_tensor_parallel",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused_engine_options(options, words, model, artifact):
     """Each is refused in the front end, before any worker starts, with its reason and the remedy."""
     error = refusal(model, {"predictor": artifact}, **options)
@@ -133,10 +177,18 @@ class TestRefusedSettingsAndArtifacts:
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
-            pytest.param({"densty": 0.1}, "Unknown setting additional_config[\"dejavu\"]['densty']=0.1", id="unknown_setting"),
+            pytest.param(
+                {"densty": 0.1},
+                "Unknown setting additional_config[\"dejavu\"]['densty']=0.1",
+                id="unknown_setting",
+            ),
             pytest.param({"mode": "fast"}, "[\"mode\"]='fast' is not allowed", id="wrong_value"),
             pytest.param({"row_exact": "yes"}, "[\"row_exact\"]='yes' is not allowed", id="wrong_type"),
-            pytest.param({"predictor": "/nowhere/at/all"}, "No predictor artifact at /nowhere/at/all", id="missing_artifact"),
+            pytest.param(
+                {"predictor": "/nowhere/at/all"},
+                "No predictor artifact at /nowhere/at/all",
+                id="missing_artifact",
+            ),
             pytest.param({}, "No predictor artifact: looked for", id="no_artifact_beside_the_model"),
         ],
     )
@@ -157,17 +209,53 @@ class TestRefusedSettingsAndArtifacts:
     @pytest.mark.parametrize(
         ("damage", "words"),
         [
-            pytest.param(lambda d: (d / "dejavu.json").unlink(), "No predictor artifact at", id="no_manifest"),
-            pytest.param(lambda d: (d / "predictors.safetensors").unlink(), "has no predictors.safetensors", id="no_tensors"),
-            pytest.param(lambda d: edit_json(d / "dejavu.json", lambda m: m.update(format_version=3)), "expected format_version 1 or 2, found 3", id="format_version"),
-            pytest.param(lambda d: edit_json(d / "dejavu.json", lambda m: m["model"].update(layer_norm="post")), "layer_norm='post'", id="other_variant"),
-            pytest.param(lambda d: (d / "predictors.safetensors").write_bytes((d / "predictors.safetensors").read_bytes()[:-100]), "cut short", id="truncated"),
-            pytest.param(lambda d: rewrite_tensors(d, lambda t: t["layers.1.mlp.up"].fill_(float("nan"))), "of 'layers.1.mlp.up' are not finite", id="nan"),
-            pytest.param(lambda d: rewrite_tensors(d, lambda t: t.pop("layers.1.mlp.up")), "misses 1 tensor(s), first 'layers.1.mlp.up'", id="missing_tensor"),
-            pytest.param(lambda d: rewrite_tensors(d, lambda t: t.update(more=torch.ones(1))), "has unexpected 1 tensor(s), first 'more'", id="extra_tensor"),
-            pytest.param(lambda d: rewrite_tensors(d, lambda t: t["layers.1.mlp.up"].mul_(2)), "expects sha256", id="edited_tensor"),
+            pytest.param(
+                lambda d: (d / "dejavu.json").unlink(), "No predictor artifact at", id="no_manifest"
+            ),
+            pytest.param(
+                lambda d: (d / "predictors.safetensors").unlink(),
+                "has no predictors.safetensors",
+                id="no_tensors",
+            ),
+            pytest.param(
+                lambda d: edit_json(d / "dejavu.json", lambda m: m.update(format_version=3)),
+                "expected format_version 1 or 2, found 3",
+                id="format_version",
+            ),
+            pytest.param(
+                lambda d: edit_json(d / "dejavu.json", lambda m: m["model"].update(layer_norm="post")),
+                "layer_norm='post'",
+                id="other_variant",
+            ),
+            pytest.param(
+                lambda d: (d / "predictors.safetensors").write_bytes(
+                    (d / "predictors.safetensors").read_bytes()[:-100]
+                ),
+                "cut short",
+                id="truncated",
+            ),
+            pytest.param(
+                lambda d: rewrite_tensors(d, lambda t: t["layers.1.mlp.up"].fill_(float("nan"))),
+                "of 'layers.1.mlp.up' are not finite",
+                id="nan",
+            ),
+            pytest.param(
+                lambda d: rewrite_tensors(d, lambda t: t.pop("layers.1.mlp.up")),
+                "misses 1 tensor(s), first 'layers.1.mlp.up'",
+                id="missing_tensor",
+            ),
+            pytest.param(
+                lambda d: rewrite_tensors(d, lambda t: t.update(more=torch.ones(1))),
+                "has unexpected 1 tensor(s), first 'more'",
+                id="extra_tensor",
+            ),
+            pytest.param(
+                lambda d: rewrite_tensors(d, lambda t: t["layers.1.mlp.up"].mul_(2)),
+                "expects sha256",
+                id="edited_tensor",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_damaged_artifact(self, damage, words, model, artifact, tmp_path):
         shutil.copytree(artifact, tmp_path / "a")
         damage(tmp_path / "a")
@@ -175,20 +263,30 @@ class TestRefusedSettingsAndArtifacts:
 
 
 def assert_own_predictors(llm, artifact) -> None:
-    """Every predictor tensor of the served model is bit by bit the artifact's; a rank that is no multiple of 16 ends in zeros."""
+    """Every predictor tensor of the served model is bit by bit the artifact's; a rank that is no multiple of
+    16 ends in zeros.
+    """
     tensors = load_file(artifact / "predictors.safetensors")
     gates = model_of(llm).gates
-    served = {f"layers.{g.layer}.{g.block}.{name}": t for g in gates for name, t in g.predictor.named_buffers()}
+    served = {
+        f"layers.{g.layer}.{g.block}.{name}": t for g in gates for name, t in g.predictor.named_buffers()
+    }
     assert served.keys() == tensors.keys() and len(gates) == 6
     for name, tensor in tensors.items():
         own = served[name][tuple(slice(n) for n in tensor.shape)]
         assert own.dtype == tensor.dtype and torch.equal(own, tensor), name
         assert served[name].count_nonzero() == tensor.count_nonzero(), "the padding is not zero"
-    assert all(t.shape[t.ndim - 2 if n.endswith("down") else -1] == 16 for n, t in served.items() if n.endswith(("down", "up")))
+    assert all(
+        t.shape[t.ndim - 2 if n.endswith("down") else -1] == 16
+        for n, t in served.items()
+        if n.endswith(("down", "up"))
+    )
 
 
 class TestLoadFormats:
-    """However the model's weights are loaded, the predictors are the artifact's own, and checked against the weights."""
+    """However the model's weights are loaded, the predictors are the artifact's own, and checked against the
+    weights.
+    """
 
     @pytest.fixture(scope="class")
     def saved(self, model, artifact, tmp_path_factory):
@@ -207,16 +305,23 @@ class TestLoadFormats:
             assert metrics_of(llm)["artifact"]["fingerprint_verified"]
 
     def test_dummy(self, model, artifact):
-        """Random weights carry no fingerprint: served, reported as not verified, predictors untouched by the filling-in."""
+        """Random weights carry no fingerprint: served, reported as not verified, predictors untouched by the
+        filling-in.
+        """
         with engine(model, dejavu={"predictor": artifact}, load_format="dummy") as llm:
             assert_own_predictors(llm, artifact)
             generate(llm, PROMPTS, 4)
             counted = metrics_of(llm)
-        assert counted["artifact"]["weights_fingerprint"] is None and not counted["artifact"]["fingerprint_verified"]
+        assert (
+            counted["artifact"]["weights_fingerprint"] is None
+            and not counted["artifact"]["fingerprint_verified"]
+        )
         assert counted["steps"]["sparse"] == 3
 
     def test_sharded_state(self, saved, artifact):
-        """A sharded state holds no predictors; it does carry the fingerprint, so the artifact is verified as usual."""
+        """A sharded state holds no predictors; it does carry the fingerprint, so the artifact is verified as
+        usual.
+        """
         directory, tokens = saved
         assert not any("predictor" in n for f in directory.glob("*.safetensors") for n in load_file(f))
         with engine(directory, dejavu={"predictor": artifact}, load_format="sharded_state") as llm:
@@ -230,11 +335,14 @@ class TestLoadFormats:
         with engine(saved[0], dejavu={"predictor": other}, load_format="sharded_state") as llm:
             assert_own_predictors(llm, other)
         wrong = predictors(model, fingerprint="sha256:" + "0" * 64)
-        assert "was trained on the weights of" in refusal(saved[0], {"predictor": wrong}, load_format="sharded_state")
+        assert "was trained on the weights of" in refusal(
+            saved[0], {"predictor": wrong}, load_format="sharded_state"
+        )
 
     def test_sharded_state_of_a_partly_dense_model(self, model, predictors, tmp_path):
-        """Layers without gates keep vLLM's own linears. On a CPU those repack their weights and drop the originals, so that
-        vLLM's sharded states lack them, its own OPT's too: an error on loading, never weights out of nowhere."""
+        """Layers without gates keep vLLM's own linears. On a CPU those repack their weights and drop the
+        originals, so that vLLM's sharded states lack them, its own OPT's too: an error on loading, never
+        weights out of nowhere."""
         settings = {"predictor": predictors(model, dense_layers=(1,))}
         with engine(model, dejavu=settings) as llm:
             tokens = generate(llm, PROMPTS, 8)
@@ -249,18 +357,26 @@ class TestLoadFormats:
 
 
 def test_fingerprint_ignores_dtype_and_tied_heads(tmp_path, model, artifact):
-    """The artifact fits its model served in bfloat16 too, and the same checkpoint with its tied head written out."""
+    """The artifact fits its model served in bfloat16 too, and the same checkpoint with its tied head written
+    out.
+    """
     shutil.copytree(model, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     embedding = next(t for n, t in tensors.items() if n.endswith("embed_tokens.weight"))
-    save_file({**tensors, "lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors, "lm_head.weight": embedding.clone()},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with engine(tmp_path, dejavu={"predictor": artifact}) as llm:
         assert metrics_of(llm)["artifact"]["fingerprint_verified"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_fingerprint_of_a_16_bit_checkpoint(dtype, tmp_path):
-    """Served in its own type or in float32, a 16-bit checkpoint has the fingerprint its artifact was trained with."""
+    """Served in its own type or in float32, a 16-bit checkpoint has the fingerprint its artifact was trained
+    with.
+    """
     model = make_opt(tmp_path / "m", dtype=dtype)
     artifact = make_artifact(tmp_path / "a", model)
     for served in (dtype, "float32"):

@@ -1,8 +1,11 @@
-"""Reduced density is what an independent masked Hugging Face OPT computes over the engine's recorded schedule.
+"""Reduced density is what an independent masked Hugging Face OPT computes over the engine's recorded
+schedule.
 
-`replay.Replay` follows the engine step by step (rows, cache slots, selections) and knows nothing of our code. Compared
-are the tokens, whole log-probability distributions, and every selection, recomputed from Hugging Face's hidden states.
+`replay.Replay` follows the engine step by step (rows, cache slots, selections) and knows nothing of our code.
+Compared are the tokens, whole log-probability distributions, and every selection, recomputed from Hugging
+Face's hidden states.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,14 +23,21 @@ POST_LN = {"pre_ln": False, "embed_dim": 32}
 FLIPS_ALLOWED = 1e-4
 BLOCK = 32  # tokens a cache block
 
-# Two requests, one of 33 tokens so that it starts in its second block; two more arrive in the middle, one of 1 token.
-MIDWAY = {0: {"a": random_prompt(20), "b": random_prompt(33)}, 5: {"c": random_prompt(7), "d": random_prompt(1)}}
+# Two requests, one of 33 tokens so that it starts in its second block; two more arrive in the middle, one of
+# 1 token.
+MIDWAY = {
+    0: {"a": random_prompt(20), "b": random_prompt(33)},
+    5: {"c": random_prompt(7), "d": random_prompt(1)},
+}
 TWICE = random_prompt(70, seed=1)
 
 
 def record(model, artifact, arrivals, max_tokens=24, dejavu=None, **options):
     """Returns (steps, tokens by request, step counts)."""
-    with engine(model, dejavu={"predictor": artifact, **(dejavu or {})}, **options) as llm, Recorder(llm) as recorder:
+    with (
+        engine(model, dejavu={"predictor": artifact, **(dejavu or {})}, **options) as llm,
+        Recorder(llm) as recorder,
+    ):
         tokens = run_requests(llm, arrivals, max_tokens)
         return recorder.steps, tokens, metrics_of(llm)["steps"]
 
@@ -63,7 +73,9 @@ def error(steps, replayed) -> float:
 def assert_replayed(model, artifact, arrivals, steps, tokens, counted, **replay_options):
     """The replay agrees with the engine: path, selections, log-probabilities, tokens."""
     for step in steps:
-        assert step.sparse == (max(step.query_lens) == 1), "sparse steps are those in which every request adds one token"
+        assert step.sparse == (max(step.query_lens) == 1), (
+            "sparse steps are those in which every request adds one token"
+        )
     assert counted["sparse"] == sum(s.sparse for s in steps) > 0
     assert counted["prefill_or_mixed"] == sum(not s.sparse for s in steps) > 0
     replayed = Replay(model, artifact, **replay_options).run(steps)
@@ -97,21 +109,34 @@ def assert_replayed(model, artifact, arrivals, steps, tokens, counted, **replay_
     ],
 )
 def test_a_request_arriving_midway(variant, gates, settings, opt, predictors):
-    """Continuous batching: two requests decode, two join them (a mixed step), all decode on, the first ones leave."""
+    """Continuous batching: two requests decode, two join them (a mixed step), all decode on, the first ones
+    leave.
+    """
     model = opt(**MODEL, **variant)
     artifact = predictors(model, **gates)
     steps, tokens, counted = record(model, artifact, MIDWAY, dejavu=settings)
-    assert any(max(s.query_lens) > 1 and min(s.query_lens) == 1 for s in steps), "no step mixed prompts with decoding"
+    assert any(max(s.query_lens) > 1 and min(s.query_lens) == 1 for s in steps), (
+        "no step mixed prompts with decoding"
+    )
     assert {len(s.requests) for s in steps if s.sparse} >= {2, 4}
     blocks, dense = settings.get("blocks", ("mlp", "attention")), gates.get("dense_layers", ())
-    gated = {(layer, block) for layer in range(3) for block in blocks if layer not in dense and gates.get(block, "self")}
+    gated = {
+        (layer, block)
+        for layer in range(3)
+        for block in blocks
+        if layer not in dense and gates.get(block, "self")
+    }
     assert all(step.gates.keys() == gated for step in steps)
-    replayed = assert_replayed(model, artifact, MIDWAY, steps, tokens, counted, row_exact=settings.get("row_exact", False))
+    replayed = assert_replayed(
+        model, artifact, MIDWAY, steps, tokens, counted, row_exact=settings.get("row_exact", False)
+    )
     assert replayed.counts.keys() == gated
 
 
 def test_preemption(opt, predictors):
-    """A cache of 6 blocks for 4 growing requests: some are evicted and their generated tokens recomputed, densely."""
+    """A cache of 6 blocks for 4 growing requests: some are evicted and their generated tokens recomputed,
+    densely.
+    """
     model = opt(**MODEL)
     artifact = predictors(model)
     arrivals = {0: {name: random_prompt(20 + i) for i, name in enumerate("abcd")}}
@@ -121,7 +146,9 @@ def test_preemption(opt, predictors):
 
 
 def test_prefix_caching(opt, predictors):
-    """A second prompt with the same first 64 tokens, and one that repeats what was generated, start from cached blocks."""
+    """A second prompt with the same first 64 tokens, and one that repeats what was generated, start from
+    cached blocks.
+    """
     model = opt(**MODEL)
     artifact = predictors(model)
     # What "first" generates is in the cache as sparsity left it; "again" reads it from there.
@@ -130,24 +157,32 @@ def test_prefix_caching(opt, predictors):
     again = (TWICE + tokens["first"])[:97]
     arrivals = {0: {"first": TWICE}, 40: {"second": TWICE[:64] + random_prompt(9), "again": again}}
     steps, tokens, counted = record(model, artifact, arrivals, **settings)
-    assert first_positions(steps) == {"first": 0, "second": 64, "again": 96}, "the prefix cache was not hit as planned"
+    assert first_positions(steps) == {
+        "first": 0,
+        "second": 64,
+        "again": 96,
+    }, "the prefix cache was not hit as planned"
     assert_replayed(model, artifact, arrivals, steps, tokens, counted)
 
 
 def test_chunked_prefill(opt, predictors):
-    """A budget of 16 tokens a step: long prompts come in pieces, beside requests that decode; a remainder of one token
-    alone is a sparse step."""
+    """A budget of 16 tokens a step: long prompts come in pieces, beside requests that decode; a remainder of
+    one token alone is a sparse step."""
     model = opt(**MODEL)
     artifact = predictors(model)
     arrivals = {0: {"a": random_prompt(33)}, 8: {"b": random_prompt(50), "c": random_prompt(3)}}
     steps, tokens, counted = record(model, artifact, arrivals, max_num_batched_tokens=16)
     assert [s.query_lens for s in steps[:3]] == [[16], [16], [1]] and steps[2].sparse
-    assert sum(request == "b" and end - start > 1 for request, start, end in rows(steps)) >= 4, "the prompt was not chunked"
+    assert sum(request == "b" and end - start > 1 for request, start, end in rows(steps)) >= 4, (
+        "the prompt was not chunked"
+    )
     assert_replayed(model, artifact, arrivals, steps, tokens, counted)
 
 
 def test_everything_at_once(opt, predictors):
-    """Arrivals, chunks, prefix hits and preemption together, with a dense layer, row by row masks and late lookahead."""
+    """Arrivals, chunks, prefix hits and preemption together, with a dense layer, row by row masks and late
+    lookahead.
+    """
     model = opt(**MODEL)
     artifact = predictors(model, mlp="previous", dense_layers=(2,))
     arrivals = {
@@ -156,9 +191,15 @@ def test_everything_at_once(opt, predictors):
         20: {"e": TWICE[:50], "f": random_prompt(26)},
     }
     steps, tokens, counted = record(
-        model, artifact, arrivals, max_tokens=40, dejavu={"row_exact": True},
-        max_num_batched_tokens=16, num_gpu_blocks_override=8, enable_prefix_caching=True,
-    )  # fmt: skip
+        model,
+        artifact,
+        arrivals,
+        max_tokens=40,
+        dejavu={"row_exact": True},
+        max_num_batched_tokens=16,
+        num_gpu_blocks_override=8,
+        enable_prefix_caching=True,
+    )
     assert recomputed_tokens(steps) > 0 and first_positions(steps)["e"] == BLOCK
     assert any(len(s.requests) > 1 and max(s.query_lens) > 1 for s in steps)
     assert_replayed(model, artifact, arrivals, steps, tokens, counted, row_exact=True)
@@ -206,13 +247,18 @@ class TestTheReplayWouldNotice:
 
     def test_dense_instead_of_sparse(self, plain):
         model, _, steps = plain
-        assert error(steps, Replay(model).run([replace(s, gates={}) for s in steps])) > 1000 * TOLERANCE["float32"]
+        assert (
+            error(steps, Replay(model).run([replace(s, gates={}) for s in steps]))
+            > 1000 * TOLERANCE["float32"]
+        )
 
     def test_rows_masked_to_their_own_neurons(self, plain):
         model, _, steps = plain
         assert error(steps, Replay(model, row_exact=True).run(steps)) > 1000 * TOLERANCE["float32"]
 
-    @pytest.mark.parametrize("change", [_toggle_a_head, _swap_rows, _drop_a_tenth_of_the_neurons, _run_one_block_dense])
+    @pytest.mark.parametrize(
+        "change", [_toggle_a_head, _swap_rows, _drop_a_tenth_of_the_neurons, _run_one_block_dense]
+    )
     def test_one_step_altered(self, plain, change):
         model, _, steps = plain
         assert error(steps, Replay(model).run(_edit(steps, change))) > 100 * TOLERANCE["float32"]

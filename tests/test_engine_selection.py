@@ -1,4 +1,7 @@
-"""Who decides what is selected: the row's own predictor input and nothing else; what is counted is what was selected."""
+"""Who decides what is selected: the row's own predictor input and nothing else; what is counted is what was
+selected.
+"""
+
 from __future__ import annotations
 
 import json
@@ -49,7 +52,12 @@ def by_position(steps) -> dict[tuple, torch.Tensor]:
 
 
 def counted_gates(counted) -> dict[tuple[int, str], dict]:
-    return {(i, block): layer[block] for i, layer in enumerate(counted["layers"]) for block in layer if layer[block]["gated"]}
+    return {
+        (i, block): layer[block]
+        for i, layer in enumerate(counted["layers"])
+        for block in layer
+        if layer[block]["gated"]
+    }
 
 
 class TestGivenTheSameInputs:
@@ -57,13 +65,19 @@ class TestGivenTheSameInputs:
 
     @pytest.fixture(scope="class")
     def choose(self, opt, predictors):
-        """choose(x [T, hidden], seq_lens [T]) -> (MLP masks [T, units], union ids, head scores) of layer 1."""
+        """choose(x [T, hidden], seq_lens [T]) -> (MLP masks [T, units], union ids, head scores) of layer
+        1.
+        """
         model = opt(**MODEL)
         with engine(model, dejavu={"predictor": predictors(model, density=0.2), "row_exact": True}) as llm:
             layer, config = model_of(llm).model.decoder.layers[1], llm.llm_engine.vllm_config
 
             def call(x, seq_lens):
-                metadata = SimpleNamespace(max_query_len=1, num_actual_tokens=len(x), seq_lens=torch.tensor(seq_lens, dtype=torch.int32))
+                metadata = SimpleNamespace(
+                    max_query_len=1,
+                    num_actual_tokens=len(x),
+                    seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+                )
                 positions = torch.arange(len(x))
                 with set_forward_context({layer.self_attn.attention_name: metadata}, config), torch.no_grad():
                     (ids, counts, mask, _), _ = layer.mlp.choose(x, positions)
@@ -86,7 +100,14 @@ class TestGivenTheSameInputs:
             assert torch.equal(alone[0], mask[row])
             assert torch.equal(alone_scores[0] > 0, scores[row] > 0)
 
-    @pytest.mark.parametrize("garbage", [pytest.param(float("nan"), id="nan"), pytest.param(float("inf"), id="inf"), pytest.param(1e4, id="large")])
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            pytest.param(float("nan"), id="nan"),
+            pytest.param(float("inf"), id="inf"),
+            pytest.param(1e4, id="large"),
+        ],
+    )
     def test_padding_selects_nothing(self, choose, x, garbage):
         """Rows of length 0 select no unit, whatever they hold, and change nobody else's selection."""
         mask, ids, scores = choose(x, [9] * 7)
@@ -104,7 +125,9 @@ class TestGivenTheSameInputs:
         """The neurons read are those that some row selected: no more, no less, each once, ascending."""
         mask, ids, _ = choose(x, [9] * 7)
         assert ids.tolist() == mask.any(dim=0).nonzero().flatten().tolist()
-        assert mask.sum(dim=1).max() < len(ids) < mask.shape[1], "the rows agree, or select everything: the test says nothing"
+        assert mask.sum(dim=1).max() < len(ids) < mask.shape[1], (
+            "the rows agree, or select everything: the test says nothing"
+        )
 
 
 class TestNeighbours:
@@ -139,7 +162,10 @@ class TestNeighbours:
         """Else the test above would show nothing: the union of a batch gives a row more neurons."""
         (steps, _), (alone_steps, _) = runs[False][0], runs[False][1]
         expected, found = next_token_log_probs(alone_steps), next_token_log_probs(steps)
-        assert max(relative_rms(found[k], v) for k, v in expected.items() if k in found) > 1000 * TOLERANCE["float32"]
+        assert (
+            max(relative_rms(found[k], v) for k, v in expected.items() if k in found)
+            > 1000 * TOLERANCE["float32"]
+        )
 
     def test_first_gate_of_a_first_sparse_step(self, runs):
         """Even then the first gate, whose inputs are the same, selects the same."""
@@ -150,7 +176,9 @@ class TestNeighbours:
 
 
 def test_counters_are_what_was_selected(opt, predictors):
-    """steps, rows, selected, read and survived equal counts over the recorded masks and the replay's activations."""
+    """steps, rows, selected, read and survived equal counts over the recorded masks and the replay's
+    activations.
+    """
     model = opt(**MODEL)
     artifact = predictors(model, dense_layers=(1,))
     steps, _, counted = record(model, {"predictor": artifact})
@@ -158,7 +186,9 @@ def test_counters_are_what_was_selected(opt, predictors):
     found = counted_gates(counted)
     assert found.keys() == expected.keys()
     for gate, counts in expected.items():
-        assert {k: found[gate][k] for k in ("steps", "rows", "selected", "read")} == {k: counts[k] for k in ("steps", "rows", "selected", "read")}
+        assert {k: found[gate][k] for k in ("steps", "rows", "selected", "read")} == {
+            k: counts[k] for k in ("steps", "rows", "selected", "read")
+        }
         if gate[1] == "mlp":
             assert found[gate]["survived"] == counts["survived"]
             assert 0 < counts["survived"] < counts["read"]
@@ -172,7 +202,9 @@ def test_counters_are_what_was_selected(opt, predictors):
 
 @pytest.fixture(scope="module")
 def discerning(opt, predictors, tmp_path_factory):
-    """(model, artifact of density 0.3 whose head threshold splits the contributions of a tiny model in two)."""
+    """(model, artifact of density 0.3 whose head threshold splits the contributions of a tiny model in
+    two).
+    """
     model, artifact = opt(**MODEL), tmp_path_factory.mktemp("discerning") / "artifact"
     shutil.copytree(predictors(model, density=0.3), artifact)
     manifest = json.loads((artifact / "dejavu.json").read_text())
@@ -182,12 +214,14 @@ def discerning(opt, predictors, tmp_path_factory):
     return model, artifact
 
 
-@pytest.mark.parametrize("prompts", [pytest.param({"a": PROMPTS["a"]}, id="alone"), pytest.param(PROMPTS, id="batch")])
+@pytest.mark.parametrize(
+    "prompts", [pytest.param({"a": PROMPTS["a"]}, id="alone"), pytest.param(PROMPTS, id="batch")]
+)
 def test_measured_recall(prompts, discerning):
     """measure=True counts the truly active units and those found; outputs stay as they are without it.
 
-    Guards a bug: the query of a head that no row selected is not computed, so what such a head would have contributed
-    was measured with a query of 0.
+    Guards a bug: the query of a head that no row selected is not computed, so what such a head would have
+    contributed was measured with a query of 0.
     """
     model, artifact = discerning
     steps, tokens, counted = record(model, {"predictor": artifact, "measure": True}, prompts)
@@ -215,7 +249,11 @@ class TestControls:
         replayed = Replay(model, artifact, oracle=True).run(steps)
         assert replayed.checked > 10_000 and not replayed.wrong and replayed.flips < 10
         assert counted["steps"]["sparse"] == NEW_TOKENS - 1
-        assert all(0.1 < g["density"] < 0.6 and g["hit"] == g["active"] for g in counted_gates(counted).values() if g["active"])
+        assert all(
+            0.1 < g["density"] < 0.6 and g["hit"] == g["active"]
+            for g in counted_gates(counted).values()
+            if g["active"]
+        )
         with engine(model, impl="vllm") as llm, Recorder(llm) as recorder:
             dense_tokens = run_requests(llm, {0: PROMPTS}, NEW_TOKENS)
         assert tokens == dense_tokens
@@ -223,17 +261,24 @@ class TestControls:
         assert max(relative_rms(found[k], expected[k]) for k in expected) < TOLERANCE["float32"]
 
     def test_oracle_of_both_blocks(self, discerning):
-        """Heads whose contribution is above the artifact's threshold, neurons that are positive: as the replay finds them."""
+        """Heads whose contribution is above the artifact's threshold, neurons that are positive: as the
+        replay finds them.
+        """
         model, artifact = discerning
         steps, _, counted = record(model, {"predictor": artifact, "mode": "oracle"})
         replayed = Replay(model, artifact, oracle=True).run(steps)
         assert not replayed.wrong and replayed.flips < 10
-        assert relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs)) < TOLERANCE["float32"]
+        assert (
+            relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs))
+            < TOLERANCE["float32"]
+        )
         heads = [g for (_, block), g in counted_gates(counted).items() if block == "attention"]
         assert all(0 < g["density"] < 1 and g["recall"] == 1 for g in heads)
 
     def test_random_depends_on_seed_and_position_only(self, model, predictors):
-        """The same mask at the same position in every request and batch; another mask for another seed; the artifact's density."""
+        """The same mask at the same position in every request and batch; another mask for another seed; the
+        artifact's density.
+        """
         artifact = predictors(model, density=0.3)
         runs = [
             record(model, {"predictor": artifact, "mode": "random", "seed": seed}, prompts)
@@ -250,14 +295,21 @@ class TestControls:
         assert all(torch.equal(masks[0][k], masks[1][k]) for k in shared)
         mlp = [k for k in masks[0] if k[2] == "mlp"]
         assert not any(torch.equal(masks[0][k], masks[2][k]) for k in mlp), "the seed changes nothing"
-        assert len({masks[0][k].numpy().tobytes() for k in mlp}) == len(mlp), "layers or positions share masks"
+        assert len({masks[0][k].numpy().tobytes() for k in mlp}) == len(mlp), (
+            "layers or positions share masks"
+        )
         steps, _, counted = runs[0]
         assert all(0.27 < g["density"] < 0.33 for (_, b), g in counted_gates(counted).items() if b == "mlp")
         replayed = Replay(model).run(steps)
-        assert relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs)) < TOLERANCE["float32"]
+        assert (
+            relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs))
+            < TOLERANCE["float32"]
+        )
 
     def test_static_is_the_most_often_active(self, model, predictors):
-        """One mask for all rows and steps: the artifact's density of the units that were most often active."""
+        """One mask for all rows and steps: the artifact's density of the units that were most often
+        active.
+        """
         artifact = predictors(model, density=0.25)
         steps, _, counted = record(model, {"predictor": artifact, "mode": "static"})
         rates = load_file(artifact / "predictors.safetensors")
@@ -270,11 +322,16 @@ class TestControls:
                 assert all(torch.equal(m, top) for m in found)
                 assert counted["layers"][layer][block]["density"] == 0.25
         replayed = Replay(model).run(steps)
-        assert relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs)) < TOLERANCE["float32"]
+        assert (
+            relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs))
+            < TOLERANCE["float32"]
+        )
 
 
 def test_crossover_makes_large_batches_dense(opt, predictors):
-    """A layer whose calibrated union density is above the crossover from batch 3 on runs dense there, and counts as density 1."""
+    """A layer whose calibrated union density is above the crossover from batch 3 on runs dense there, and
+    counts as density 1.
+    """
     model = opt(**MODEL)
     union = {str(b): {"mean": d, "upper": d} for b, d in ((1, 0.5), (2, 0.6), (3, 0.75), (4, 0.8))}
     artifact = predictors(model, union_density=union)
@@ -291,9 +348,16 @@ def test_crossover_makes_large_batches_dense(opt, predictors):
                 assert (gate is not None) == small_decode
     replayed = Replay(model, artifact).run(steps)
     assert not replayed.wrong
-    assert relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs)) < TOLERANCE["float32"]
+    assert (
+        relative_rms(torch.cat([s.log_probs for s in steps]), torch.cat(replayed.log_probs))
+        < TOLERANCE["float32"]
+    )
     chosen = replayed.tokens(steps)
-    assert all(chosen[r][len(PROMPTS[r]) + i] == t for r, generated in tokens.items() for i, t in enumerate(generated))
+    assert all(
+        chosen[r][len(PROMPTS[r]) + i] == t
+        for r, generated in tokens.items()
+        for i, t in enumerate(generated)
+    )
     decoding = [len(s.requests) for s in steps if max(s.query_lens) == 1]
     assert counted["steps"]["sparse"] == sum(n <= 2 for n in decoding)
     # heads have the same unions here, so that all of the step is dense

@@ -1,8 +1,10 @@
 """The Triton kernels in the real engine: paged attention on vLLM's own block tables, under the interpreter.
 
-A CPU attention backend with the GPU cache layout stands in for FlashAttention; everything else is the engine as served.
-The independent replay of test_engine_replay follows every step, so nothing here is compared with itself.
+A CPU attention backend with the GPU cache layout stands in for FlashAttention; everything else is the engine
+as served. The independent replay of test_engine_replay follows every step, so nothing here is compared with
+itself.
 """
+
 from __future__ import annotations
 
 import pytest
@@ -18,17 +20,26 @@ from vllm_dejavu.kernels.launch import Workspace
 
 # Small: under the interpreter a sparse step of one layer takes about 0.3 s.
 MODEL = {"layers": 2, "tied": False}
-ARRIVALS = {0: {"a": random_prompt(20), "b": random_prompt(33)}, 2: {"c": random_prompt(7), "d": random_prompt(1)}}
-TOKENS = 4  # each: steps of two rows before the others arrive and after they have, and one of all four between
+ARRIVALS = {
+    0: {"a": random_prompt(20), "b": random_prompt(33)},
+    2: {"c": random_prompt(7), "d": random_prompt(1)},
+}
+TOKENS = (
+    4  # each: steps of two rows before the others arrive and after they have, and one of all four between
+)
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stand-in; on a GPU the real backends run")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the CPU stand-in; on a GPU the real backends run"
+)
 
 
 @pytest.fixture
 def paged(monkeypatch):
     """use(module): the engine's kernels, over a cache in the GPU layout."""
     monkeypatch.setattr(
-        type(current_platform), "get_attn_backend_cls", classmethod(lambda *args, **kwargs: "paged_backend.PagedCpuBackend")
+        type(current_platform),
+        "get_attn_backend_cls",
+        classmethod(lambda *args, **kwargs: "paged_backend.PagedCpuBackend"),
     )
     selector._cached_get_attn_backend.cache_clear()
     calls = {}
@@ -75,22 +86,36 @@ def record(model, artifact, arrivals, max_tokens, dejavu=None, **options):
     [
         pytest.param({}, {}, {}, id="self", marks=pytest.mark.on_demand),
         pytest.param({}, {"attention": "previous"}, {}, id="heads_ride_along"),
-        pytest.param({}, {"mlp": "attn_input", "attention": "previous"}, {"row_exact": True}, id="attn_input_row_exact"),
-        pytest.param({"pre_ln": False, "embed_dim": 32}, {"attention": "previous"}, {}, id="post_ln", marks=pytest.mark.on_demand),
+        pytest.param(
+            {}, {"mlp": "attn_input", "attention": "previous"}, {"row_exact": True}, id="attn_input_row_exact"
+        ),
+        pytest.param(
+            {"pre_ln": False, "embed_dim": 32},
+            {"attention": "previous"},
+            {},
+            id="post_ln",
+            marks=pytest.mark.on_demand,
+        ),
         pytest.param({"hidden": 160}, {}, {}, id="head_size_80"),
     ],
 )
 def test_a_request_arriving_midway(variant, gates, settings, paged, opt, predictors):
-    """Sparse steps read the cache through the paged kernel; tokens and selections are the replay's, counts exact."""
+    """Sparse steps read the cache through the paged kernel; tokens and selections are the replay's, counts
+    exact.
+    """
     calls = paged(gpu)
     model = opt(**{**MODEL, **variant})
     artifact = predictors(model, **gates)
     steps, tokens, counted = record(model, artifact, ARRIVALS, TOKENS, settings)
     sparse = sum(s.sparse for s in steps)
-    assert calls["paged_attention"] == calls["sparse_out_proj"] == MODEL["layers"] * sparse, "attention did not go through the paged kernel"
+    assert calls["paged_attention"] == calls["sparse_out_proj"] == MODEL["layers"] * sparse, (
+        "attention did not go through the paged kernel"
+    )
     if gates.get("attention") == "previous" and "mlp" not in gates:
         assert calls["score_heads"] == sparse, "only layer 0 has a launch of its own for its heads"
-    assert_replayed(model, artifact, ARRIVALS, steps, tokens, counted["steps"], row_exact=settings.get("row_exact", False))
+    assert_replayed(
+        model, artifact, ARRIVALS, steps, tokens, counted["steps"], row_exact=settings.get("row_exact", False)
+    )
     for layer, entry in enumerate(counted["layers"]):
         for block in ("mlp", "attention"):
             if entry[block]["gated"]:
@@ -102,7 +127,9 @@ def test_a_request_arriving_midway(variant, gates, settings, paged, opt, predict
 
 @pytest.mark.on_demand
 def test_preemption_and_prefix_hits(paged, opt, predictors):
-    """Blocks change hands: 5 blocks for three growing requests, one of which starts from another's cached block."""
+    """Blocks change hands: 5 blocks for three growing requests, one of which starts from another's cached
+    block.
+    """
     paged(gpu)
     model = opt(**MODEL)
     artifact = predictors(model, attention="previous")
@@ -129,11 +156,26 @@ def test_the_reference_kernels_give_the_same_tokens_over_the_same_cache(paged, o
 
 
 # What a sparse step may dispatch beside the kernels: memory and views of it.
-NO_LAUNCH = {"empty", "empty_strided", "new_empty", "view", "slice", "select", "alias", "detach", "_unsafe_view", "unsqueeze", "transpose", "as_strided", "expand"}
+NO_LAUNCH = {
+    "empty",
+    "empty_strided",
+    "new_empty",
+    "view",
+    "slice",
+    "select",
+    "alias",
+    "detach",
+    "_unsafe_view",
+    "unsqueeze",
+    "transpose",
+    "as_strided",
+    "expand",
+}
 
 
 def test_a_sparse_layer_takes_seven_launches_of_ours(paged, opt, predictors, monkeypatch):
-    """Predict 2 (next layer's heads ride along), fc1, fc2, QKV, attention, out_proj; the ops around them launch nothing.
+    """Predict 2 (next layer's heads ride along), fc1, fc2, QKV, attention, out_proj; the ops around them
+    launch nothing.
 
     With vLLM's cache write and two fused additions + LayerNorms these are the 10 of the design.
     """
@@ -167,13 +209,23 @@ def test_a_sparse_layer_takes_seven_launches_of_ours(paged, opt, predictors, mon
 
     paged(gpu)
     model = opt(**{**MODEL, "layers": 3})
-    with engine(model, dejavu={"predictor": predictors(model, attention="previous")}, num_gpu_blocks_override=16) as llm:
+    with engine(
+        model, dejavu={"predictor": predictors(model, attention="previous")}, num_gpu_blocks_override=16
+    ) as llm:
         give_workspace(model_of(llm))
         model_of(llm).register_forward_pre_hook(lambda *_: number.update(step=number["step"] + 1))
         with Outside():
             run_requests(llm, {0: {"a": random_prompt(20), "b": random_prompt(9)}}, 2)
     assert not [n for s, n in launches if s == 1], "the prompts' step is dense"
     mine = [n for s, n in launches if s == 2]
-    middle = ["_qkv_kernel", "_attention_kernel", "_out_proj_kernel", "_down_kernel", "_up_select_kernel", "_fc1_kernel", "_fc2_kernel"]
+    middle = [
+        "_qkv_kernel",
+        "_attention_kernel",
+        "_out_proj_kernel",
+        "_down_kernel",
+        "_up_select_kernel",
+        "_fc1_kernel",
+        "_fc2_kernel",
+    ]
     assert mine == ["_down_kernel", *middle * 3], "the first layer scores its own heads"
     assert {n.removeprefix("aten::") for s, n in glue if s == 2} <= NO_LAUNCH

@@ -1,8 +1,10 @@
-"""Settings and artifacts that a user may have edited, cut short or mixed up: taken as they say, or refused by name.
+"""Settings and artifacts that a user may have edited, cut short or mixed up: taken as they say, or refused by
+name.
 
-Beyond test_config.py and test_artifact.py, which show that nothing but the right kind of error comes out: what is refused is named,
-and what is taken is what was written.
+Beyond test_config.py and test_artifact.py, which show that nothing but the right kind of error comes out:
+what is refused is named, and what is taken is what was written.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -31,11 +33,18 @@ from vllm_dejavu.config import DIGEST_KEY, DejaVuConfig
 FIELDS = sorted(f.name for f in dataclasses.fields(DejaVuConfig))
 DEFAULTS = json.loads(json.dumps(dataclasses.asdict(DejaVuConfig())))
 VALID = {
-    "predictor": ["some/dir", "org/name", "auto", None], "mode": ["sparse", "dense", "oracle", "random", "static"], "apply_to": ["decode", "all"],
-    "row_exact": [True, False], "blocks": [["mlp"], ["attention"], ["attention", "mlp"]], "crossover": [None, 0.25, 1, 1.0],
-    "sample_recall": [0, 1, 16, 2**31 - 1], "measure": [True, False], "overlap": [True, False], "seed": [0, 7, 2**31 - 1],
+    "predictor": ["some/dir", "org/name", "auto", None],
+    "mode": ["sparse", "dense", "oracle", "random", "static"],
+    "apply_to": ["decode", "all"],
+    "row_exact": [True, False],
+    "blocks": [["mlp"], ["attention"], ["attention", "mlp"]],
+    "crossover": [None, 0.25, 1, 1.0],
+    "sample_recall": [0, 1, 16, 2**31 - 1],
+    "measure": [True, False],
+    "overlap": [True, False],
+    "seed": [0, 7, 2**31 - 1],
     "weight_bits": [16, 8, 4],
-}  # fmt: skip
+}
 # Said once more, apart from the code: what docs/settings.md allows.
 ALLOWED = {
     "predictor": lambda v: v is None or isinstance(v, str) and bool(v.strip()),
@@ -45,19 +54,47 @@ ALLOWED = {
     **{key: lambda v: type(v) is int and 0 <= v < 2**31 for key in ("seed", "sample_recall")},
     **{key: lambda v: type(v) is bool for key in ("row_exact", "measure", "overlap")},
     **{key: lambda v, key=key: type(v) is str and v in VALID[key] for key in ("mode", "apply_to")},
-}  # fmt: skip
+}
 # Whatever a JSON file can hold: json.loads gives integers of up to 4300 digits, NaN and infinities.
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
-    st.sampled_from([10**400, -(10**400), 2**63, 1e308, 5e-324, "", " ", "\0", "²", "\ud800", "nan", "true", "mlp", "sparse", "../..", "x" * 5000]),
-)  # fmt: skip
-JSON = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=8
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(
+        [
+            10**400,
+            -(10**400),
+            2**63,
+            1e308,
+            5e-324,
+            "",
+            " ",
+            "\0",
+            "²",
+            "\ud800",
+            "nan",
+            "true",
+            "mlp",
+            "sparse",
+            "../..",
+            "x" * 5000,
+        ]
+    ),
 )
-# What a load may allocate for the artifacts of this file (100 KB), whatever sizes they claim. Generous: threads reserve addresses too.
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+# What a load may allocate for the artifacts of this file (100 KB), whatever sizes they claim. Generous:
+# threads reserve addresses too.
 MAX_BYTES = 1 << 30
 
-valid_settings = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in VALID.items()})
+valid_settings = st.fixed_dictionaries(
+    {}, optional={key: st.sampled_from(values) for key, values in VALID.items()}
+)
 
 
 def text(value) -> str:
@@ -84,7 +121,11 @@ def test_valid_settings_are_taken_as_they_are(raw, digest):
 
 
 @fuzz(300)
-@given(raw=valid_settings, key=st.sampled_from(FIELDS), value=JSON | st.sampled_from([v for values in VALID.values() for v in values]))
+@given(
+    raw=valid_settings,
+    key=st.sampled_from(FIELDS),
+    value=JSON | st.sampled_from([v for values in VALID.values() for v in values]),
+)
 def test_one_fuzzed_value_is_taken_or_named(raw, key, value):
     raw = {**raw, key: value}
     try:
@@ -104,7 +145,10 @@ def test_unknown_keys_are_named(raw, unknown):
     unknown = {k: v for k, v in unknown.items() if k not in FIELDS and k != DIGEST_KEY} or {"x": 1}
     with pytest.raises(ValueError) as e:
         DejaVuConfig.from_dict({**raw, **unknown})
-    assert any(f"Unknown setting additional_config[\"dejavu\"][{k!r}]={v!r}" in str(e.value) for k, v in unknown.items())
+    assert any(
+        f'Unknown setting additional_config["dejavu"][{k!r}]={v!r}' in str(e.value)
+        for k, v in unknown.items()
+    )
     assert all(f"'{name}'" in str(e.value) for name in FIELDS)
 
 
@@ -118,16 +162,23 @@ def test_what_is_no_object_is_shown(raw):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Of two layers, with one dense block, densities of unions and records: something to lose at every depth."""
+    """Of two layers, with one dense block, densities of unions and records: something to lose at every
+    depth.
+    """
     model = tiny.make_opt(tmp_path_factory.mktemp("model"), layers=2)
     unions = {"2": {"mean": 0.6, "upper": 0.7}, "8": {"mean": 0.9, "upper": 0.95}}
-    made = artifact.load(tiny.make_artifact(tmp_path_factory.mktemp("made") / "a", model, union_density=unions))
+    made = artifact.load(
+        tiny.make_artifact(tmp_path_factory.mktemp("made") / "a", model, union_density=unions)
+    )
     layers = [dict(layer) for layer in made.manifest.layers]
     layers[1]["attention"] = GateSpec(state="dense", oracle_density=0.5)
     manifest = dataclasses.replace(
-        made.manifest, layers=tuple(layers), training={"data": ["a.txt"], "seed": 0, "loss": None},
-        calibration={"ppl_increase": 0.01, "layers": [{"recall": 0.9}]}, versions={"torch": "2"},
-    )  # fmt: skip
+        made.manifest,
+        layers=tuple(layers),
+        training={"data": ["a.txt"], "seed": 0, "loss": None},
+        calibration={"ppl_increase": 0.01, "layers": [{"recall": 0.9}]},
+        versions={"torch": "2"},
+    )
     tensors = {k: v for k, v in made.tensors.items() if not k.startswith("layers.1.attention.")}
     directory = tmp_path_factory.mktemp("original") / "a"
     artifact.save(directory, manifest, tensors)
@@ -157,7 +208,9 @@ def load_or_none(directory: Path, *names: str) -> artifact.Artifact | None:
 
 @contextlib.contextmanager
 def address_space_limit(more_bytes: int):
-    """Whoever allocates more than that meanwhile, touched or not, gets an error, which is no ArtifactError."""
+    """Whoever allocates more than that meanwhile, touched or not, gets an error, which is no
+    ArtifactError.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + more_bytes, hard))
@@ -168,11 +221,17 @@ def address_space_limit(more_bytes: int):
 
 
 def written(manifest: artifact.Manifest, raw: dict) -> None:
-    """Asserts that a manifest is what its JSON says, nothing lost and nothing made up, and can be computed with.
+    """Asserts that a manifest is what its JSON says, nothing lost and nothing made up, and can be computed
+    with.
 
     A dense gate keeps two keys.
     """
-    assert all(0 <= gate.density_at(batch) <= 1 for layer in manifest.layers for gate in layer.values() for batch in (1, 3, 8, 100))
+    assert all(
+        0 <= gate.density_at(batch) <= 1
+        for layer in manifest.layers
+        for gate in layer.values()
+        for batch in (1, 3, 8, 100)
+    )
     found = manifest.to_json(raw["tensors"]["sha256"])
     assert text(found["model"]) == text(raw["model"])
     assert [text(found[r]) for r in RECORDS] == [text(raw.get(r, {})) for r in RECORDS]
@@ -191,8 +250,12 @@ def value_at(node, path: tuple):
 
 def paths(node, at=()) -> list[tuple]:
     """Where every value of a JSON document is."""
-    inner = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
-    return [(*at, key) for key, _ in inner] + [path for key, value in inner for path in paths(value, (*at, key))]
+    inner = list(
+        node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    )
+    return [(*at, key) for key, _ in inner] + [
+        path for key, value in inner for path in paths(value, (*at, key))
+    ]
 
 
 SIZES = st.sampled_from([0, 1, 2, 10**6, 10**9, 2**31, 2**63, 2**64, 10**18, 10**400])
@@ -255,20 +318,44 @@ def test_tensors_cut_short_are_refused(original, target, share, extra):
         assert load_or_none(directory, TENSORS_FILE, "tensor") is None
 
 
-DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "U16", "U64", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64", "x", 3, None]
+DTYPES = [
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I8",
+    "U8",
+    "U16",
+    "U64",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "F4",
+    "F6_E2M3",
+    "C64",
+    "x",
+    3,
+    None,
+]
 
 
 @fuzz(200)
 @given(data=st.data())
 def test_fuzzed_headers_of_the_tensors_are_refused(original, target, data):
-    """A header that claims other types, shapes, places and sizes than the file has; its recorded checksum is made to fit."""
+    """A header that claims other types, shapes, places and sizes than the file has; its recorded checksum is
+    made to fit.
+    """
     whole = (original / TENSORS_FILE).read_bytes()
     size = struct.unpack("<Q", whole[:8])[0]
     header = json.loads(whole[8 : 8 + size])
     before = text(header)
     for _ in range(data.draw(st.integers(1, 2))):
         name = data.draw(st.sampled_from(sorted(set(header) - {"__metadata__"}) or [""]))
-        action = data.draw(st.sampled_from(["dtype", "shape", "offsets", "drop", "rename", "junk", "metadata"]))
+        action = data.draw(
+            st.sampled_from(["dtype", "shape", "offsets", "drop", "rename", "junk", "metadata"])
+        )
         if action == "metadata":
             header["__metadata__"] = data.draw(JSON)
         elif action == "junk" or not isinstance(header.get(name), dict):
@@ -282,7 +369,9 @@ def test_fuzzed_headers_of_the_tensors_are_refused(original, target, data):
         elif action == "shape":
             header[name]["shape"] = data.draw(st.lists(SIZES | st.integers(-2, 300), max_size=3) | JSON)
         else:
-            header[name]["data_offsets"] = data.draw(st.lists(SIZES | st.integers(-2, len(whole)), max_size=3) | JSON)
+            header[name]["data_offsets"] = data.draw(
+                st.lists(SIZES | st.integers(-2, len(whole)), max_size=3) | JSON
+            )
     packed = json.dumps(header).encode()
     claimed = data.draw(st.just(len(packed)) | st.sampled_from([0, 1, 2**20, 2**40, 2**63, 2**64 - 1]))
     directory = fresh(original, target)

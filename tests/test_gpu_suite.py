@@ -2,6 +2,7 @@
 
 A script stands in for Python, so that nothing is measured: it writes what each stage's program would write.
 """
+
 import os
 import shutil
 import signal
@@ -16,10 +17,23 @@ ROOT = Path(__file__).parent.parent
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
 FIRST = ["smoke", "test-kernels", "kernels-first", "profile", "engine-first"]
 NEXT = [
-    "smoke", "test-kernels", "engine-6.7b", "engine-30b", "test-triton", "test-engine", "profile", "kernels",
-    "profile-batch8", "profile-dense", "engine-dense", "sanitizer", "test-engine-rest", "engine-ablations",
-    "engine-13b", "plots",
-]  # fmt: skip
+    "smoke",
+    "test-kernels",
+    "engine-6.7b",
+    "engine-30b",
+    "test-triton",
+    "test-engine",
+    "profile",
+    "kernels",
+    "profile-batch8",
+    "profile-dense",
+    "engine-dense",
+    "sanitizer",
+    "test-engine-rest",
+    "engine-ablations",
+    "engine-13b",
+    "plots",
+]
 PYTHON = r"""#!/usr/bin/env bash
 case "$*" in *get_device_properties*) echo "$FAKE_GB" && exit ;; esac
 [ -n "${SUITE_STAGE:-}" ] || exit 0
@@ -66,17 +80,24 @@ class Host:
         python.write_text(PYTHON)
         python.chmod(0o755)
         self.env = {
-            **os.environ, "PYTHON": str(python), "FAKE": str(self.fake), "FAKE_GB": str(memory),
+            **os.environ,
+            "PYTHON": str(python),
+            "FAKE": str(self.fake),
+            "FAKE_GB": str(memory),
             "WORK": str(self.work),
-        }  # fmt: skip
+        }
 
     def start(self, *arguments, **env):
         shutil.rmtree(self.out, ignore_errors=True)
         command = ["bash", str(SUITE), str(self.out), *arguments]
         return subprocess.Popen(
-            command, env={**self.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
     def run(self, *arguments, **env):
         """(exit status, output)."""

@@ -1,4 +1,7 @@
-"""scripts/install.py: what it shows while pip works, and what it says of a package index that does not answer. Nothing is installed."""
+"""scripts/install.py: what it shows while pip works, and what it says of a package index that does not
+answer. Nothing is installed.
+"""
+
 import io
 import os
 import socket
@@ -59,22 +62,34 @@ def test_how_far_pip_is():
         progress.read(line)
         texts += [progress.text] if [progress.text] != texts[-1:] else []
     assert texts == [
-        "", "1 package found, last: numpy", "2 packages found, last: typing-extensions", "3 packages found, last: opencv-python-headless",
+        "",
+        "1 package found, last: numpy",
+        "2 packages found, last: typing-extensions",
+        "3 packages found, last: opencv-python-headless",
         "3 packages found, downloading scipy (38.4 MB)",
-        "compiling the CPU kernels", "building wget", "installing 3 packages",
-    ]  # fmt: skip
+        "compiling the CPU kernels",
+        "building wget",
+        "installing 3 packages",
+    ]
 
 
 def test_a_terminal_shows_it_in_one_line(clock, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
     terminal = install.Terminal(Screen(), clock)
-    for now, text in ((100, "1 package found, last: numpy"), (101, "2 packages found, last: " + "x" * 50), (101, "2 packages found, last: " + "x" * 50)):
+    for now, text in (
+        (100, "1 package found, last: numpy"),
+        (101, "2 packages found, last: " + "x" * 50),
+        (101, "2 packages found, last: " + "x" * 50),
+    ):
         clock.now = now
         terminal.progress(text)
     terminal.say("done")
     shown = terminal.stream.getvalue()
-    first, second = "[install    0 s] 1 package found, last: numpy"[:39], "[install    1 s] 2 packages found, last: xxx"[:39]
+    first, second = (
+        "[install    0 s] 1 package found, last: numpy"[:39],
+        "[install    1 s] 2 packages found, last: xxx"[:39],
+    )
     assert shown == f"\r\033[K{first}\r\033[K{second}\r\033[K[install    1 s] done\n"
 
 
@@ -89,7 +104,13 @@ def test_elsewhere_it_shows_it_now_and_then(clock):
         clock.now = 100 + second
         terminal.progress("installing")
     lines = [line.split("] ")[1] for line in terminal.stream.getvalue().splitlines()]
-    assert lines == ["start", *(f"{n * period} packages found" for n in (1, 2, 3)), "installing", "installing", "installing"]
+    assert lines == [
+        "start",
+        *(f"{n * period} packages found" for n in (1, 2, 3)),
+        "installing",
+        "installing",
+        "installing",
+    ]
 
 
 def installer(directory, pip=None):
@@ -128,7 +149,9 @@ print(*lines[3:], sep="\\n")
     made, shown = installer(tmp_path / "venv", code.replace("HANG_S", str(HANG_S)))
     assert made.pip("install", "x", builds="compiling the CPU kernels")
     log = (tmp_path / "venv" / "install.log").read_text()
-    assert log.startswith("\n$ ") and log.splitlines()[1].endswith("-m pip --disable-pip-version-check install x")
+    assert log.startswith("\n$ ") and log.splitlines()[1].endswith(
+        "-m pip --disable-pip-version-check install x"
+    )
     assert log.endswith(PIP) and made.last_line() == PIP.splitlines()[-1]
     assert "1 package found, last: numpy" in shown() and "installing 3 packages" in shown()
 
@@ -136,7 +159,9 @@ print(*lines[3:], sep="\\n")
 def test_a_failed_step_shows_the_end_of_the_log(tmp_path):
     made, _ = installer(tmp_path / "venv", 'print("ERROR: no such package")\nsys.exit(1)')
     assert made.pip("install", "x", may_fail=True) is False
-    with pytest.raises(install.InstallError, match=r"(?s)ERROR: no such package.*the whole log is .*install\.log"):
+    with pytest.raises(
+        install.InstallError, match=r"(?s)ERROR: no such package.*the whole log is .*install\.log"
+    ):
         made.pip("install", "x")
 
 
@@ -146,7 +171,9 @@ def test_a_failed_step_shows_the_end_of_the_log(tmp_path):
 @pytest.fixture
 def only_index(monkeypatch):
     """only_index(url): what pip asks, whatever the settings of this machine."""
-    for name in [name for name in os.environ if name.upper().startswith("PIP_") or name.lower().endswith("_proxy")]:
+    for name in [
+        name for name in os.environ if name.upper().startswith("PIP_") or name.lower().endswith("_proxy")
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_DRY_RUN", "1")  # whatever a test lets pip do, in this very environment
@@ -162,12 +189,20 @@ def nobody():
 
 
 def test_an_index_that_refuses_is_named_before_anything_is_tried(tmp_path, only_index, nobody):
-    """By pip itself, with its own settings. Then each package is asked for once, and what pip misses ends with the remedy."""
+    """By pip itself, with its own settings. Then each package is asked for once, and what pip misses ends
+    with the remedy.
+    """
     only_index(f"http://user:secret@{nobody}/simple")
     made, shown = installer(tmp_path / "venv")
     made.probe_index()
     assert f"the package index cannot be reached: http://{nobody}/simple (Connection refused)" in shown()
-    with pytest.raises(install.InstallError, match=r"No matching distribution found for no-such-package(?s:.*)PIP_INDEX_URL=https.*proxy.*now: none.*PIP_FIND_LINKS") as failed:
+    with pytest.raises(
+        install.InstallError,
+        match=(
+            r"No matching distribution found for no-such-package(?s:.*)PIP_INDEX_URL=https.*proxy.*now:"
+            r" none.*PIP_FIND_LINKS"
+        ),
+    ) as failed:
         made.pip("install", "no-such-package")
     assert "secret" not in shown() + str(failed.value)
     assert "Retrying" not in made.log.read_text().split("install no-such-package")[1]
@@ -191,14 +226,26 @@ def test_where_pip_asks_no_index_nothing_is_said(tmp_path, only_index, nobody, m
 
 
 SAID = {
-    "slow": "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'ReadTimeoutError(\"HTTPSConnectionPool(host='pypi.org', port=443): "
-    "Read timed out. (read timeout=5.0)\")': /simple/wheel/",
-    "connecting": "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'ConnectTimeoutError(<pip._vendor.urllib3.connection."
-    "HTTPSConnection object at 0x7f5d>, 'Connection to pypi.org timed out. (connect timeout=5.0)')': /simple/wheel/",
-    "no-name": "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError(\"HTTPSConnection(host='pypi.org', port=443): "
-    "Failed to establish a new connection: [Errno -2] Name or service not known\")': /simple/wheel/",
-    "certificate": "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] "
-    "certificate verify failed: self-signed certificate (_ssl.c:1006)'))': /simple/wheel/",
+    "slow": (
+        "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by"
+        " 'ReadTimeoutError(\"HTTPSConnectionPool(host='pypi.org', port=443): Read timed out. (read"
+        " timeout=5.0)\")': /simple/wheel/"
+    ),
+    "connecting": (
+        "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by"
+        " 'ConnectTimeoutError(<pip._vendor.urllib3.connection.HTTPSConnection object at 0x7f5d>, 'Connection"
+        " to pypi.org timed out. (connect timeout=5.0)')': /simple/wheel/"
+    ),
+    "no-name": (
+        "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by"
+        " 'NewConnectionError(\"HTTPSConnection(host='pypi.org', port=443): Failed to establish a new"
+        " connection: [Errno -2] Name or service not known\")': /simple/wheel/"
+    ),
+    "certificate": (
+        "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by"
+        " 'SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed:"
+        " self-signed certificate (_ssl.c:1006)'))': /simple/wheel/"
+    ),
     "lacking": "ERROR: Could not find a version that satisfies the requirement wheel (from versions: none)",
     "forbidden": "ERROR: HTTP error 403 while getting https://me:****@index.example/simple/wheel/",
 }
@@ -207,13 +254,19 @@ SAID = {
 @pytest.mark.parametrize(
     ("said", "why", "slow"),
     [
-        ("slow", "https://pypi.org/simple (timed out)", True), ("connecting", "https://pypi.org/simple (timed out)", True),
+        ("slow", "https://pypi.org/simple (timed out)", True),
+        ("connecting", "https://pypi.org/simple (timed out)", True),
         ("no-name", "https://pypi.org/simple (Name or service not known)", False),
-        ("certificate", "https://pypi.org/simple (certificate verify failed: self-signed certificate)", False),
-        ("lacking", "", False), ("forbidden", "", False),
+        (
+            "certificate",
+            "https://pypi.org/simple (certificate verify failed: self-signed certificate)",
+            False,
+        ),
+        ("lacking", "", False),
+        ("forbidden", "", False),
     ],
     ids=lambda value: value if value in SAID else "",
-)  # fmt: skip
+)
 def test_what_pip_says_of_an_index(said, why, slow):
     """One that answers, whatever it answers, is left to pip."""
     assert install.why_unreachable(SAID[said], install.PYPI) == (why, slow)
@@ -221,14 +274,20 @@ def test_what_pip_says_of_an_index(said, why, slow):
 
 def test_several_indexes_are_all_named():
     asked = "Looking in indexes: https://me:****@a.example/simple, https://b.example/simple\n"
-    assert install.why_unreachable(asked + SAID["no-name"], install.PYPI)[0] == "https://a.example/simple, https://b.example/simple (Name or service not known)"
+    assert (
+        install.why_unreachable(asked + SAID["no-name"], install.PYPI)[0]
+        == "https://a.example/simple, https://b.example/simple (Name or service not known)"
+    )
 
 
 def test_a_slow_index_is_left_its_time(tmp_path):
     """A time-out decides nothing: pip then tries as often as ever."""
     made, shown = installer(tmp_path / "venv", f"print({SAID['slow']!r})\nsys.exit('--dry-run' in arguments)")
     made.probe_index()
-    assert "the package index answers slowly: https://pypi.org/simple (timed out)" in shown() and "going on" in shown()
+    assert (
+        "the package index answers slowly: https://pypi.org/simple (timed out)" in shown()
+        and "going on" in shown()
+    )
     assert made.retries == () and made.pip("install", "x")
 
 
@@ -240,7 +299,13 @@ if "versions" in arguments:
 sys.exit(1)
 """
     made, shown = installer(tmp_path / "venv", code)
-    with pytest.raises(install.InstallError, match=r"torch==9 is not in .*own cannot be reached: https://download.pytorch.org/whl/cpu \(Name or service"):
+    with pytest.raises(
+        install.InstallError,
+        match=(
+            r"torch==9 is not in .*own cannot be reached: https://download.pytorch.org/whl/cpu \(Name or"
+            r" service"
+        ),
+    ):
         made.install_torch_from_its_own_index("torch==9")
     assert "install torch==9" not in made.log.read_text()
 
@@ -249,8 +314,24 @@ def test_a_run_says_so_and_leaves_no_stamp(tmp_path, only_index, nobody):
     """The whole of it, in an environment that exists, so that nothing has to be made."""
     only_index(f"http://{nobody}/simple")
     installer(tmp_path / "venv")
-    command = [sys.executable, str(ROOT / "scripts" / "install.py"), "--venv", str(tmp_path / "venv"), "--build", "cpu", "--vllm", "0.0.0"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "install.py"),
+        "--venv",
+        str(tmp_path / "venv"),
+        "--build",
+        "cpu",
+        "--vllm",
+        "0.0.0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 1 and f"cannot be reached: http://{nobody}/simple (Connection refused)" in done.stdout
-    assert "This step failed" in done.stderr and "PIP_INDEX_URL" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and f"cannot be reached: http://{nobody}/simple (Connection refused)" in done.stdout
+    )
+    assert (
+        "This step failed" in done.stderr
+        and "PIP_INDEX_URL" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "venv" / ".installed").exists()

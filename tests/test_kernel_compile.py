@@ -1,8 +1,9 @@
 """Shipped kernels compile ahead of time without a GPU and spill no more registers than the committed record.
 
-In a child process: conftest.py defines the kernels for the interpreter here. A subset, for time, with more of it on demand;
-`benchmarks/compile_kernels.py` compiles the rest as well.
+In a child process: conftest.py defines the kernels for the interpreter here. A subset, for time, with more of
+it on demand; `benchmarks/compile_kernels.py` compiles the rest as well.
 """
+
 import csv
 import os
 import subprocess
@@ -32,10 +33,14 @@ SUBSETS = [
     pytest.param(["sm_90"], "opt-6.7b|head=64", "fp16", "1|64", id="sm_90"),
     pytest.param(["sm_80", "sm_100"], "opt-6.7b|head=128", "fp16", "16", id="sm_80 and sm_100"),
     pytest.param(
-        ["sm_80", "sm_90", "sm_100"], "opt-6.7b|opt-6.7b int8 predictor|head=(?:64|80|128)", "(?:fp16|bf16)", "1|16|32|64",
-        id="every size and type", marks=pytest.mark.on_demand,
+        ["sm_80", "sm_90", "sm_100"],
+        "opt-6.7b|opt-6.7b int8 predictor|head=(?:64|80|128)",
+        "(?:fp16|bf16)",
+        "1|16|32|64",
+        id="every size and type",
+        marks=pytest.mark.on_demand,
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("archs", "shapes", "dtype", "tokens"), SUBSETS)

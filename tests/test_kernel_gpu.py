@@ -1,8 +1,9 @@
 """What only a GPU shows: programs that really run at once, CUDA graphs, streams, and memory errors.
 
-The interpreter runs one program after the other, so races, missing fences and state left behind by a replay cannot
-appear in test_kernel_triton.py.
+The interpreter runs one program after the other, so races, missing fences and state left behind by a replay
+cannot appear in test_kernel_triton.py.
 """
+
 import os
 import shutil
 import subprocess
@@ -31,10 +32,20 @@ def put(*shape, **options):
 
 
 def clear_bias(scores, share, seed):
-    """A bias [units] that selects about `share` of each unit's scores, in the middle of the widest gap nearby."""
+    """A bias [units] that selects about `share` of each unit's scores, in the middle of the widest gap
+    nearby.
+    """
     number, units = scores.shape
-    ordered = torch.cat([scores, scores.amin(0, keepdim=True) - 0.05, scores.amax(0, keepdim=True) + 0.05]).sort(0).values
-    aim = ((1 - share) * number + torch.rand(units, generator=torch.Generator().manual_seed(seed))).long().to(scores.device)
+    ordered = (
+        torch.cat([scores, scores.amin(0, keepdim=True) - 0.05, scores.amax(0, keepdim=True) + 0.05])
+        .sort(0)
+        .values
+    )
+    aim = (
+        ((1 - share) * number + torch.rand(units, generator=torch.Generator().manual_seed(seed)))
+        .long()
+        .to(scores.device)
+    )
     far = (torch.arange(number + 1, device=scores.device)[:, None] - aim).abs() > min(3, number // 2)
     gap = ordered.diff(dim=0).masked_fill(far, 0).argmax(0, keepdim=True)
     return -(ordered.gather(0, gap) + ordered.gather(0, gap + 1))[0] / 2
@@ -49,53 +60,106 @@ class Layer:
     def __post_init__(self):
         tokens, half = self.tokens, {"dtype": DTYPE}
         self.x = put(tokens, HIDDEN, **half)
-        self.down, self.up = put(RANK, HIDDEN, seed=1, fan_in=HIDDEN, **half), put(FFN, RANK, seed=2, fan_in=RANK, **half)
+        self.down, self.up = (
+            put(RANK, HIDDEN, seed=1, fan_in=HIDDEN, **half),
+            put(FFN, RANK, seed=2, fan_in=RANK, **half),
+        )
         self.bias = put(FFN, seed=3) * 0.1 - 1
-        self.head_weight, self.head_bias = put(HEADS, HIDDEN, seed=4, fan_in=HIDDEN, **half), put(HEADS, seed=5) * 0.1
+        self.head_weight, self.head_bias = (
+            put(HEADS, HIDDEN, seed=4, fan_in=HIDDEN, **half),
+            put(HEADS, seed=5) * 0.1,
+        )
         self.fc1, self.fc1_bias = put(FFN, HIDDEN, seed=6, fan_in=HIDDEN, **half), put(FFN, seed=7, **half)
         self.fc2_t = put(FFN, HIDDEN, seed=8, fan_in=FFN // 8, **half)
         self.qkv, self.qkv_bias = put(QKV, HIDDEN, seed=9, fan_in=HIDDEN, **half), put(QKV, seed=10, **half)
         self.out = put(HIDDEN, HEADS * HEAD_SIZE, seed=11, fan_in=HIDDEN, **half)
         blocks = tokens * MAX_LEN // BLOCK_SIZE
         self.kv_cache = put(blocks, BLOCK_SIZE, HEADS, 2 * HEAD_SIZE, seed=12, **half).transpose(1, 2)
-        self.block_table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).to("cuda", torch.int32).view(tokens, -1)
+        self.block_table = (
+            torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
+            .to("cuda", torch.int32)
+            .view(tokens, -1)
+        )
         self.seq_lens = torch.zeros(tokens, dtype=torch.int32, device="cuda")
         self.counters = torch.zeros(5, dtype=torch.int64, device="cuda")
-        self.workspace = launch.Workspace.for_model(self.x.device, DTYPE, tokens, ffn=FFN, head_size=HEAD_SIZE)
+        self.workspace = launch.Workspace.for_model(
+            self.x.device, DTYPE, tokens, ffn=FFN, head_size=HEAD_SIZE
+        )
         self.fill(tokens, seed=0)
 
     def fill(self, valid, seed):
-        """New inputs in place: hidden states, lengths, block tables; NaN and 0 in rows that only pad the batch."""
+        """New inputs in place: hidden states, lengths, block tables; NaN and 0 in rows that only pad the
+        batch.
+        """
         generator = torch.Generator().manual_seed(seed)
         self.x.copy_(rand(self.tokens, HIDDEN, seed=1000 + seed, dtype=DTYPE))
         self.x[valid:] = NAN
         lengths = torch.randint(1, MAX_LEN + 1, (self.tokens,), generator=generator, dtype=torch.int32)
         lengths[valid:] = 0
         self.seq_lens.copy_(lengths)
-        shuffled = torch.randperm(self.block_table.numel(), generator=generator).to(torch.int32).view(self.tokens, -1)
+        shuffled = (
+            torch.randperm(self.block_table.numel(), generator=generator)
+            .to(torch.int32)
+            .view(self.tokens, -1)
+        )
         used = torch.arange(shuffled.shape[1])[None] * BLOCK_SIZE < lengths[:, None]
         self.block_table.copy_(torch.where(used, shuffled, 2**31 - 1))
         # scores near 0 would make exact comparison a coin toss
         share = 0.1 + 0.05 * (seed % 5)
         if valid:
-            rows, none, no_heads = self.x[:valid], torch.zeros_like(self.bias), torch.zeros_like(self.head_bias)
-            self.bias.copy_(clear_bias(reference.low_rank_scores(rows, self.down, self.up, none), share / valid**0.5, seed))
-            self.head_bias.copy_(clear_bias(reference.linear_scores(rows, self.head_weight, no_heads), 0.3 + share, seed))
+            rows, none, no_heads = (
+                self.x[:valid],
+                torch.zeros_like(self.bias),
+                torch.zeros_like(self.head_bias),
+            )
+            self.bias.copy_(
+                clear_bias(
+                    reference.low_rank_scores(rows, self.down, self.up, none), share / valid**0.5, seed
+                )
+            )
+            self.head_bias.copy_(
+                clear_bias(reference.linear_scores(rows, self.head_weight, no_heads), 0.3 + share, seed)
+            )
 
     def mlp(self, module, counters=None, ids_from=None):
-        lists = ids_from or module.select_neurons(self.x, self.down, self.up, self.bias, self.seq_lens, True, None, counters, self.workspace)
+        lists = ids_from or module.select_neurons(
+            self.x, self.down, self.up, self.bias, self.seq_lens, True, None, counters, self.workspace
+        )
         ids, counts, mask = lists[:3]
         out = module.sparse_mlp(
-            self.x, self.fc1, self.fc1_bias, self.fc2_t, ids, counts, self.seq_lens, mask, "relu", counters, self.workspace
+            self.x,
+            self.fc1,
+            self.fc1_bias,
+            self.fc2_t,
+            ids,
+            counts,
+            self.seq_lens,
+            mask,
+            "relu",
+            counters,
+            self.workspace,
         )
         return {"ids": ids, "counts": counts, "mask": mask, "mlp": out}
 
     def attention(self, module, scores=None):
         if scores is None:
-            scores = module.score_heads(self.x, self.head_weight, self.head_bias, self.seq_lens, self.workspace)
-        qkv = module.sparse_qkv(self.x, self.qkv, self.qkv_bias, scores, self.seq_lens, HEAD_SIZE, None, self.workspace)
+            scores = module.score_heads(
+                self.x, self.head_weight, self.head_bias, self.seq_lens, self.workspace
+            )
+        qkv = module.sparse_qkv(
+            self.x, self.qkv, self.qkv_bias, scores, self.seq_lens, HEAD_SIZE, None, self.workspace
+        )
         query = qkv[:, : HEADS * HEAD_SIZE].view(self.tokens, HEADS, HEAD_SIZE)
-        attn = module.paged_attention(query, self.kv_cache, self.block_table, self.seq_lens, HEAD_SIZE**-0.5, scores, MAX_LEN, self.workspace)
+        attn = module.paged_attention(
+            query,
+            self.kv_cache,
+            self.block_table,
+            self.seq_lens,
+            HEAD_SIZE**-0.5,
+            scores,
+            MAX_LEN,
+            self.workspace,
+        )
         out = module.sparse_out_proj(attn, self.out, scores, None, self.workspace)
         return {"scores": scores, "qkv": qkv, "attn": attn, "attention": out}
 
@@ -144,20 +208,43 @@ def kernels_of(layer):
     query = given["qkv"][:, : HEADS * HEAD_SIZE].view(layer.tokens, HEADS, HEAD_SIZE)
     common = {"workspace": layer.workspace}
     return {
-        "score_heads": lambda m: [m.score_heads(layer.x, layer.head_weight, layer.head_bias, layer.seq_lens, **common)],
+        "score_heads": lambda m: [
+            m.score_heads(layer.x, layer.head_weight, layer.head_bias, layer.seq_lens, **common)
+        ],
         "select_neurons": lambda m: m.select_neurons(
-            layer.x, layer.down, layer.up, layer.bias, layer.seq_lens, True, (layer.x, layer.head_weight, layer.head_bias), **common
+            layer.x,
+            layer.down,
+            layer.up,
+            layer.bias,
+            layer.seq_lens,
+            True,
+            (layer.x, layer.head_weight, layer.head_bias),
+            **common,
         ),
         "sparse_mlp": lambda m: [layer.mlp(m, None, lists)["mlp"]],
-        "sparse_qkv": lambda m: [m.sparse_qkv(layer.x, layer.qkv, layer.qkv_bias, scores, layer.seq_lens, HEAD_SIZE, **common)],
+        "sparse_qkv": lambda m: [
+            m.sparse_qkv(layer.x, layer.qkv, layer.qkv_bias, scores, layer.seq_lens, HEAD_SIZE, **common)
+        ],
         "sparse_out_proj": lambda m: [m.sparse_out_proj(attn, layer.out, scores, **common)],
         "paged_attention": lambda m: [
-            m.paged_attention(query, layer.kv_cache, layer.block_table, layer.seq_lens, HEAD_SIZE**-0.5, scores, MAX_LEN, **common)
+            m.paged_attention(
+                query,
+                layer.kv_cache,
+                layer.block_table,
+                layer.seq_lens,
+                HEAD_SIZE**-0.5,
+                scores,
+                MAX_LEN,
+                **common,
+            )
         ],
     }
 
 
-@pytest.mark.parametrize("name", ["score_heads", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_out_proj", "paged_attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["score_heads", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_out_proj", "paged_attention"],
+)
 @SIZES
 def test_a_kernel_gives_the_same_bits_a_hundred_times(tokens, name):
     """Sums are taken in a fixed order, whichever program comes last; and they are right."""
@@ -197,7 +284,9 @@ def test_one_graph_serves_every_number_of_valid_rows():
 
 @SIZES
 def test_replays_follow_every_input_that_changes_in_place(tokens):
-    """Fifty steps with other hidden states, thresholds, lengths and block tables each; counters add up over all of them."""
+    """Fifty steps with other hidden states, thresholds, lengths and block tables each; counters add up over
+    all of them.
+    """
     layer = Layer(tokens)
     truth = torch.zeros_like(layer.counters)
     graph, outputs = capture(lambda: layer.step(gpu, layer.counters))
@@ -215,7 +304,8 @@ def test_replays_follow_every_input_that_changes_in_place(tokens):
 
 
 def test_selection_on_a_stream_of_its_own():
-    """Lookahead: select_neurons, which scores the heads too, beside qkv and attention; forked and joined in the capture.
+    """Lookahead: select_neurons, which scores the heads too, beside qkv and attention; forked and joined in
+    the capture.
 
     score_heads and select_neurons share scratch memory, so the streams never run both at once.
     """
@@ -228,7 +318,9 @@ def test_selection_on_a_stream_of_its_own():
         forked.record()
         with torch.cuda.stream(side):
             side.wait_event(forked)
-            lists = gpu.select_neurons(layer.x, layer.down, layer.up, layer.bias, layer.seq_lens, True, None, None, layer.workspace)
+            lists = gpu.select_neurons(
+                layer.x, layer.down, layer.up, layer.bias, layer.seq_lens, True, None, None, layer.workspace
+            )
             joined.record(side)
         attention = layer.attention(gpu, scores)
         torch.cuda.current_stream().wait_event(joined)
@@ -263,7 +355,11 @@ def test_compute_sanitizer_finds_nothing(tool):
         pytest.skip("compute-sanitizer is not on PATH")
     here = Path(__file__).parent
     # torch's allocator would hide an access between two tensors of one block
-    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    env = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S)
     output = done.stdout + done.stderr

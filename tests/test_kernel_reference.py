@@ -2,6 +2,7 @@
 
 Everything a function must not read holds NaN, so that reading it shows in the result.
 """
+
 import pytest
 import torch
 from fuzz import fuzz
@@ -35,10 +36,15 @@ SIZE_IDS = ["one-token", "odd", "one-neuron", "all-one", "tiled"]
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(("tokens", "hidden", "units"), SIZES, ids=SIZE_IDS)
 def test_scores_are_the_predictors_matrix_products_in_fp32(tokens, hidden, units, dtype):
-    """Low-rank and linear scores equal explicit sums over rank and hidden, whatever the stored dtype; they are fp32."""
+    """Low-rank and linear scores equal explicit sums over rank and hidden, whatever the stored dtype; they
+    are fp32.
+    """
     rank = 7
     x = rand(tokens, hidden, dtype=dtype)
-    down, up = rand(rank, hidden, seed=1, dtype=dtype, fan_in=hidden), rand(units, rank, seed=2, dtype=dtype, fan_in=rank)
+    down, up = (
+        rand(rank, hidden, seed=1, dtype=dtype, fan_in=hidden),
+        rand(units, rank, seed=2, dtype=dtype, fan_in=rank),
+    )
     weight, bias = rand(units, hidden, seed=3, dtype=dtype, fan_in=hidden), rand(units, seed=4)
     low_rank = torch.einsum("th,rh,ur->tu", x.double(), down.double(), up.double()) + bias.double()
     linear = (x.double()[:, None, :] * weight.double()[None]).sum(2) + bias.double()
@@ -54,7 +60,9 @@ def test_scores_are_the_predictors_matrix_products_in_fp32(tokens, hidden, units
 
 def test_select_takes_positive_scores_of_valid_rows_only():
     """0 and -0 are not selected; a padded row selects nothing, whatever garbage its scores hold."""
-    scores = torch.tensor([[1.0, 0.0, -0.0, -1.0, 1e-38], [1.0, 1.0, 1.0, 1.0, 1.0], [NAN, float("inf"), 1.0, 0.0, -1.0]])
+    scores = torch.tensor(
+        [[1.0, 0.0, -0.0, -1.0, 1e-38], [1.0, 1.0, 1.0, 1.0, 1.0], [NAN, float("inf"), 1.0, 0.0, -1.0]]
+    )
     got = reference.select(scores, torch.tensor([7, 1, 0], dtype=torch.int32))
     assert got.tolist() == [[True, False, False, False, True], [True] * 5, [False] * 5]
 
@@ -90,7 +98,9 @@ def check_list(mask, ids, counts):
 @FUZZ
 @given(tokens=st.integers(1, 6), units=st.integers(1, 300), density=st.floats(0, 1), seed=st.integers(0, 99))
 def test_compact_union_lists_every_selected_unit_once_ascending(tokens, units, density, seed):
-    """Exactly the units that some row selected, in order inside their segment; the tails hold `units`; int32 throughout."""
+    """Exactly the units that some row selected, in order inside their segment; the tails hold `units`; int32
+    throughout.
+    """
     mask = rand_mask(tokens, units, density=density, seed=seed)
     check_list(mask, *reference.compact_union(mask))
 
@@ -103,13 +113,26 @@ def test_compact_union_of_nothing_and_of_everything(density, units):
 
 
 @pytest.mark.parametrize("with_row_mask", [True, False], ids=["row-mask", "union"])
-@pytest.mark.parametrize("valid", [[True] * 4, [True, False, False, True], [False] * 4], ids=["no-padding", "padding", "all-padding"])
+@pytest.mark.parametrize(
+    "valid",
+    [[True] * 4, [True, False, False, True], [False] * 4],
+    ids=["no-padding", "padding", "all-padding"],
+)
 def test_select_neurons_predicts_unites_and_counts(valid, with_row_mask):
-    """List, row mask and head scores equal plain math; padded rows (NaN) select nothing; counters add to what they held."""
+    """List, row mask and head scores equal plain math; padded rows (NaN) select nothing; counters add to what
+    they held.
+    """
     valid = torch.tensor(valid)
-    x, down, up, bias = rand(4, 24), rand(5, 24, seed=1, fan_in=24), rand(200, 5, seed=2, fan_in=5), rand(200, seed=3) - 1
+    x, down, up, bias = (
+        rand(4, 24),
+        rand(5, 24, seed=1, fan_in=24),
+        rand(200, 5, seed=2, fan_in=5),
+        rand(200, seed=3) - 1,
+    )
     heads = poison(rand(4, 24, seed=4), valid), rand(3, 24, seed=5, fan_in=24), rand(3, seed=6)
-    mask = (torch.einsum("th,rh,ur->tu", x.double(), down.double(), up.double()) + bias.double() > 0) & valid[:, None]
+    mask = (torch.einsum("th,rh,ur->tu", x.double(), down.double(), up.double()) + bias.double() > 0) & valid[
+        :, None
+    ]
     counters = torch.full((5,), 100)
     ids, counts, row_mask, scores = reference.select_neurons(
         poison(x, valid), down, up, bias, row_lens_of(valid), with_row_mask, heads, counters
@@ -132,7 +155,12 @@ def dense_mlp(x, fc1_weight, fc1_bias, fc2_weight_t, mask):
 
 def mlp_inputs(tokens, hidden, units, dtype, with_bias=True):
     x, fc1 = rand(tokens, hidden, dtype=dtype), rand(units, hidden, seed=1, dtype=dtype, fan_in=hidden)
-    return x, fc1, rand(units, seed=2, dtype=dtype) if with_bias else None, rand(units, hidden, seed=3, dtype=dtype, fan_in=units)
+    return (
+        x,
+        fc1,
+        rand(units, seed=2, dtype=dtype) if with_bias else None,
+        rand(units, hidden, seed=3, dtype=dtype, fan_in=units),
+    )
 
 
 def poisoned_mlp(x, fc1, bias, fc2_t, mask, row_mask=None, valid=None, **options):
@@ -141,7 +169,14 @@ def poisoned_mlp(x, fc1, bias, fc2_t, mask, row_mask=None, valid=None, **options
     bias = None if bias is None else poison(bias, keep)
     valid = torch.ones(len(x), dtype=torch.bool) if valid is None else valid
     return reference.sparse_mlp(
-        poison(x, valid), poison(fc1, keep), bias, poison(fc2_t, keep), *reference.compact_union(mask), row_lens_of(valid), row_mask, **options
+        poison(x, valid),
+        poison(fc1, keep),
+        bias,
+        poison(fc2_t, keep),
+        *reference.compact_union(mask),
+        row_lens_of(valid),
+        row_mask,
+        **options,
     )
 
 
@@ -168,7 +203,9 @@ def test_sparse_mlp_with_everything_selected_is_the_dense_mlp():
 
 
 def test_sparse_mlp_reads_fc2_only_where_a_neuron_came_out_positive():
-    """fc2 rows of selected neurons that are <= 0 in every row hold NaN too; `survived` counts the rest, on top of what it held."""
+    """fc2 rows of selected neurons that are <= 0 in every row hold NaN too; `survived` counts the rest, on
+    top of what it held.
+    """
     x, fc1, bias, fc2_t = mlp_inputs(3, 24, 60, torch.float32)
     mask = rand_mask(3, 60, density=0.5)
     h = torch.nn.functional.linear(x, fc1, bias)
@@ -176,14 +213,18 @@ def test_sparse_mlp_reads_fc2_only_where_a_neuron_came_out_positive():
     assert 0 < alive.sum() < mask.any(0).sum(), "the test needs selected neurons that are off"
     counters = torch.full((5,), 100)
     lens = torch.ones(3, dtype=torch.int32)
-    out = reference.sparse_mlp(x, fc1, bias, poison(fc2_t, alive), *reference.compact_union(mask), lens, mask, counters=counters)
+    out = reference.sparse_mlp(
+        x, fc1, bias, poison(fc2_t, alive), *reference.compact_union(mask), lens, mask, counters=counters
+    )
     assert_close(out, dense_mlp(x, fc1, bias, fc2_t, mask))
     assert counters.sub(100).tolist() == [0, 0, 0, 0, int(alive.sum())]
 
 
 @pytest.mark.parametrize("row_exact", [False, True], ids=["union", "row-exact"])
 def test_sparse_mlp_row_of_a_padded_token_is_zero(row_exact):
-    """A padded row gives 0 even where its input is NaN, with a row mask or without, and adds nothing to its neighbours."""
+    """A padded row gives 0 even where its input is NaN, with a row mask or without, and adds nothing to its
+    neighbours.
+    """
     x, fc1, bias, fc2_t = mlp_inputs(3, 24, 60, torch.float32)
     valid = torch.tensor([True, False, True])
     mask = rand_mask(3, 60, density=0.5) & valid[:, None]
@@ -200,7 +241,11 @@ def test_sparse_mlp_for_any_shape_selection_and_row_mask(data):
     dtype = data.draw(st.sampled_from(DTYPES))
     inputs = mlp_inputs(tokens, hidden, units, dtype, data.draw(st.booleans()))
     mask = rand_mask(tokens, units, density=data.draw(st.floats(0, 1)), seed=data.draw(st.integers(0, 99)))
-    row_mask = mask & rand_mask(tokens, units, density=data.draw(st.floats(0, 1)), seed=1) if data.draw(st.booleans()) else None
+    row_mask = (
+        mask & rand_mask(tokens, units, density=data.draw(st.floats(0, 1)), seed=1)
+        if data.draw(st.booleans())
+        else None
+    )
     expected = dense_mlp(*inputs, mask.any(0).expand_as(mask) if row_mask is None else row_mask)
     assert_close(poisoned_mlp(*inputs, mask, row_mask), expected)
 
@@ -225,8 +270,12 @@ HEADS_IDS = ["one-token", "odd", "one-head", "grouped"]
 @pytest.mark.parametrize("density", DENSITIES, ids=DENSITY_IDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_size"), HEADS, ids=HEADS_IDS)
-def test_sparse_qkv_computes_all_keys_and_values_and_the_selected_queries(tokens, heads, kv_heads, head_size, dtype, density, with_bias):
-    """K and V equal the dense projection for every head and row; Q of heads that no row selected is 0 and its rows unread."""
+def test_sparse_qkv_computes_all_keys_and_values_and_the_selected_queries(
+    tokens, heads, kv_heads, head_size, dtype, density, with_bias
+):
+    """K and V equal the dense projection for every head and row; Q of heads that no row selected is 0 and its
+    rows unread.
+    """
     hidden, size = heads * head_size, (heads + 2 * kv_heads) * head_size
     x, weight = rand(tokens, hidden, dtype=dtype), rand(size, hidden, seed=1, dtype=dtype, fan_in=hidden)
     bias = rand(size, seed=2, dtype=dtype) if with_bias else None
@@ -244,12 +293,21 @@ def test_sparse_qkv_computes_all_keys_and_values_and_the_selected_queries(tokens
 @pytest.mark.parametrize("density", DENSITIES, ids=DENSITY_IDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_size"), HEADS, ids=HEADS_IDS)
-def test_masked_heads_through_out_proj_equal_a_sum_over_each_rows_heads(tokens, heads, kv_heads, head_size, dtype, density):
-    """mask_heads then sparse_out_proj: per row the sum of its own heads' parts; NaN in other heads and columns is unseen."""
+def test_masked_heads_through_out_proj_equal_a_sum_over_each_rows_heads(
+    tokens, heads, kv_heads, head_size, dtype, density
+):
+    """mask_heads then sparse_out_proj: per row the sum of its own heads' parts; NaN in other heads and
+    columns is unseen.
+    """
     hidden = heads * head_size
-    attn, weight = rand(tokens, heads, head_size, dtype=dtype), rand(hidden, hidden, seed=1, dtype=dtype, fan_in=hidden)
+    attn, weight = (
+        rand(tokens, heads, head_size, dtype=dtype),
+        rand(hidden, hidden, seed=1, dtype=dtype, fan_in=hidden),
+    )
     mask = rand_mask(tokens, heads, density=density)
-    expected = torch.einsum("tnd,hnd->th", (attn * mask[:, :, None]).double(), weight.double().unflatten(1, (heads, head_size)))
+    expected = torch.einsum(
+        "tnd,hnd->th", (attn * mask[:, :, None]).double(), weight.double().unflatten(1, (heads, head_size))
+    )
     masked = reference.mask_heads(torch.where(mask[:, :, None], attn, NAN), scores_of(mask))
     assert masked.dtype == dtype and torch.equal(masked, attn * mask[:, :, None])
     weight = poison(weight, mask.any(0).repeat_interleave(head_size), dim=1)
@@ -257,7 +315,9 @@ def test_masked_heads_through_out_proj_equal_a_sum_over_each_rows_heads(tokens, 
     assert out.dtype == dtype
     assert_close(out, expected)
     output = torch.full_like(out, NAN)
-    assert reference.sparse_out_proj(masked, weight, scores_of(mask), output) is output and torch.equal(output, out)
+    assert reference.sparse_out_proj(masked, weight, scores_of(mask), output) is output and torch.equal(
+        output, out
+    )
 
 
 def plain_attention(query, keys, values, scale, head_mask):
@@ -273,7 +333,12 @@ def plain_attention(query, keys, values, scale, head_mask):
     return out
 
 
-LENGTHS = {"one-token": [1], "uneven": [1, 16, 17, 33, 50], "with-padding": [7, 0, 40, 0], "all-padded": [0, 0]}
+LENGTHS = {
+    "one-token": [1],
+    "uneven": [1, 16, 17, 33, 50],
+    "with-padding": [7, 0, 40, 0],
+    "all-padded": [0, 0],
+}
 
 
 @pytest.mark.parametrize("density", DENSITIES, ids=DENSITY_IDS)
@@ -281,17 +346,32 @@ LENGTHS = {"one-token": [1], "uneven": [1, 16, 17, 33, 50], "with-padding": [7, 
 @pytest.mark.parametrize("block_size", [16, 32], ids=["block-16", "block-32"])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_paged_attention_reads_only_selected_heads_inside_each_sequence(layout, block_size, lengths, density):
-    """NaN in other heads, other blocks and behind seq_len is unseen; unselected heads and padded rows come out as 0."""
-    check_paged_attention(layout, block_size, lengths, density, heads=4, kv_heads=4, head_size=32, dtype=torch.float32)
+    """NaN in other heads, other blocks and behind seq_len is unseen; unselected heads and padded rows come
+    out as 0.
+    """
+    check_paged_attention(
+        layout, block_size, lengths, density, heads=4, kv_heads=4, head_size=32, dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128], ids=lambda n: f"head-size-{n}")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (4, 1)], ids=["one-kv-head-each", "grouped", "one-kv-head"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(3, 3), (6, 2), (4, 1)], ids=["one-kv-head-each", "grouped", "one-kv-head"]
+)
 def test_paged_attention_for_every_head_size_grouping_and_dtype(heads, kv_heads, head_size, dtype):
     """Query heads that share a KV head may be selected apart from each other."""
     for layout in ("NHD", "HND"):
-        check_paged_attention(layout, 16, LENGTHS["uneven"], 0.5, heads=heads, kv_heads=kv_heads, head_size=head_size, dtype=dtype)
+        check_paged_attention(
+            layout,
+            16,
+            LENGTHS["uneven"],
+            0.5,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            dtype=dtype,
+        )
 
 
 def check_paged_attention(layout, block_size, lengths, density, *, heads, kv_heads, head_size, dtype):

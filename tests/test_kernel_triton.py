@@ -1,8 +1,10 @@
 """The Triton kernels against the references; on a GPU if there is one, else under Triton's interpreter.
 
-Everything a kernel must not read holds NaN: unselected weights, other heads' KV, KV behind a sequence's end, blocks of
-nobody, inputs of rows that only pad the batch. Selections and counts are compared exactly; biases keep scores off 0.
+Everything a kernel must not read holds NaN: unselected weights, other heads' KV, KV behind a sequence's end,
+blocks of nobody, inputs of rows that only pad the batch. Selections and counts are compared exactly; biases
+keep scores off 0.
 """
+
 import contextlib
 import inspect
 import re
@@ -38,7 +40,8 @@ from vllm_dejavu.kernels import cpu, gpu, launch, predict, reference, sparse_att
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # No shrinking: it takes minutes under the interpreter, and the sizes are small already.
 FUZZ = fuzz(40, phases=[Phase.explicit, Phase.generate])
-# One token has kernels of its own; then each tile from both sides, and more tokens than the largest tile takes.
+# One token has kernels of its own; then each tile from both sides, and more tokens than the largest tile
+# takes.
 TOKENS = [1, 2, 5, 16, 17, 33, 64, 70]
 # All of them in fp32; the other types, which differ in the tiles' contents alone, with each kind of kernel.
 SOME = [(tokens, dtype) for dtype in DTYPES for tokens in (TOKENS if dtype == torch.float32 else (1, 5, 70))]
@@ -52,15 +55,24 @@ rand = checks.rand
 
 def multiprocessors(number):
     """Grids as on a chip of this size; None: as they are."""
-    return contextlib.nullcontext() if number is None else patch.object(launch, "num_sms", lambda device: number)
+    return (
+        contextlib.nullcontext() if number is None else patch.object(launch, "num_sms", lambda device: number)
+    )
 
 
-# Every density meets every padding with few tokens; one token and two blocks of tokens meet each of them once.
+# Every density meets every padding with few tokens; one token and two blocks of tokens meet each of them
+# once.
 densities_and_paddings = pytest.mark.parametrize(
     ("tokens", "density", "padding"),
     [(4, density, padding) for density in DENSITIES for padding in PADDINGS]
-    + [(tokens, density, padding) for tokens in (1, 70) for density, padding in zip(DENSITIES, PADDINGS, strict=True)],
-    ids=lambda value: {4: "few-tokens", 1: "one-token", 70: "two-token-blocks"}.get(value) if type(value) is int else None,
+    + [
+        (tokens, density, padding)
+        for tokens in (1, 70)
+        for density, padding in zip(DENSITIES, PADDINGS, strict=True)
+    ],
+    ids=lambda value: (
+        {4: "few-tokens", 1: "one-token", 70: "two-token-blocks"}.get(value) if type(value) is int else None
+    ),
 )
 
 
@@ -69,7 +81,9 @@ densities_and_paddings = pytest.mark.parametrize(
 
 @some_tokens_and_dtypes
 def test_select_neurons_for_every_batch_size(tokens, dtype):
-    """The list, row mask, counters and head scores, with a row of padding in three; ffn ends inside a segment."""
+    """The list, row mask, counters and head scores, with a row of padding in three; ffn ends inside a
+    segment.
+    """
     checks.select_neurons(tokens, dtype=dtype)
 
 
@@ -88,7 +102,9 @@ def test_select_neurons_does_what_is_asked_and_no_more(tokens, with_row_mask, he
 
 @every_dtype
 @pytest.mark.parametrize(
-    ("hidden", "rank", "ffn", "heads"), [(1, 1, 1, 1), (37, 3, 129, 33), (64, 32, 128, 1), (190, 65, 127, 4)], ids=["all-one", "odd", "tiled", "large"]
+    ("hidden", "rank", "ffn", "heads"),
+    [(1, 1, 1, 1), (37, 3, 129, 33), (64, 32, 128, 1), (190, 65, 127, 4)],
+    ids=["all-one", "odd", "tiled", "large"],
 )
 def test_select_neurons_for_every_size(hidden, rank, ffn, heads, dtype):
     for tokens in (1, 5):
@@ -99,18 +115,24 @@ def test_select_neurons_for_every_size(hidden, rank, ffn, heads, dtype):
 @pytest.mark.parametrize("predictor", [torch.float16, torch.int8], ids=["fp16-predictor", "int8-predictor"])
 @pytest.mark.parametrize("tokens", [1, 5, 33], ids=["one-token", "few-tokens", "many-tokens"])
 def test_fp16_and_int8_predictors_serve_every_model(tokens, predictor, dtype):
-    """Floats of two types meet in fp32; integers become the activations' type, which holds them exactly. Heads ride along."""
+    """Floats of two types meet in fp32; integers become the activations' type, which holds them exactly.
+    Heads ride along.
+    """
     checks.select_neurons(tokens, dtype=dtype, predictor=predictor)
 
 
 @every_dtype
-@pytest.mark.parametrize(("tokens", "heads"), [(2, 0), (5, 18), (70, 3)], ids=["alone", "with-heads", "two-token-blocks"])
+@pytest.mark.parametrize(
+    ("tokens", "heads"), [(2, 0), (5, 18), (70, 3)], ids=["alone", "with-heads", "two-token-blocks"]
+)
 def test_down_projection_cut_in_pieces(tokens, heads, dtype):
     """On a large chip the hidden size is divided too; the last piece is shorter."""
     hidden = 7 * launch.tile("down", tokens).k + 3
     for sms in (12, 132):
         with multiprocessors(sms):
-            assert launch.down_grid(tokens, 20, heads, hidden, DEVICE) == (2 if sms == 12 and tokens == 70 else 3)
+            assert launch.down_grid(tokens, 20, heads, hidden, DEVICE) == (
+                2 if sms == 12 and tokens == 70 else 3
+            )
             checks.select_neurons(tokens, hidden=hidden, rank=20, ffn=40, heads=heads, dtype=dtype)
 
 
@@ -148,7 +170,9 @@ def test_sparse_mlp_with_every_option(tokens, row_exact, with_bias, counted):
 
 
 @every_dtype
-@pytest.mark.parametrize(("hidden", "ffn"), [(1, 1), (37, 129), (64, 128), (190, 400)], ids=["all-one", "odd", "tiled", "large"])
+@pytest.mark.parametrize(
+    ("hidden", "ffn"), [(1, 1), (37, 129), (64, 128), (190, 400)], ids=["all-one", "odd", "tiled", "large"]
+)
 def test_sparse_mlp_for_every_size(hidden, ffn, dtype):
     for tokens in (1, 5):
         checks.sparse_mlp(tokens, hidden=hidden, ffn=ffn, dtype=dtype, density=0.6)
@@ -168,14 +192,34 @@ def test_sparse_mlp_of_one_neuron_in_every_segment():
 
 @FUZZ
 @given(
-    tokens=st.sampled_from([1, 2, 3, 7, 16, 20, 40, 66]), hidden=st.integers(8, 130), ffn=st.integers(8, 400), rank=st.integers(1, 20),
-    dtype=st.sampled_from(DTYPES), density=st.floats(0.01, 0.99), padding=st.sampled_from(["none", "some", "all"]), with_bias=st.booleans(),
-    row_exact=st.booleans(), sms=st.integers(1, 20), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_mlp_for_any_shape_selection_and_padding(tokens, hidden, ffn, rank, dtype, density, padding, with_bias, row_exact, sms, seed):
+    tokens=st.sampled_from([1, 2, 3, 7, 16, 20, 40, 66]),
+    hidden=st.integers(8, 130),
+    ffn=st.integers(8, 400),
+    rank=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    density=st.floats(0.01, 0.99),
+    padding=st.sampled_from(["none", "some", "all"]),
+    with_bias=st.booleans(),
+    row_exact=st.booleans(),
+    sms=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+def test_mlp_for_any_shape_selection_and_padding(
+    tokens, hidden, ffn, rank, dtype, density, padding, with_bias, row_exact, sms, seed
+):
     """Selection and MLP, on chips of any size."""
     with multiprocessors(sms):
-        checks.select_neurons(tokens, hidden, rank, ffn, dtype, density=density, padding=padding, with_row_mask=row_exact, seed=seed)
+        checks.select_neurons(
+            tokens,
+            hidden,
+            rank,
+            ffn,
+            dtype,
+            density=density,
+            padding=padding,
+            with_row_mask=row_exact,
+            seed=seed,
+        )
         checks.sparse_mlp(tokens, hidden, ffn, dtype, density, padding, with_bias, row_exact, seed=seed)
 
 
@@ -193,7 +237,9 @@ def test_sparse_qkv_for_every_density_and_padding(tokens, density, padding):
 
 
 @pytest.mark.parametrize("head_size", [8, 32, 80], ids=lambda n: f"head-size-{n}")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "grouped", "one-kv-head"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "grouped", "one-kv-head"]
+)
 def test_sparse_qkv_for_every_head_shape(heads, kv_heads, head_size):
     for tokens in (1, 5):
         checks.sparse_qkv(tokens, heads, kv_heads, head_size)
@@ -216,7 +262,11 @@ def test_sparse_out_proj_for_every_density_and_padding(tokens, density, padding)
     checks.sparse_out_proj(tokens, density=density, padding=padding, given_output=False)
 
 
-@pytest.mark.parametrize(("heads", "head_size", "hidden"), [(1, 8, 1), (5, 20, 37), (2, 80, 64), (8, 16, 190)], ids=["one-head", "odd", "wide-heads", "large"])
+@pytest.mark.parametrize(
+    ("heads", "head_size", "hidden"),
+    [(1, 8, 1), (5, 20, 37), (2, 80, 64), (8, 16, 190)],
+    ids=["one-head", "odd", "wide-heads", "large"],
+)
 def test_sparse_out_proj_for_every_size(heads, head_size, hidden):
     for tokens in (1, 5):
         checks.sparse_out_proj(tokens, heads, head_size, hidden)
@@ -226,9 +276,20 @@ def test_sparse_out_proj_for_every_size(heads, head_size, hidden):
 
 
 def check_attention(
-    lengths, dtype=torch.float32, heads=4, kv_heads=2, head_size=32, block_size=16, layout="NHD", density=0.6, max_model_len=None,
-    sms=None, splits=None, workspace=None, seed=0,
-):  # fmt: skip
+    lengths,
+    dtype=torch.float32,
+    heads=4,
+    kv_heads=2,
+    head_size=32,
+    block_size=16,
+    layout="NHD",
+    density=0.6,
+    max_model_len=None,
+    sms=None,
+    splits=None,
+    workspace=None,
+    seed=0,
+):
     """paged_attention against the reference; query is a strided part of q, k and v.
 
     Args:
@@ -236,20 +297,30 @@ def check_attention(
     """
     tokens, scale = len(lengths), head_size**-0.5
     keys = [cpu_rand(n, kv_heads, head_size, seed=seed + 10 + i, dtype=dtype) for i, n in enumerate(lengths)]
-    values = [cpu_rand(n, kv_heads, head_size, seed=seed + 50 + i, dtype=dtype) for i, n in enumerate(lengths)]
+    values = [
+        cpu_rand(n, kv_heads, head_size, seed=seed + 50 + i, dtype=dtype) for i, n in enumerate(lengths)
+    ]
     mask = cpu_rand_mask(tokens, heads, density=density, seed=seed)
-    cache, table = (t.to(DEVICE) for t in paged_cache(keys, values, mask.unflatten(1, (kv_heads, -1)).any(2), block_size, layout))
+    cache, table = (
+        t.to(DEVICE)
+        for t in paged_cache(keys, values, mask.unflatten(1, (kv_heads, -1)).any(2), block_size, layout)
+    )
     assert cache.is_contiguous() == (layout == "HND") or 1 in (kv_heads, block_size)
     mask, seq_lens = mask.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     read = mask & (seq_lens > 0)[:, None]
     qkv = torch.full((tokens, heads + 2 * kv_heads, head_size), NAN, dtype=dtype, device=DEVICE)
-    qkv[:, :heads] = torch.where(read[:, :, None], 3 * rand(tokens, heads, head_size, seed=seed, dtype=dtype), NAN)
+    qkv[:, :heads] = torch.where(
+        read[:, :, None], 3 * rand(tokens, heads, head_size, seed=seed, dtype=dtype), NAN
+    )
     query = qkv.flatten(1)[:, : heads * head_size].view(tokens, heads, head_size)
     args = query, cache, table, seq_lens, scale, scores_of(mask), max_model_len
     with multiprocessors(sms):
         if splits is not None:
             longest = table.shape[1] * block_size
-            assert launch.attention_splits(tokens, heads, min(max_model_len or longest, longest), DEVICE) == splits
+            assert (
+                launch.attention_splits(tokens, heads, min(max_model_len or longest, longest), DEVICE)
+                == splits
+            )
         out = gpu.paged_attention(*args, workspace)
     assert out.dtype == dtype and out[~read].eq(0).all()
     assert_close(out, reference.paged_attention(*args))
@@ -272,19 +343,31 @@ def test_paged_attention_for_every_layout_and_length(tokens, layout, block_size)
 
 
 @every_density
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "pairs", "fours"])
-@pytest.mark.parametrize("lengths", [[21], [40, 0, 7, 0], [0, 0]], ids=["one-token", "some-padded", "all-padded"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(3, 3), (4, 2), (4, 1)], ids=["one-kv-head-each", "pairs", "fours"]
+)
+@pytest.mark.parametrize(
+    "lengths", [[21], [40, 0, 7, 0], [0, 0]], ids=["one-token", "some-padded", "all-padded"]
+)
 def test_paged_attention_for_every_density_and_grouping(lengths, heads, kv_heads, density):
     """Query heads that share a KV head are selected apart from each other."""
     check_attention(lengths, heads=heads, kv_heads=kv_heads, density=density)
 
 
-@pytest.mark.parametrize("max_model_len", [None, 330, 10_000], ids=["unknown-length", "longest-known", "more-than-the-table"])
-@pytest.mark.parametrize(("sms", "splits"), [(1, 1), (2, 2), (6, 5), (999, 5)], ids=["one-split", "two", "as-many-as-fit", "huge-chip"])
+@pytest.mark.parametrize(
+    "max_model_len", [None, 330, 10_000], ids=["unknown-length", "longest-known", "more-than-the-table"]
+)
+@pytest.mark.parametrize(
+    ("sms", "splits"),
+    [(1, 1), (2, 2), (6, 5), (999, 5)],
+    ids=["one-split", "two", "as-many-as-fit", "huge-chip"],
+)
 def test_paged_attention_of_cut_sequences(sms, splits, max_model_len):
     """Whatever the number of pieces; short sequences use fewer of them than there are."""
     lengths = [330, 32, 0, 33]
-    check_attention(lengths, heads=1, kv_heads=1, density=1.0, max_model_len=max_model_len, sms=sms, splits=splits)
+    check_attention(
+        lengths, heads=1, kv_heads=1, density=1.0, max_model_len=max_model_len, sms=sms, splits=splits
+    )
 
 
 @every_dtype
@@ -308,27 +391,60 @@ def test_paged_attention_divides_the_live_length():
 
 
 def test_paged_attention_of_one_score_far_above_all_others():
-    """The largest score decides, in whatever lane, step or piece it is: others underflow to 0, none to NaN."""
+    """The largest score decides, in whatever lane, step or piece it is: others underflow to 0, none to
+    NaN.
+    """
     for position in (0, 31, 32, 100, 299):
         keys = torch.full((300, 1, 32), -5.0)
         keys[position] = 5.0
         values = cpu_rand(300, 1, 32, seed=1)
-        cache, table = (t.to(DEVICE) for t in paged_cache([keys], [values], torch.ones(1, 1, dtype=torch.bool), 16, "NHD"))
+        cache, table = (
+            t.to(DEVICE) for t in paged_cache([keys], [values], torch.ones(1, 1, dtype=torch.bool), 16, "NHD")
+        )
         one = torch.ones(1, 1, device=DEVICE)
         with multiprocessors(3):
-            out = gpu.paged_attention(torch.full((1, 1, 32), 100.0, device=DEVICE), cache, table, torch.tensor([300], dtype=torch.int32, device=DEVICE), 1.0, one)
+            out = gpu.paged_attention(
+                torch.full((1, 1, 32), 100.0, device=DEVICE),
+                cache,
+                table,
+                torch.tensor([300], dtype=torch.int32, device=DEVICE),
+                1.0,
+                one,
+            )
         assert_close(out[0].cpu(), values[position])
 
 
 @FUZZ
 @given(
-    lengths=st.lists(st.integers(0, 200), min_size=1, max_size=4), dtype=st.sampled_from(DTYPES), kv_heads=st.integers(1, 2), group=st.integers(1, 3),
-    head_size=st.sampled_from([8, 24, 32, 64, 80]), block_size=st.sampled_from([16, 32, 48]), layout=st.sampled_from(["NHD", "HND"]),
-    density=st.floats(0, 1), sms=st.integers(1, 30), longest=st.sampled_from([None, 200, 256]), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_paged_attention_for_any_shape_length_and_selection(lengths, dtype, kv_heads, group, head_size, block_size, layout, density, sms, longest, seed):
+    lengths=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    head_size=st.sampled_from([8, 24, 32, 64, 80]),
+    block_size=st.sampled_from([16, 32, 48]),
+    layout=st.sampled_from(["NHD", "HND"]),
+    density=st.floats(0, 1),
+    sms=st.integers(1, 30),
+    longest=st.sampled_from([None, 200, 256]),
+    seed=st.integers(0, 99),
+)
+def test_paged_attention_for_any_shape_length_and_selection(
+    lengths, dtype, kv_heads, group, head_size, block_size, layout, density, sms, longest, seed
+):
     """Blocks are shuffled, entries behind a sequence's last block name a block outside the cache."""
-    check_attention(lengths, dtype, kv_heads * group, kv_heads, head_size, block_size, layout, density, longest, sms, seed=seed)
+    check_attention(
+        lengths,
+        dtype,
+        kv_heads * group,
+        kv_heads,
+        head_size,
+        block_size,
+        layout,
+        density,
+        longest,
+        sms,
+        seed=seed,
+    )
 
 
 # Scratch memory
@@ -344,7 +460,9 @@ def run(name, tokens, workspace):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_workspace_changes_no_bit(name):
-    """None, the model's (full of NaN, used twice) and one that is too small give the same; semaphores are 0 again."""
+    """None, the model's (full of NaN, used twice) and one that is too small give the same; semaphores are 0
+    again.
+    """
     model = launch.Workspace.for_model(DEVICE, torch.float32, 6, ffn=300, head_size=16)
     small = launch.Workspace(DEVICE, dict.fromkeys(model._buffers, 5), torch.float32)
     with multiprocessors(12):  # enough that all are cut in pieces
@@ -361,14 +479,22 @@ def test_the_workspace_changes_no_bit(name):
 @every_dtype
 @pytest.mark.parametrize("sms", [1, 3, 24, 132], ids=lambda n: f"{n}-sms")
 def test_the_models_workspace_holds_every_request(sms, dtype):
-    """No decode step asks for more than `Workspace.for_model` reserved, so memory is what vLLM's profile saw. Nothing is run."""
+    """No decode step asks for more than `Workspace.for_model` reserved, so memory is what vLLM's profile saw.
+    Nothing is run.
+    """
     workspace, taken = None, []
 
     def take(name, *shape, **options):
         taken.append((name, shape, launch.Workspace.take(workspace, name, *shape, **options)))
         return taken[-1][2]
 
-    kernels = [(predict, "_down_kernel"), (predict, "_up_select_kernel"), (sparse_mlp, "_fc1_kernel"), (sparse_mlp, "_fc2_kernel"), (sparse_attention, "_attention_kernel")]
+    kernels = [
+        (predict, "_down_kernel"),
+        (predict, "_up_select_kernel"),
+        (sparse_mlp, "_fc1_kernel"),
+        (sparse_mlp, "_fc2_kernel"),
+        (sparse_attention, "_attention_kernel"),
+    ]
     with multiprocessors(sms), contextlib.ExitStack() as stack:
         for module, kernel in kernels:
             stack.enter_context(patch.object(module, kernel, MagicMock()))
@@ -379,7 +505,14 @@ def test_the_models_workspace_holds_every_request(sms, dtype):
                 getattr(gpu, name)(**checks.arguments(name, tokens, dtype), workspace=MagicMock(take=take))
     assert not [(name, shape) for name, shape, tensor in taken if tensor.data_ptr() not in own]
     if sms == 24:
-        assert {name for name, *_ in taken} == {"down", "down_partials", "heads_partials", "activations", "fc2_partials", "attention"}
+        assert {name for name, *_ in taken} == {
+            "down",
+            "down_partials",
+            "heads_partials",
+            "activations",
+            "fc2_partials",
+            "attention",
+        }
 
 
 def test_a_larger_workspace_request_gets_memory_of_its_own():
@@ -394,7 +527,9 @@ def test_a_larger_workspace_request_gets_memory_of_its_own():
 
 
 def test_both_implementations_have_the_same_signatures():
-    """Whatever gpu and cpu offer, reference has, with the same parameters in the same order; and they offer the same."""
+    """Whatever gpu and cpu offer, reference has, with the same parameters in the same order; and they offer
+    the same.
+    """
     assert set(gpu.__all__) == set(cpu.__all__)
     for kernels in (gpu, cpu):
         for name in kernels.__all__:
@@ -408,9 +543,17 @@ def test_both_implementations_have_the_same_signatures():
 
 def test_every_implementation_has_what_the_package_calls():
     """Each name that vllm_dejavu takes from the implementation of a device."""
-    sources = "".join(p.read_text(encoding="utf-8") for p in (Path(__file__).parent.parent / "vllm_dejavu").glob("*.py"))
-    names = set(re.findall(r"(?<!\.)\bimpl\.(\w+)", sources)) | set(re.findall(r"\bimplementation\([^()]*\)\.(\w+)", sources))
-    assert {"dense_mlp", "linear", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_out_proj"} <= names <= set(cpu.__all__)
+    sources = "".join(
+        p.read_text(encoding="utf-8") for p in (Path(__file__).parent.parent / "vllm_dejavu").glob("*.py")
+    )
+    names = set(re.findall(r"(?<!\.)\bimpl\.(\w+)", sources)) | set(
+        re.findall(r"\bimplementation\([^()]*\)\.(\w+)", sources)
+    )
+    assert (
+        {"dense_mlp", "linear", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_out_proj"}
+        <= names
+        <= set(cpu.__all__)
+    )
 
 
 REFUSED = [
@@ -458,7 +601,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "argument", "change", "message"), REFUSED, ids=[f"{n}-{a}-{m}" for n, a, _, m in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "argument", "change", "message"), REFUSED, ids=[f"{n}-{a}-{m}" for n, a, _, m in REFUSED]
+)
 def test_wrong_arguments_are_refused_by_name(name, argument, change, message):
     """A wrong shape, dtype or stride is a ValueError that says what was expected and what came."""
     arguments = checks.arguments(name)

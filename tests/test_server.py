@@ -1,4 +1,6 @@
-"""The server over HTTP, as users start it: a real process, its front end, engine and worker, and our plugin in each."""
+"""The server over HTTP, as users start it: a real process, its front end, engine and worker, and our plugin
+in each.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_metrics_of_the_workers_are_in_prometheus(server):
         return gauge(server, "vllm:dejavu_steps_total") == sum(counted(server)["steps"].values()) > 0
 
     assert wait_until(followed), server.get("/metrics")
-    selected, selectable = (gauge(server, f"vllm:dejavu_{what}_units_total") for what in ("selected", "selectable"))
+    selected, selectable = (
+        gauge(server, f"vllm:dejavu_{what}_units_total") for what in ("selected", "selectable")
+    )
     assert 0 < selected < selectable
     assert 'vllm:dejavu_info{artifact_digest="' in server.get("/metrics")
 
@@ -129,7 +133,9 @@ def test_8_concurrent_requests_share_every_step(server):
     first, last = before["layers"][0]["mlp"], after["layers"][0]["mlp"]
     assert last["rows"] - first["rows"] == 8 * (last["steps"] - first["steps"]) > 0
     assert after["steps"]["prefill_or_mixed"] == before["steps"]["prefill_or_mixed"]
-    assert 0 < last["density"] < last["read_density"] <= 1, "each row selects its own, a step reads their union"
+    assert 0 < last["density"] < last["read_density"] <= 1, (
+        "each row selects its own, a step reads their union"
+    )
 
 
 def test_aborted_streams_free_their_requests(server):
@@ -182,7 +188,9 @@ def test_a_faulty_artifact_is_refused_at_start(tmp_path, served, command, fault)
 @pytest.mark.on_demand
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_demo_leaves_no_server_behind(tmp_path, number):
-    """Ctrl-C, and even SIGKILL, of the demo while its server starts: vLLM 0.32 then ignores SIGTERM, so it must be killed."""
+    """Ctrl-C, and even SIGKILL, of the demo while its server starts: vLLM 0.32 then ignores SIGTERM, so it
+    must be killed.
+    """
     model = make_opt(tmp_path / "model", layers=1, positions=512)
     make_artifact(model / "dejavu", model)
     command = [sys.executable, str(SCRIPTS / "demo.py"), "--model", str(model)]
@@ -204,7 +212,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from server import Server
-stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(3600)"
+ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+stubborn = f"import time; {ignore}; print('deaf', flush=True); time.sleep(3600)"
 with Server("model", log=Path(sys.argv[2]), command=(sys.executable, "-c", stubborn)) as server:
     server.start()
     print(server.process.pid, flush=True)
@@ -216,7 +225,9 @@ with Server("model", log=Path(sys.argv[2]), command=(sys.executable, "-c", stubb
 def test_a_server_ends_with_its_owner(tmp_path, number):
     """Ctrl-C in whoever started it, or SIGKILL, which no handler sees: even a server that ignores SIGTERM."""
     command = [sys.executable, "-c", OWNER, str(SCRIPTS), str(tmp_path / "log")]
-    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         group = int(owner.stdout.readline())
         assert wait_until(lambda: "deaf" in (tmp_path / "log").read_text()), "it did not start"

@@ -1,11 +1,14 @@
-"""The server under load and when things go wrong: every request is answered or fails with an error, nothing is lost.
+"""The server under load and when things go wrong: every request is answered or fails with an error, nothing
+is lost.
 
-DEJAVU_LOAD_CLIENTS sets the number of concurrent clients (default 64; 200 on demand). DEJAVU_SOAK_S runs the soak test, which is
-skipped otherwise, for about that many seconds.
+DEJAVU_LOAD_CLIENTS sets the number of concurrent clients (default 64; 200 on demand). DEJAVU_SOAK_S runs the
+soak test, which is skipped otherwise, for about that many seconds.
 
-Tests that use one server come in the order of the file: the last of them breaks it, after which a new one is started for whoever
-asks. `served.place`, where the artifact lies, goes through all of it: served, deleted, replaced by another.
+Tests that use one server come in the order of the file: the last of them breaks it, after which a new one is
+started for whoever asks. `served.place`, where the artifact lies, goes through all of it: served, deleted,
+replaced by another.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -82,14 +85,17 @@ def first_digest(served):
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     path = tmp_path_factory.mktemp("template") / "chat.jinja"
-    path.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    path.write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt"
+        " %}assistant:{% endif %}"
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def restarted(tmp_path_factory, served, template):
-    """The same place with another artifact, served by a new process, with prompts sparse too, KV blocks for three requests, and
-    the tokenizer."""
+    """The same place with another artifact, served by a new process, with prompts sparse too, KV blocks for
+    three requests, and the tokenizer."""
     served.stop()
     served.make_artifact(seed=1)
     log = tmp_path_factory.mktemp("log") / "restarted.log"
@@ -110,9 +116,14 @@ def load(server: Server, clients: int, seed: int) -> list:
     outcomes = run(server, "tiny", asks)
     aborted = sum(a.abort_after is not None for a in asks)
     assert 0 < aborted < clients
-    assert ends(outcomes) == {DONE: clients - aborted, ABORTED: aborted}, [o for o in outcomes if o.end not in (DONE, ABORTED)]
+    assert ends(outcomes) == {DONE: clients - aborted, ABORTED: aborted}, [
+        o for o in outcomes if o.end not in (DONE, ABORTED)
+    ]
     whole = [o for o in outcomes if o.end == DONE]
-    assert all(o.ask.abort_after is None and len(o.tokens) == o.ask.max_tokens and o.finish_reason == "length" for o in whole)
+    assert all(
+        o.ask.abort_after is None and len(o.tokens) == o.ask.max_tokens and o.finish_reason == "length"
+        for o in whole
+    )
     assert all(len(o.tokens) >= o.ask.abort_after for o in outcomes if o.end == ABORTED)
     # Not more than were sent; an aborted one may run to its end before vLLM notices that its client has left.
     assert wait_until(lambda: gauge(server, "vllm:request_success_total") - succeeded >= len(whole))
@@ -124,8 +135,8 @@ def load(server: Server, clients: int, seed: int) -> list:
 def test_load_with_aborts(server):
     """Every stream that is not aborted ends with its number of tokens and [DONE].
 
-    Only counted: in a step that takes in a prompt every request runs dense, so with `apply_to` at its default the tokens depend
-    on who arrives when. `test_load_gives_what_each_request_gives_alone` compares them.
+    Only counted: in a step that takes in a prompt every request runs dense, so with `apply_to` at its default
+    the tokens depend on who arrives when. `test_load_gives_what_each_request_gives_alone` compares them.
     """
     expected = complete(server)
     with held(server, [PROMPT, PROMPT[:3]]):
@@ -136,7 +147,9 @@ def test_load_with_aborts(server):
     assert last["rows"] - first["rows"] > 2 * (last["steps"] - first["steps"]) > 0
     assert 0 < last["density"] < 1
     assert complete(server) == expected
-    assert len({tuple(o.tokens) for o in whole}) > len(whole) // 2, "as good as every request asks for something else"
+    assert len({tuple(o.tokens) for o in whole}) > len(whole) // 2, (
+        "as good as every request asks for something else"
+    )
 
 
 def test_a_deleted_artifact_is_not_missed(server, served, first_digest):
@@ -153,7 +166,10 @@ def test_a_deleted_artifact_is_not_missed(server, served, first_digest):
 
 def names(server: Server) -> dict[int, str]:
     """Process id -> what vLLM calls each process of the server."""
-    return {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() for pid in server.processes()}
+    return {
+        pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        for pid in server.processes()
+    }
 
 
 def kill_process(server: Server, name: str) -> None:
@@ -166,8 +182,8 @@ def kill_process(server: Server, name: str) -> None:
 def break_amid_requests(server: Server, breaks: Callable[[], None], asks: list[Ask]) -> None:
     """Call `breaks` while requests run and wait. Whoever has an answer asks again, until there is none.
 
-    So at any time each client has a request, however fast they are answered. Each must end with an error, unless it was
-    answered in full before; then the server must end too.
+    So at any time each client has a request, however fast they are answered. Each must end with an error,
+    unless it was answered in full before; then the server must end too.
     """
     given_up = threading.Event()
 
@@ -178,7 +194,9 @@ def break_amid_requests(server: Server, breaks: Callable[[], None], asks: list[A
         return outcomes
 
     def running_and_waiting() -> bool:
-        return gauge(server, "vllm:num_requests_running") > 1 and gauge(server, "vllm:num_requests_waiting") > 0
+        return (
+            gauge(server, "vllm:num_requests_running") > 1 and gauge(server, "vllm:num_requests_waiting") > 0
+        )
 
     with ThreadPoolExecutor(len(asks)) as pool:
         futures = [pool.submit(client, a) for a in asks]
@@ -191,12 +209,16 @@ def break_amid_requests(server: Server, breaks: Callable[[], None], asks: list[A
     answered, last = [o for some in outcomes for o in some[:-1]], [some[-1] for some in outcomes]
     assert all(o.end in FAILED for o in last), last
     assert all(len(o.tokens) == o.ask.max_tokens for o in answered)
-    told = [o.detail for o in last if o.end == ERROR or o.detail.startswith("500")]  # the rest found the connection closed
+    # the rest found the connection closed
+    told = [o.detail for o in last if o.end == ERROR or o.detail.startswith("500")]
     assert told and all("EngineCore" in detail for detail in told), told[:3]
     assert wait_until(lambda: not healthy(server))
     assert ask(server, "tiny", Ask((2, 5), 4)).end == REFUSED, "who comes later is told at once"
     assert wait_until(lambda: server.process.poll() is not None), "the server outlived its engine"
-    assert any(re.search(r"ERROR.*(died unexpectedly|EngineDeadError|Engine core proc|WorkerProc)", line) for line in server.log_lines())
+    assert any(
+        re.search(r"ERROR.*(died unexpectedly|EngineDeadError|Engine core proc|WorkerProc)", line)
+        for line in server.log_lines()
+    )
     server.stop()
     assert server.processes() == []
 
@@ -221,7 +243,9 @@ def test_a_restart_serves_the_artifact_that_lies_there_then(first_digest, restar
 
 
 def until_preempted(server: Server) -> Iterator[int]:
-    """Numbers of bursts, 0 on, until the server has preempted a request; whether it must in one depends on how fast it is."""
+    """Numbers of bursts, 0 on, until the server has preempted a request; whether it must in one depends on
+    how fast it is.
+    """
     before = gauge(server, "vllm:num_preemptions_total")
     for number in range(BURSTS):
         yield number
@@ -231,11 +255,11 @@ def until_preempted(server: Server) -> Iterator[int]:
 
 
 def test_load_gives_what_each_request_gives_alone(restarted):
-    """With `row_exact` and `apply_to="all"` each token has its own selection, whoever else is in the step and wherever prompts
-    end; being preempted and computed again changes nothing either.
+    """With `row_exact` and `apply_to="all"` each token has its own selection, whoever else is in the step and
+    wherever prompts end; being preempted and computed again changes nothing either.
 
-    One of the requests may differ: sums are ordered by the size of the batch, and a score within rounding (1e-7) of its
-    threshold, or two equally likely tokens, then fall the other way.
+    One of the requests may differ: sums are ordered by the size of the batch, and a score within rounding
+    (1e-7) of its threshold, or two equally likely tokens, then fall the other way.
     """
     different, compared = [], 0
     for number in until_preempted(restarted):
@@ -250,9 +274,13 @@ def test_load_gives_what_each_request_gives_alone(restarted):
 
 
 def test_preempted_requests_complete(restarted):
-    """24 KV blocks, and 16 requests that grow to 7 or 8 blocks each: most are thrown out half-way, and computed again."""
+    """24 KV blocks, and 16 requests that grow to 7 or 8 blocks each: most are thrown out half-way, and
+    computed again.
+    """
     for _ in until_preempted(restarted):
-        outcomes = run(restarted, "tiny", [Ask((2, *range(10, 20 + i)), 200, stream=i % 2 == 0) for i in range(MAX_SEQS)])
+        outcomes = run(
+            restarted, "tiny", [Ask((2, *range(10, 20 + i)), 200, stream=i % 2 == 0) for i in range(MAX_SEQS)]
+        )
         assert ends(outcomes) == {DONE: MAX_SEQS}, outcomes
         assert all(len(o.tokens) == 200 and o.finish_reason == "length" for o in outcomes)
         assert_idle(restarted)
@@ -270,35 +298,47 @@ def test_a_killed_engine_fails_every_request(tmp_path, served):
 
 @pytest.mark.on_demand
 def test_data_parallel_engines_answer_and_count(tmp_path, served):
-    """Two engines of their own behind one front end; each has its counts in /metrics. The dense switch reaches both."""
+    """Two engines of their own behind one front end; each has its counts in /metrics. The dense switch
+    reaches both.
+    """
     predictor = make_artifact(tmp_path / "artifact", served.model, density=0.5)
     options = (*TINY, *ROOMY, *dejavu(predictor), "--data-parallel-size", "2")
     with Server(served.model, *options, log=tmp_path / "server.log") as server:
         start(server)
-        outcomes = run(server, "tiny", [Ask((2, *range(10, 20 + i)), 24, stream=i % 2 == 0) for i in range(12)])
+        outcomes = run(
+            server, "tiny", [Ask((2, *range(10, 20 + i)), 24, stream=i % 2 == 0) for i in range(12)]
+        )
         assert ends(outcomes) == {DONE: 12}
 
         def of_engines(metric: str) -> list[float]:
             lines = [line for line in server.get("/metrics").splitlines() if line.startswith(metric + "{")]
-            return [sum(float(line.split()[-1]) for line in lines if f'engine="{i}"' in line) for i in range(2)]
+            return [
+                sum(float(line.split()[-1]) for line in lines if f'engine="{i}"' in line) for i in range(2)
+            ]
 
         answered = of_engines("vllm:request_success_total")
         assert sum(answered) == 12 and all(answered), answered
         # Each request has a prompt step, its own or shared, and 23 steps that add one token.
-        assert wait_until(lambda: all(count >= 24 for count in of_engines("vllm:dejavu_steps_total"))), of_engines("vllm:dejavu_steps_total")
+        assert wait_until(lambda: all(count >= 24 for count in of_engines("vllm:dejavu_steps_total"))), (
+            of_engines("vllm:dejavu_steps_total")
+        )
         server.post("/collective_rpc", {"method": "dejavu_set_dense", "args": [True]})
         assert wait_until(lambda: of_engines("vllm:dejavu_dense_switch") == [1, 1])
 
 
 @contextlib.contextmanager
 def ray_nodes(count: int) -> Iterator[Any]:
-    """A Ray cluster of so many nodes on this host, each with its own raylet and room for one worker; yields it."""
+    """A Ray cluster of so many nodes on this host, each with its own raylet and room for one worker; yields
+    it.
+    """
     from ray.cluster_utils import Cluster
 
     # Sockets lie in it, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as directory:
         room = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 * 2**20}
-        cluster = Cluster(initialize_head=True, head_node_args={**room, "temp_dir": directory, "include_dashboard": False})
+        cluster = Cluster(
+            initialize_head=True, head_node_args={**room, "temp_dir": directory, "include_dashboard": False}
+        )
         try:
             for _ in range(count - 1):
                 cluster.add_node(**room)
@@ -313,9 +353,16 @@ def test_a_lost_ray_node_fails_every_request(tmp_path, served, monkeypatch):
     """Tensor parallel over two nodes, of which one dies without a word."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dejavu[ray]'")
     tests = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests / "ray_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tests / "ray_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
     # For the raylets, whose workers inherit it, and for the server.
-    for name, value in {"DEJAVU_TEST_RAY_CPU": "1", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
+    for name, value in {
+        "DEJAVU_TEST_RAY_CPU": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }.items():
         monkeypatch.setenv(name, value)
     parallel = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "ray")
     predictor = make_artifact(tmp_path / "artifact", served.model, density=0.5)
@@ -331,7 +378,10 @@ def test_a_lost_ray_node_fails_every_request(tmp_path, served, monkeypatch):
             break_amid_requests(server, lambda: cluster.remove_node(lost, allow_graceful=False), asks)
 
 
-QUESTION = [{"role": "system", "content": "Speak."}, {"role": "user", "content": "What did the old gentleman say?"}]
+QUESTION = [
+    {"role": "system", "content": "Speak."},
+    {"role": "user", "content": "What did the old gentleman say?"},
+]
 GREEDY = {"model": "tiny", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
@@ -339,7 +389,9 @@ GREEDY = {"model": "tiny", "max_tokens": 24, "temperature": 0, "ignore_eos": Tru
 def expected(restarted):
     """Completion of the text that the template makes of QUESTION."""
     prompt = "system: Speak.\nuser: What did the old gentleman say?\nassistant:"
-    return restarted.post("/v1/completions", {**GREEDY, "prompt": prompt, "add_special_tokens": False})["choices"][0]
+    return restarted.post("/v1/completions", {**GREEDY, "prompt": prompt, "add_special_tokens": False})[
+        "choices"
+    ][0]
 
 
 def test_chat(restarted, expected):
@@ -355,7 +407,8 @@ def test_chat(restarted, expected):
 def test_chat_streamed(restarted, expected):
     events = list(restarted.stream("/v1/chat/completions", {**GREEDY, "messages": QUESTION}))
     choices = [choice for event in events for choice in event["choices"]]
-    texts = [choice["delta"].get("content") for choice in choices]  # how many depends on how fast they are read
+    # how many depends on how fast they are read
+    texts = [choice["delta"].get("content") for choice in choices]
     assert "".join(t for t in texts if t) == expected["text"]
     assert choices[-1]["finish_reason"] == "length"
 
@@ -370,23 +423,53 @@ def chat(**changes) -> bytes:
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MALFORMED = {
-    "no-json": (COMPLETIONS, b"{"), "empty": (COMPLETIONS, b""), "list": (COMPLETIONS, b"[]"), "null": (COMPLETIONS, b"null"), "bytes": (COMPLETIONS, b"\xff\xfe{}"),
-    "prompt-number": (COMPLETIONS, changed(prompt=7)), "prompt-object": (COMPLETIONS, changed(prompt={"a": 1})), "prompt-mixed": (COMPLETIONS, changed(prompt=[2, "x"])),
-    "prompt-empty": (COMPLETIONS, changed(prompt="")), "prompt-null": (COMPLETIONS, changed(prompt=None)), "prompt-float": (COMPLETIONS, changed(prompt=[2.5])),
-    "token-too-large": (COMPLETIONS, changed(prompt=[2, 8192])), "token-negative": (COMPLETIONS, changed(prompt=[2, -1])), "token-huge": (COMPLETIONS, changed(prompt=[2, 10**30])),
-    "prompt-too-long": (COMPLETIONS, changed(prompt=[5] * 600)), "text-too-long": (COMPLETIONS, changed(prompt="It was late " * 1000)),
-    "more-than-fits": (COMPLETIONS, changed(max_tokens=10**6)), "max-tokens-negative": (COMPLETIONS, changed(max_tokens=-1)), "max-tokens-word": (COMPLETIONS, changed(max_tokens="many")),
-    "max-tokens-0": (COMPLETIONS, changed(max_tokens=0)), "min-tokens-above-max": (COMPLETIONS, changed(min_tokens=99)),
-    "model-unknown": (COMPLETIONS, changed(model="gpt-9")), "model-number": (COMPLETIONS, changed(model=7)),
-    "n-0": (COMPLETIONS, changed(n=0)), "n-negative": (COMPLETIONS, changed(n=-1)), "n-huge": (COMPLETIONS, changed(n=10**9, temperature=1)), "n-greedy": (COMPLETIONS, changed(n=2)),
-    "bias-no-token": (COMPLETIONS, changed(logit_bias={"x": 1})), "bias-unknown-token": (COMPLETIONS, changed(logit_bias={"999999": 1})),
-    "bias-negative-token": (COMPLETIONS, changed(logit_bias={"-1": 1})), "bias-word": (COMPLETIONS, changed(logit_bias={"5": "much"})), "bias-list": (COMPLETIONS, changed(logit_bias=[1])),
-    "temperature-negative": (COMPLETIONS, changed(temperature=-1)), "temperature-nan": (COMPLETIONS, changed(temperature=float("nan"))), "temperature-word": (COMPLETIONS, changed(temperature="hot")),
-    "top-p-2": (COMPLETIONS, changed(top_p=2)), "top-k-negative": (COMPLETIONS, changed(top_k=-5)), "stop-empty": (COMPLETIONS, changed(stop=[""])),
-    "logprobs-negative": (COMPLETIONS, changed(logprobs=-5)), "logprobs-many": (COMPLETIONS, changed(logprobs=10**6)), "stream-word": (COMPLETIONS, changed(stream="perhaps")),
-    "chat-no-messages": (CHAT, chat(messages=None)), "chat-empty-message": (CHAT, chat(messages=[{}])), "chat-text": (CHAT, chat(messages="hello")),
-    "chat-own-template": (CHAT, chat(chat_template="{{ messages }}")), "chat-model-unknown": (CHAT, chat(model="gpt-9")),
-}  # fmt: skip
+    "no-json": (COMPLETIONS, b"{"),
+    "empty": (COMPLETIONS, b""),
+    "list": (COMPLETIONS, b"[]"),
+    "null": (COMPLETIONS, b"null"),
+    "bytes": (COMPLETIONS, b"\xff\xfe{}"),
+    "prompt-number": (COMPLETIONS, changed(prompt=7)),
+    "prompt-object": (COMPLETIONS, changed(prompt={"a": 1})),
+    "prompt-mixed": (COMPLETIONS, changed(prompt=[2, "x"])),
+    "prompt-empty": (COMPLETIONS, changed(prompt="")),
+    "prompt-null": (COMPLETIONS, changed(prompt=None)),
+    "prompt-float": (COMPLETIONS, changed(prompt=[2.5])),
+    "token-too-large": (COMPLETIONS, changed(prompt=[2, 8192])),
+    "token-negative": (COMPLETIONS, changed(prompt=[2, -1])),
+    "token-huge": (COMPLETIONS, changed(prompt=[2, 10**30])),
+    "prompt-too-long": (COMPLETIONS, changed(prompt=[5] * 600)),
+    "text-too-long": (COMPLETIONS, changed(prompt="It was late " * 1000)),
+    "more-than-fits": (COMPLETIONS, changed(max_tokens=10**6)),
+    "max-tokens-negative": (COMPLETIONS, changed(max_tokens=-1)),
+    "max-tokens-word": (COMPLETIONS, changed(max_tokens="many")),
+    "max-tokens-0": (COMPLETIONS, changed(max_tokens=0)),
+    "min-tokens-above-max": (COMPLETIONS, changed(min_tokens=99)),
+    "model-unknown": (COMPLETIONS, changed(model="gpt-9")),
+    "model-number": (COMPLETIONS, changed(model=7)),
+    "n-0": (COMPLETIONS, changed(n=0)),
+    "n-negative": (COMPLETIONS, changed(n=-1)),
+    "n-huge": (COMPLETIONS, changed(n=10**9, temperature=1)),
+    "n-greedy": (COMPLETIONS, changed(n=2)),
+    "bias-no-token": (COMPLETIONS, changed(logit_bias={"x": 1})),
+    "bias-unknown-token": (COMPLETIONS, changed(logit_bias={"999999": 1})),
+    "bias-negative-token": (COMPLETIONS, changed(logit_bias={"-1": 1})),
+    "bias-word": (COMPLETIONS, changed(logit_bias={"5": "much"})),
+    "bias-list": (COMPLETIONS, changed(logit_bias=[1])),
+    "temperature-negative": (COMPLETIONS, changed(temperature=-1)),
+    "temperature-nan": (COMPLETIONS, changed(temperature=float("nan"))),
+    "temperature-word": (COMPLETIONS, changed(temperature="hot")),
+    "top-p-2": (COMPLETIONS, changed(top_p=2)),
+    "top-k-negative": (COMPLETIONS, changed(top_k=-5)),
+    "stop-empty": (COMPLETIONS, changed(stop=[""])),
+    "logprobs-negative": (COMPLETIONS, changed(logprobs=-5)),
+    "logprobs-many": (COMPLETIONS, changed(logprobs=10**6)),
+    "stream-word": (COMPLETIONS, changed(stream="perhaps")),
+    "chat-no-messages": (CHAT, chat(messages=None)),
+    "chat-empty-message": (CHAT, chat(messages=[{}])),
+    "chat-text": (CHAT, chat(messages="hello")),
+    "chat-own-template": (CHAT, chat(chat_template="{{ messages }}")),
+    "chat-model-unknown": (CHAT, chat(model="gpt-9")),
+}
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -445,5 +528,8 @@ def test_memory_stays_flat(tmp_path, served):
             samples.append(resident_mb(server))
     third = len(samples) // 3
     growth = statistics.median(samples[-third:]) - statistics.median(samples[third : 2 * third])
-    print(f"{len(samples)} bursts, MB: {samples[0]:.0f} at first, {samples[third]:.0f} after warm-up, {samples[-1]:.0f} at last; growth {growth:.1f}")
+    print(
+        f"{len(samples)} bursts, MB: {samples[0]:.0f} at first, {samples[third]:.0f} after warm-up,"
+        f" {samples[-1]:.0f} at last; growth {growth:.1f}"
+    )
     assert growth < SOAK_GROWTH_MB, samples

@@ -23,10 +23,14 @@ def step_of(monkeypatch, metadata, mode=EAGER, apply_to="decode"):
 @pytest.mark.parametrize(
     ("mode", "apply_to", "max_query_len", "reason"),
     [
-        (EAGER, "decode", 1, "sparse"), (EAGER, "decode", 2, "prefill_or_mixed"), (EAGER, "all", 2, "sparse"),
-        (FULL, "decode", 1, "sparse"), (PIECEWISE, "decode", 1, "piecewise_graph"), (PIECEWISE, "all", 2, "piecewise_graph"),
+        (EAGER, "decode", 1, "sparse"),
+        (EAGER, "decode", 2, "prefill_or_mixed"),
+        (EAGER, "all", 2, "sparse"),
+        (FULL, "decode", 1, "sparse"),
+        (PIECEWISE, "decode", 1, "piecewise_graph"),
+        (PIECEWISE, "all", 2, "piecewise_graph"),
     ],
-)  # fmt: skip
+)
 def test_reasons(mode, apply_to, max_query_len, reason, monkeypatch):
     """A PIECEWISE graph is replayed for any batch, so what was captured in it must be dense."""
     step = step_of(monkeypatch, {"layer": SimpleNamespace(max_query_len=max_query_len)}, mode, apply_to)
@@ -39,9 +43,16 @@ def test_passes_without_metadata_and_microbatches(monkeypatch):
 
 
 def test_rows_that_hold_a_token():
-    decode = SimpleNamespace(max_query_len=1, seq_lens=torch.tensor([5, 3], dtype=torch.int32), num_actual_tokens=2)
-    mixed = SimpleNamespace(max_query_len=4, seq_lens=torch.tensor([5, 3], dtype=torch.int32), num_actual_tokens=5)
+    decode = SimpleNamespace(
+        max_query_len=1, seq_lens=torch.tensor([5, 3], dtype=torch.int32), num_actual_tokens=2
+    )
+    mixed = SimpleNamespace(
+        max_query_len=4, seq_lens=torch.tensor([5, 3], dtype=torch.int32), num_actual_tokens=5
+    )
     step = ops.Step("sparse", decode)
     for num_tokens, expected in ((2, [5, 3]), (1, [5]), (4, [5, 3, 0, 0])):  # another number: made again
-        assert step.row_lens(num_tokens, CPU).tolist() == expected and step.row_lens(num_tokens, CPU).dtype == torch.int32
+        assert (
+            step.row_lens(num_tokens, CPU).tolist() == expected
+            and step.row_lens(num_tokens, CPU).dtype == torch.int32
+        )
     assert ops.Step("sparse", mixed).row_lens(7, CPU).tolist() == [1, 1, 1, 1, 1, 0, 0]

@@ -1,4 +1,7 @@
-"""Runs that start in the middle of a model, models spread over memory and disk, and the choice of operating points."""
+"""Runs that start in the middle of a model, models spread over memory and disk, and the choice of operating
+points.
+"""
+
 import itertools
 import math
 
@@ -23,7 +26,12 @@ from vllm_dejavu.predictor_training.hf_opt import OptModel
 from vllm_dejavu.predictor_training.train import LayerWeights, fit_heads, fit_mlp
 
 LAYERS, FFN = 3, 256
-VARIANTS = {"pre-LN": {}, "post-LN": {"pre_ln": False}, "projected": {"pre_ln": False, "embed_dim": 32}, "no-bias": {"bias": False}}
+VARIANTS = {
+    "pre-LN": {},
+    "post-LN": {"pre_ln": False},
+    "projected": {"pre_ln": False, "embed_dim": 32},
+    "no-bias": {"bias": False},
+}
 LOOKAHEAD = {"mlp": "self", "attention": "previous"}
 
 
@@ -43,21 +51,42 @@ def tokens():
 
 
 def fit(opt, tokens, lookahead=LOOKAHEAD, rank=32):
-    moments = Collector(opt, Request({b: (x,) for b, x in lookahead.items()}, range(LAYERS))).run(tokens, 5, progress=lambda n: None)
-    mlp = [fit_mlp(moments, i, LayerWeights.of(opt, i), lookahead["mlp"], rank, FORMS["closed_form"]) for i in range(LAYERS)]
+    moments = Collector(opt, Request({b: (x,) for b, x in lookahead.items()}, range(LAYERS))).run(
+        tokens, 5, progress=lambda n: None
+    )
+    mlp = [
+        fit_mlp(moments, i, LayerWeights.of(opt, i), lookahead["mlp"], rank, FORMS["closed_form"])
+        for i in range(LAYERS)
+    ]
     return mlp, [fit_heads(moments, i, lookahead["attention"]) for i in range(LAYERS)]
 
 
 def calibrator(opt, tokens, budget=0.05, lookahead=LOOKAHEAD, **options):
-    return Calibrator(opt, *fit(opt, tokens, lookahead), lookahead, tokens, **{"budget": budget, "dtype": "int8", "batch": 5, **options})
+    return Calibrator(
+        opt,
+        *fit(opt, tokens, lookahead),
+        lookahead,
+        tokens,
+        **{"budget": budget, "dtype": "int8", "batch": 5, **options},
+    )
 
 
 def gates_of(opt, tokens, lookahead):
     """About half the neurons, and those heads whose score is above the layer's median."""
     mlp, heads = fit(opt, tokens, lookahead)
-    gates = {(i, "mlp"): make_mlp_gate(f, 0.3, layer_lookahead(lookahead["mlp"], i), "float32") for i, f in enumerate(mlp)}
+    gates = {
+        (i, "mlp"): make_mlp_gate(f, 0.3, layer_lookahead(lookahead["mlp"], i), "float32")
+        for i, f in enumerate(mlp)
+    }
     for i, f in enumerate(heads):
-        gates[i, "attention"] = make_head_gate(f, float(f.bias.mean()), 0.0, torch.zeros(2), layer_lookahead(lookahead["attention"], i), "float32")
+        gates[i, "attention"] = make_head_gate(
+            f,
+            float(f.bias.mean()),
+            0.0,
+            torch.zeros(2),
+            layer_lookahead(lookahead["attention"], i),
+            "float32",
+        )
     return gates
 
 
@@ -75,7 +104,9 @@ def test_nll_from_any_layer_is_the_whole_nll(opt, tokens, start):
 
 def test_nll_is_what_hugging_face_computes(opt, tokens):
     with torch.inference_mode():
-        expected = torch.nn.functional.cross_entropy(opt.model(tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        expected = torch.nn.functional.cross_entropy(
+            opt.model(tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
     assert torch.allclose(opt.nll(tokens), expected, atol=1e-4)
 
 
@@ -89,10 +120,16 @@ class Recorded(Masked):
         return mask
 
 
-@pytest.mark.parametrize("lookahead", [LOOKAHEAD, {"mlp": "previous", "attention": "previous"}, {"mlp": "attn_input", "attention": "self"}], ids=lambda x: "-".join(x.values()))
+@pytest.mark.parametrize(
+    "lookahead",
+    [LOOKAHEAD, {"mlp": "previous", "attention": "previous"}, {"mlp": "attn_input", "attention": "self"}],
+    ids=lambda x: "-".join(x.values()),
+)
 @pytest.mark.parametrize("start", range(LAYERS))
 def test_a_gated_run_from_a_layer_is_the_whole_gated_run(opt, tokens, start, lookahead):
-    """What `previous` names was computed before the run was cut, in another batch's midst; losses and every selection are the same."""
+    """What `previous` names was computed before the run was cut, in another batch's midst; losses and every
+    selection are the same.
+    """
     gates = {k: g for k, g in gates_of(opt, tokens, lookahead).items() if k[0] >= start}
     runs = [opt.start(part) for part in tokens.split(5)]
     for _ in range(start):
@@ -107,7 +144,9 @@ def test_a_gated_run_from_a_layer_is_the_whole_gated_run(opt, tokens, start, loo
 
 
 def test_candidates_are_measured_as_in_a_run_of_their_own(plain, tokens):
-    """Each from its own layer on, next to a dense front: the loss that a whole run has with that gate alone."""
+    """Each from its own layer on, next to a dense front: the loss that a whole run has with that gate
+    alone.
+    """
     search = calibrator(plain, tokens)
     points = search.points()
     dense = Masked(plain, {}).nll(search.probe, 5)
@@ -128,7 +167,9 @@ def test_candidates_are_measured_as_in_a_run_of_their_own(plain, tokens):
 @pytest.fixture(scope="module")
 def spread(plain, tmp_path_factory):
     """The same model with room for about a layer in memory; accelerate keeps the others on disk."""
-    return OptModel(plain.name, "auto", offload=tmp_path_factory.mktemp("offload"), max_memory={"cpu": 450_000})
+    return OptModel(
+        plain.name, "auto", offload=tmp_path_factory.mktemp("offload"), max_memory={"cpu": 450_000}
+    )
 
 
 class TestSpread:
@@ -139,27 +180,47 @@ class TestSpread:
 
     def test_weights_are_found_wherever_they_are(self, spread, plain):
         assert spread.spec == plain.spec
-        for layer, module, kind in itertools.product(range(LAYERS), ("fc1", "fc2", "self_attn.out_proj", "final_layer_norm"), ("weight", "bias")):
+        for layer, module, kind in itertools.product(
+            range(LAYERS), ("fc1", "fc2", "self_attn.out_proj", "final_layer_norm"), ("weight", "bias")
+        ):
             found = spread.weight(layer, module, kind)
             assert found.device.type == "cpu" and torch.equal(found, plain.weight(layer, module, kind))
-        assert any(p.device.type == "meta" for p in spread.model.parameters()), "looking must not load them for good"
+        assert any(p.device.type == "meta" for p in spread.model.parameters()), (
+            "looking must not load them for good"
+        )
 
     def test_moments_and_losses_are_those_of_the_whole(self, spread, plain, tokens):
-        made = [Collector(m, Request({b: (x,) for b, x in LOOKAHEAD.items()}, range(LAYERS))).run(tokens, 5, progress=lambda n: None) for m in (spread, plain)]
+        made = [
+            Collector(m, Request({b: (x,) for b, x in LOOKAHEAD.items()}, range(LAYERS))).run(
+                tokens, 5, progress=lambda n: None
+            )
+            for m in (spread, plain)
+        ]
         assert made[0].tensors.keys() == made[1].tensors.keys()
-        assert all(torch.allclose(made[0].tensors[k], v, rtol=1e-9, atol=1e-9) for k, v in made[1].tensors.items())
+        assert all(
+            torch.allclose(made[0].tensors[k], v, rtol=1e-9, atol=1e-9) for k, v in made[1].tensors.items()
+        )
         run = spread.advance(spread.start(tokens))
         assert torch.allclose(spread.nll_from(run), plain.nll(tokens), atol=1e-6)
         gates = gates_of(plain, tokens, LOOKAHEAD)
-        assert Masked(spread, gates).nll(tokens, 5) == pytest.approx(Masked(plain, gates).nll(tokens, 5), abs=1e-6)
+        assert Masked(spread, gates).nll(tokens, 5) == pytest.approx(
+            Masked(plain, gates).nll(tokens, 5), abs=1e-6
+        )
 
     def test_a_biasless_layer(self, tmp_path):
-        model = OptModel(str(tiny.make_opt(tmp_path / "m", bias=False)), "auto", offload=tmp_path / "o", max_memory={"cpu": 450_000})
+        model = OptModel(
+            str(tiny.make_opt(tmp_path / "m", bias=False)),
+            "auto",
+            offload=tmp_path / "o",
+            max_memory={"cpu": 450_000},
+        )
         assert {model.weight(i, "fc1", "bias") for i in range(LAYERS)} == {None}
 
 
 def test_opening_the_run_directory_leaves_what_the_model_is_using(tmp_path):
-    """Bug: a fresh run cleared `offload`, where accelerate had just put weights of a model too large for memory."""
+    """Bug: a fresh run cleared `offload`, where accelerate had just put weights of a model too large for
+    memory.
+    """
     from vllm_dejavu.predictor_training.pipeline import RunDirectory
 
     place = RunDirectory(tmp_path / "run")
@@ -196,13 +257,17 @@ def test_unions_leave_first_tokens_out(plain, tokens):
 
 
 def test_union_of_one_row_is_the_density(plain, tokens):
-    """Both are means over the same tokens but the first ones: 200 draws of 468 tokens, within four standard errors."""
+    """Both are means over the same tokens but the first ones: 200 draws of 468 tokens, within four standard
+    errors.
+    """
     gates = gates_of(plain, tokens, LOOKAHEAD)
     specs, run = describe(plain, gates, tokens, "float32", 5, seed=0)
     for key, spec in specs.items():
         units = FFN if key[1] == "mlp" else 2
         later = torch.cat(run.counts[key]).view(tokens.shape)[:, 1:].flatten() / units
-        assert spec.union_density["1"]["mean"] == pytest.approx(float(later.mean()), abs=4 * float(later.std()) / math.sqrt(200) + 1e-6)
+        assert spec.union_density["1"]["mean"] == pytest.approx(
+            float(later.mean()), abs=4 * float(later.std()) / math.sqrt(200) + 1e-6
+        )
         unions = [spec.union_density[str(b)]["mean"] for b in (1, 2, 4, 8, 16, 32, 64)]
         assert unions == sorted(unions) and len(torch.cat(run.rows[key])) == tokens[:, 1:].numel()
 
@@ -247,7 +312,10 @@ def test_what_costs_nothing_is_sparse_at_the_most_daring_density(free, tokens, b
     seen = search.points()
     natural = seen[1, "mlp"][-1].density / DENSITY_MULTIPLES[-1]
     assert 0.05 < natural < 0.6
-    for block, label, density in (("mlp", f"{DENSITY_MULTIPLES[-1]:g} x natural", DENSITY_MULTIPLES[-1] * natural), ("attention", f"density {HEAD_DENSITIES[-1]:g}", HEAD_DENSITIES[-1])):
+    for block, label, density in (
+        ("mlp", f"{DENSITY_MULTIPLES[-1]:g} x natural", DENSITY_MULTIPLES[-1] * natural),
+        ("attention", f"density {HEAD_DENSITIES[-1]:g}", HEAD_DENSITIES[-1]),
+    ):
         last = record["points"][f"1.{block}"][-1]
         assert last[0] == label and last[2] == 0
         chosen = next(p for p in seen[1, block] if p.label == label)

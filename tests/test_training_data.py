@@ -1,4 +1,5 @@
 """Text -> windows: formats, splits, and every kind of bad file."""
+
 import gzip
 import json
 import lzma

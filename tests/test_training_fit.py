@@ -1,9 +1,18 @@
-"""Moments and fits against plain least squares on stored activations; passes over the text; masked runs and calibration."""
+"""Moments and fits against plain least squares on stored activations; passes over the text; masked runs and
+calibration.
+"""
+
 import pytest
 import tiny
 import torch
 
-from vllm_dejavu.predictor_training.calibrate import Calibrator, Masked, describe, make_head_gate, make_mlp_gate
+from vllm_dejavu.predictor_training.calibrate import (
+    Calibrator,
+    Masked,
+    describe,
+    make_head_gate,
+    make_mlp_gate,
+)
 from vllm_dejavu.predictor_training.collect import Collector, Request, layer_bytes, layer_lookahead, passes
 from vllm_dejavu.predictor_training.forms import FORMS
 from vllm_dejavu.predictor_training.hf_opt import OptModel
@@ -39,7 +48,9 @@ def stored(opt, tokens, lookahead):
         out[layer]["z"].append(z.clone())
 
     def on_attention(layer, states, attn):
-        out[layer]["attn_x"].append(states.gate_input("attention", layer_lookahead(lookahead["attention"], layer)).clone())
+        out[layer]["attn_x"].append(
+            states.gate_input("attention", layer_lookahead(lookahead["attention"], layer)).clone()
+        )
         out[layer]["attn"].append(attn.clone())
 
     with opt.observed(on_attention, on_mlp):
@@ -74,7 +85,8 @@ def test_moments_and_fit_equal_least_squares_on_stored_activations(opt, tokens, 
 
 
 def in_units_of_z(fitted, s):
-    """Predictions of z: scores are z in units of a standard deviation of each neuron's own, found here by regression.
+    """Predictions of z: scores are z in units of a standard deviation of each neuron's own, found here by
+    regression.
 
     A regression on the prediction has slope 1, so that scaling is cov(score, z) / var(score).
     """
@@ -86,7 +98,9 @@ def in_units_of_z(fitted, s):
 
 
 def test_rank_trades_error_and_scores_are_in_residual_standard_deviations(opt, tokens):
-    """z / std - score has a standard deviation of 1 for every neuron, std being that of what is left of z: so one margin serves all."""
+    """z / std - score has a standard deviation of 1 for every neuron, std being that of what is left of z: so
+    one margin serves all.
+    """
     moments, s = collect(opt, tokens), stored(opt, tokens, BOTH_SELF)[1]
     errors = []
     for rank in (4, 16, 48):
@@ -135,7 +149,16 @@ def test_calibration_stays_inside_its_budget_and_uses_it(opt, tokens, tmp_path, 
     mlp = [fit_mlp(moments, i, LayerWeights.of(opt, i), "self", 32, CLOSED) for i in range(3)]
     heads = [fit_heads(moments, i, "self") for i in range(3)]
     gates, record = Calibrator(
-        opt, mlp, heads, BOTH_SELF, tokens, budget=budget, dtype="float32", batch=5, state=tmp_path / "c.json", key={}
+        opt,
+        mlp,
+        heads,
+        BOTH_SELF,
+        tokens,
+        budget=budget,
+        dtype="float32",
+        batch=5,
+        state=tmp_path / "c.json",
+        key={},
     ).run()
     measured = Masked(opt, gates).nll(tokens, 5) - Masked(opt, {}).nll(tokens, 5)
     assert torch.tensor(measured).expm1() <= budget + 1e-6
@@ -149,7 +172,9 @@ def gates_of(opt, tokens, tmp_path, margin, cut):
     for i in range(3):
         fitted = fit_mlp(moments, i, LayerWeights.of(opt, i), "self", 16, CLOSED)
         gates[i, "mlp"] = make_mlp_gate(fitted, margin, "self", "float32")
-        gates[i, "attention"] = make_head_gate(fit_heads(moments, i, "self"), cut, 0.0, torch.zeros(2), "self", "float32")
+        gates[i, "attention"] = make_head_gate(
+            fit_heads(moments, i, "self"), cut, 0.0, torch.zeros(2), "self", "float32"
+        )
     return gates
 
 
@@ -178,11 +203,15 @@ class TestPasses:
         assert len(found) == fewest and max(map(len, found)) - min(map(len, found)) < fewest
 
     def test_no_room_for_one_layer(self):
-        with pytest.raises(ValueError, match="--max-memory 9 bytes cannot hold the moments of one layer, 10 bytes"):
+        with pytest.raises(
+            ValueError, match="--max-memory 9 bytes cannot hold the moments of one layer, 10 bytes"
+        ):
             passes(3, 10, 9)
 
     def test_opt_66b(self):
-        """Two matrices of 9216^2 fp64 a layer: 1.36 GB, 87 GB for 64 layers; 32 GB hold 23 layers, so 3 passes of 22, 22 and 20."""
+        """Two matrices of 9216^2 fp64 a layer: 1.36 GB, 87 GB for 64 layers; 32 GB hold 23 layers, so 3
+        passes of 22, 22 and 20.
+        """
         a_layer = layer_bytes(9216, 36864, 72, {"mlp": ("self",), "attention": ("previous",)})
         assert a_layer == pytest.approx(1.365e9, rel=1e-3) and 64 * a_layer == pytest.approx(87.4e9, rel=1e-3)
         assert [len(part) for part in passes(64, a_layer, 32 * 10**9)] == [22, 22, 20]
@@ -200,13 +229,17 @@ class TestPasses:
     def test_a_pass_over_some_layers_gives_theirs_and_runs_no_further(self, opt, tokens, monkeypatch):
         whole = collect(opt, tokens, {"mlp": "self", "attention": "previous"})
         run = []
-        hooks = [layer.register_forward_hook(lambda *_, i=i: run.append(i)) for i, layer in enumerate(opt.layers)]
+        hooks = [
+            layer.register_forward_hook(lambda *_, i=i: run.append(i)) for i, layer in enumerate(opt.layers)
+        ]
         part = collect(opt, tokens, {"mlp": "self", "attention": "previous"}, range(1, 2))
         for hook in hooks:
             hook.remove()
         assert set(run) == {0, 1} and part.num_tokens == whole.num_tokens
         assert part.tensors.keys() == {f"layers.1.{name}" for name in whole.layer(1)}
-        assert all(torch.equal(part.tensors[f"layers.1.{name}"], value) for name, value in whole.layer(1).items())
+        assert all(
+            torch.equal(part.tensors[f"layers.1.{name}"], value) for name, value in whole.layer(1).items()
+        )
 
     def test_moments_of_two_texts_add_up(self, opt, tokens):
         """What workers on parts of the text collect is what one would."""

@@ -1,4 +1,7 @@
-"""`vllm-dejavu train` as a user runs it, on a small random OPT with a real tokenizer: whole, interrupted, refused."""
+"""`vllm-dejavu train` as a user runs it, on a small random OPT with a real tokenizer: whole, interrupted,
+refused.
+"""
+
 import argparse
 import builtins
 import json
@@ -30,9 +33,17 @@ def model(tmp_path_factory):
 def text(tmp_path_factory):
     """Eight documents of plain prose, enough for a few windows of 64 tokens."""
     path = tmp_path_factory.mktemp("text") / "prose.txt"
-    scenes = ["the old house by the river", "a letter from her brother", "the road to the village", "my father's library"]
+    scenes = [
+        "the old house by the river",
+        "a letter from her brother",
+        "the road to the village",
+        "my father's library",
+    ]
     documents = [
-        " ".join(f"It was {place} that she remembered in the {n}th year, and nobody spoke of {place} again." for n in range(4, 40))
+        " ".join(
+            f"It was {place} that she remembered in the {n}th year, and nobody spoke of {place} again."
+            for n in range(4, 40)
+        )
         for place in scenes * 2
     ]
     path.write_text("\n\n".join(documents), encoding="utf-8")
@@ -40,7 +51,15 @@ def text(tmp_path_factory):
 
 
 def config(model, text, output, **changes) -> TrainConfig:
-    small = {"seq_len": 64, "max_tokens": 2048, "valid_tokens": 128, "valid_share": 0.25, "rank": 16, "max_ppl_increase": 0.1, "batch": 4}
+    small = {
+        "seq_len": 64,
+        "max_tokens": 2048,
+        "valid_tokens": 128,
+        "valid_share": 0.25,
+        "rank": 16,
+        "max_ppl_increase": 0.1,
+        "batch": 4,
+    }
     return TrainConfig(model=model, data=(text,), output=str(output), **{**small, **changes})
 
 
@@ -59,7 +78,9 @@ PLOTS = ["plots/curve.png", "plots/layers.png", "plots/scores.png"]
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    """Drawing takes a third of a small run. `trained`, made before this, draws; the others leave empty files."""
+    """Drawing takes a third of a small run. `trained`, made before this, draws; the others leave empty
+    files.
+    """
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "tight_layout", lambda self: None)
@@ -76,7 +97,12 @@ def test_a_run_leaves_a_loadable_artifact_and_its_metrics_and_nothing_else(train
     assert any(g.sparse for layer in loaded.manifest.layers for g in layer.values())
     assert loaded.manifest.calibration["ppl_increase"] <= 0.1
     assert loaded.manifest.training["data"] == ["prose.txt"]
-    gates = [(i, block, g) for i, layer in enumerate(loaded.manifest.layers) for block, g in layer.items() if g.sparse]
+    gates = [
+        (i, block, g)
+        for i, layer in enumerate(loaded.manifest.layers)
+        for block, g in layer.items()
+        if g.sparse
+    ]
     assert {g.dtype for *_, g in gates} == {"int8"}, "the default"
     assert all(g.lookahead == ("previous" if block == "attention" and i else "self") for i, block, g in gates)
 
@@ -92,19 +118,41 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("stage", ["collect", "calibrate", "save"])
-def test_interrupted_run_leaves_no_artifact_and_resumes_to_the_same(trained, model, text, tmp_path, monkeypatch, stage):
+def test_interrupted_run_leaves_no_artifact_and_resumes_to_the_same(
+    trained, model, text, tmp_path, monkeypatch, stage
+):
     made, _ = trained
     output = tmp_path / "artifact"
     collected, measured = [], []
     decoder, measure = collect.OptModel.decoder, calibrate.Masked.nll_from
-    monkeypatch.setattr(collect.OptModel, "decoder", lambda self, tokens, last_layer: collected.append(1) or decoder(self, tokens, last_layer))
-    monkeypatch.setattr(calibrate.Masked, "nll_from", lambda self, runs: measured.append(1) or measure(self, runs))
+    monkeypatch.setattr(
+        collect.OptModel,
+        "decoder",
+        lambda self, tokens, last_layer: collected.append(1) or decoder(self, tokens, last_layer),
+    )
+    monkeypatch.setattr(
+        calibrate.Masked, "nll_from", lambda self, runs: measured.append(1) or measure(self, runs)
+    )
     monkeypatch.setattr(collect.Collector.run, "__defaults__", (1, None))  # a checkpoint after every batch
     with monkeypatch.context() as m:
         if stage == "collect":
-            m.setattr(collect.OptModel, "decoder", lambda self, tokens, last_layer: kill() if len(collected) >= 3 else collected.append(1) or decoder(self, tokens, last_layer))
+            m.setattr(
+                collect.OptModel,
+                "decoder",
+                lambda self, tokens, last_layer: (
+                    kill()
+                    if len(collected) >= 3
+                    else collected.append(1) or decoder(self, tokens, last_layer)
+                ),
+            )
         elif stage == "calibrate":
-            m.setattr(calibrate.Masked, "nll_from", lambda self, runs: kill() if len(measured) >= 5 else measured.append(1) or measure(self, runs))
+            m.setattr(
+                calibrate.Masked,
+                "nll_from",
+                lambda self, runs: (
+                    kill() if len(measured) >= 5 else measured.append(1) or measure(self, runs)
+                ),
+            )
         else:
             m.setattr(artifact.os, "rename", lambda *a: kill())
         with pytest.raises(Killed):
@@ -138,7 +186,11 @@ def test_changed_settings_do_not_reuse_an_interrupted_run(model, text, tmp_path,
         m.setattr(artifact, "save", lambda *a, **k: kill())
         with pytest.raises(Killed):
             pipeline.run(config(model, text, tmp_path / "artifact", seed=1, max_tokens=1024))
-    assert not any(bool((kept[k] == v).all()) for k, v in load_file(run_dir / "fitted-0-3.safetensors").items() if k.endswith("up"))
+    assert not any(
+        bool((kept[k] == v).all())
+        for k, v in load_file(run_dir / "fitted-0-3.safetensors").items()
+        if k.endswith("up")
+    )
 
 
 def test_text_sampled_from_the_model_itself(model, tmp_path):
@@ -164,16 +216,25 @@ def test_text_shorter_than_one_sequence_is_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": -1}, "--rank -1"), ({"max_ppl_increase": -0.5}, "--max-ppl-increase -0.5"), ({"valid_share": 1.5}, "--valid-share 1.5"),
-        ({"mlp_lookahead": "next"}, "--mlp-lookahead 'next'"), ({"dtype": "int3"}, "--dtype 'int3'"),
-        ({"form": "magic"}, "--form 'magic' is unknown"), ({"head_form": "svd"}, "--head-form 'svd'"), ({"loss": "mse"}, "--loss 'mse'"),
-        ({"neuron_label": "large"}, "--neuron-label 'large'"), ({"head_label": "x"}, "--head-label 'x'"), ({"model_dtype": "int8"}, "--model-dtype 'int8'"),
-        ({"energy_share": 0.0}, "--energy-share 0.0"), ({"head_share": 2.0}, "--head-share 2.0"), ({"max_disk": -1}, "--max-disk -1"),
+        ({"rank": -1}, "--rank -1"),
+        ({"max_ppl_increase": -0.5}, "--max-ppl-increase -0.5"),
+        ({"valid_share": 1.5}, "--valid-share 1.5"),
+        ({"mlp_lookahead": "next"}, "--mlp-lookahead 'next'"),
+        ({"dtype": "int3"}, "--dtype 'int3'"),
+        ({"form": "magic"}, "--form 'magic' is unknown"),
+        ({"head_form": "svd"}, "--head-form 'svd'"),
+        ({"loss": "mse"}, "--loss 'mse'"),
+        ({"neuron_label": "large"}, "--neuron-label 'large'"),
+        ({"head_label": "x"}, "--head-label 'x'"),
+        ({"model_dtype": "int8"}, "--model-dtype 'int8'"),
+        ({"energy_share": 0.0}, "--energy-share 0.0"),
+        ({"head_share": 2.0}, "--head-share 2.0"),
+        ({"max_disk": -1}, "--max-disk -1"),
         # Bug: this was found out after the whole pass over the text.
         ({"form": "svd", "mlp_lookahead": "previous"}, "--form svd is for --mlp-lookahead self only"),
     ],
     ids=lambda v: v if isinstance(v, str) else next(iter(v)),
-)  # fmt: skip
+)
 def test_bad_values_name_the_flag(model, text, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(model, text, tmp_path / "x", **changes)
@@ -186,9 +247,15 @@ def test_cli_reports_errors_in_one_line(model, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "empty" in error and "Traceback" not in error
     (tmp_path / "file").write_text("")
-    assert cli.main(["train", "--model", model, "--data", str(empty), "--output", str(tmp_path / "file" / "x")]) == 1
+    assert (
+        cli.main(["train", "--model", model, "--data", str(empty), "--output", str(tmp_path / "file" / "x")])
+        == 1
+    )
     assert "cannot be written" in capsys.readouterr().err
-    assert cli.main(["train", "--model", "/no/such/model", "--data", "self", "--output", str(tmp_path / "x")]) == 1
+    assert (
+        cli.main(["train", "--model", "/no/such/model", "--data", "self", "--output", str(tmp_path / "x")])
+        == 1
+    )
     assert "Model /no/such/model: no such directory" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path)]) == 1
     assert "dejavu.json" in capsys.readouterr().err
@@ -238,7 +305,17 @@ def test_changed_text_does_not_reuse_an_interrupted_run(model, tmp_path, monkeyp
     assert resumed.digest == pipeline.run(config(model, str(source), tmp_path / "fresh")).digest
 
 
-@pytest.mark.parametrize(("flag", "value"), [("rank", 0), ("seq_len", 0), ("max_documents", 0), ("max_memory", 0), ("max_disk", 0), ("max_tokens", 0)])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("rank", 0),
+        ("seq_len", 0),
+        ("max_documents", 0),
+        ("max_memory", 0),
+        ("max_disk", 0),
+        ("max_tokens", 0),
+    ],
+)
 def test_zero_is_not_taken_for_the_default(model, text, tmp_path, flag, value):
     with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} 0 is out of range"):
         config(model, text, tmp_path / "x", **{flag: value})
@@ -262,7 +339,10 @@ def test_fingerprint_of_an_fp32_checkpoint_with_a_16_bit_config(tmp_path):
 
 
 def lines(run_dir):
-    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 class TestResume:
@@ -273,7 +353,9 @@ class TestResume:
                 pipeline.run(config(model, text, output, **changes))
 
     def test_nothing_was_interrupted(self, model, text, tmp_path):
-        with pytest.raises(ValueError, match=r"--resume: .*x.run holds no interrupted run. Leave the flag out"):
+        with pytest.raises(
+            ValueError, match=r"--resume: .*x.run holds no interrupted run. Leave the flag out"
+        ):
             pipeline.run(config(model, text, tmp_path / "x"), resume=True)
         assert list(tmp_path.iterdir()) == []
 
@@ -286,18 +368,29 @@ class TestResume:
     def test_other_settings_are_named_and_nothing_is_lost(self, model, text, tmp_path, monkeypatch):
         self.interrupted(model, text, tmp_path / "a", monkeypatch)
         before = files(tmp_path / "a.run")
-        with pytest.raises(ValueError, match=r"has other settings \(max_ppl_increase, rank\). Repeat its command, or pass --restart"):
+        with pytest.raises(
+            ValueError,
+            match=r"has other settings \(max_ppl_increase, rank\). Repeat its command, or pass --restart",
+        ):
             pipeline.run(config(model, text, tmp_path / "a", rank=32, max_ppl_increase=0.2), resume=True)
         assert files(tmp_path / "a.run") == before and "fitted-0-3.safetensors" in before
 
     def test_what_does_not_decide_the_artifact_may_change(self, trained, model, text, tmp_path, monkeypatch):
         self.interrupted(model, text, tmp_path / "a", monkeypatch)
         resumed = pipeline.run(config(model, text, tmp_path / "a", batch=3), resume=True)
-        assert all(torch.equal(resumed.tensors[k], v) for k, v in trained[0].tensors.items()), "only what is measured at the end varies, by other draws"
+        assert all(torch.equal(resumed.tensors[k], v) for k, v in trained[0].tensors.items()), (
+            "only what is measured at the end varies, by other draws"
+        )
 
     def test_restart_forgets(self, model, text, tmp_path, monkeypatch):
         self.interrupted(model, text, tmp_path / "a", monkeypatch)
-        monkeypatch.setattr(pipeline.RunDirectory, "load_fitted", lambda self, layers, key: pytest.fail("found") if files(self.path) != ["metrics.jsonl", "settings.json"] else None)
+        monkeypatch.setattr(
+            pipeline.RunDirectory,
+            "load_fitted",
+            lambda self, layers, key: (
+                pytest.fail("found") if files(self.path) != ["metrics.jsonl", "settings.json"] else None
+            ),
+        )
         pipeline.run(config(model, text, tmp_path / "a"), restart=True)
 
     def test_a_run_directory_of_ones_own(self, model, text, tmp_path):
@@ -307,20 +400,32 @@ class TestResume:
         for name in ("notes.txt", "samples/drum.wav"):
             (own / name).write_text("mine")
         pipeline.run(config(model, text, tmp_path / "a"), run_dir=str(own))
-        assert files(own) == sorted(["metrics.jsonl", "notes.txt", *PLOTS, "samples/drum.wav"]) and not (tmp_path / "a.run").exists()
+        assert (
+            files(own) == sorted(["metrics.jsonl", "notes.txt", *PLOTS, "samples/drum.wav"])
+            and not (tmp_path / "a.run").exists()
+        )
 
     def test_samples_of_an_interrupted_run_are_not_trained_on(self, model, text, tmp_path, monkeypatch):
-        """Bug: shards that an interrupted run wrote behind its checkpoint, in batches of another size or of a text that has changed since,
-        stayed among those of the resumed run."""
+        """Bug: shards that an interrupted run wrote behind its checkpoint, in batches of another size or of a
+        text that has changed since, stayed among those of the resumed run."""
         gradient = {"form": "finetuned", "rank": 8}
         expected = pipeline.run(config(model, text, tmp_path / "whole", batch=3, **gradient))
         decoder, ran = collect.OptModel.decoder, []
         with monkeypatch.context() as m:
-            m.setattr(collect.OptModel, "decoder", lambda self, tokens, last_layer: kill() if len(ran) >= 5 else ran.append(1) or decoder(self, tokens, last_layer))
+            m.setattr(
+                collect.OptModel,
+                "decoder",
+                lambda self, tokens, last_layer: (
+                    kill() if len(ran) >= 5 else ran.append(1) or decoder(self, tokens, last_layer)
+                ),
+            )
             with pytest.raises(Killed):
                 pipeline.run(config(model, text, tmp_path / "a", batch=4, **gradient))
         assert len(list((tmp_path / "a.run" / "samples" / "layer-000").iterdir())) == 5
-        assert pipeline.run(config(model, text, tmp_path / "a", batch=3, **gradient), resume=True).digest == expected.digest
+        assert (
+            pipeline.run(config(model, text, tmp_path / "a", batch=3, **gradient), resume=True).digest
+            == expected.digest
+        )
 
 
 class TestMemoryAndDisk:
@@ -338,7 +443,17 @@ class TestMemoryAndDisk:
 
     def test_stored_activations_stay_below_the_limit(self, model, text, tmp_path):
         limit = 200_000
-        pipeline.run(config(model, text, tmp_path / "a", form="finetuned", loss="energy", head_form="paper", max_disk=limit))
+        pipeline.run(
+            config(
+                model,
+                text,
+                tmp_path / "a",
+                form="finetuned",
+                loss="energy",
+                head_form="paper",
+                max_disk=limit,
+            )
+        )
         (collected,) = [r for r in lines(tmp_path / "a.run") if r["stage"] == "collect"]
         assert limit / 10 < collected["sample_bytes"] <= limit
         assert files(tmp_path / "a.run") == ["metrics.jsonl", *PLOTS], "removed afterwards"
@@ -353,18 +468,25 @@ class TestMemoryAndDisk:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"form": "finetuned"}, {"form": "paper", "head_form": "paper", "head_label": "output_norm"}, {"form": "svd"}, {"loss": "bce"},
-        {"form": "finetuned", "loss": "energy", "neuron_label": "energy", "energy_share": 0.9}, {"dtype": "float16", "mlp_lookahead": "attn_input"},
-        {"dtype": "bfloat16", "head_lookahead": "self"}, {"model_dtype": "bfloat16"},
+        {"form": "finetuned"},
+        {"form": "paper", "head_form": "paper", "head_label": "output_norm"},
+        {"form": "svd"},
+        {"loss": "bce"},
+        {"form": "finetuned", "loss": "energy", "neuron_label": "energy", "energy_share": 0.9},
+        {"dtype": "float16", "mlp_lookahead": "attn_input"},
+        {"dtype": "bfloat16", "head_lookahead": "self"},
+        {"model_dtype": "bfloat16"},
     ],
     ids=lambda c: "-".join(map(str, c.values())),
-)  # fmt: skip
+)
 def test_every_choice_makes_an_artifact_within_its_budget(model, text, tmp_path, changes):
     made = pipeline.run(config(model, text, tmp_path / "a", max_ppl_increase=0.3, **changes))
     loaded = artifact.load(tmp_path / "a")
     assert loaded.digest == made.digest and loaded.manifest.calibration["ppl_increase"] <= 0.3
     assert any(layer["mlp"].sparse for layer in loaded.manifest.layers)
-    assert {g.dtype for layer in loaded.manifest.layers for g in layer.values() if g.sparse} == {changes.get("dtype", "int8")}
+    assert {g.dtype for layer in loaded.manifest.layers for g in layer.values() if g.sparse} == {
+        changes.get("dtype", "int8")
+    }
     for name in ("form", "head_form", "loss", "neuron_label", "head_label"):
         assert loaded.manifest.training[name] == changes.get(name, getattr(TrainConfig, name))
     lines(tmp_path / "a.run")
@@ -377,15 +499,35 @@ class TestReport:
         assert all({"stage", "time"} <= r.keys() for r in log)
         assert all(isinstance(r["time"], float) for r in log)  # not their order: clocks are set back at times
         stages = [r["stage"] for r in log]
-        assert list(dict.fromkeys(stages)) == ["settings", "text", "collect", "fit", "calibrate", "gate", "done"]
-        assert log[0]["rank"] == 16 and log[0]["seed"] == 0 and log[-1]["digest"] == made.digest and log[-1]["seconds"] > 0
+        assert list(dict.fromkeys(stages)) == [
+            "settings",
+            "text",
+            "collect",
+            "fit",
+            "calibrate",
+            "gate",
+            "done",
+        ]
+        assert (
+            log[0]["rank"] == 16
+            and log[0]["seed"] == 0
+            and log[-1]["digest"] == made.digest
+            and log[-1]["seconds"] > 0
+        )
         text = log[stages.index("text")]
-        assert (text["training_tokens"], text["calibration_tokens"]) == (made.manifest.training["tokens"], made.manifest.calibration["tokens"])
+        assert (text["training_tokens"], text["calibration_tokens"]) == (
+            made.manifest.training["tokens"],
+            made.manifest.calibration["tokens"],
+        )
         assert [(r["layer"], r["block"], r["state"]) for r in log if r["stage"] == "gate"] == [
-            (i, block, layer[block].state) for i, layer in enumerate(made.manifest.layers) for block in ("mlp", "attention")
+            (i, block, layer[block].state)
+            for i, layer in enumerate(made.manifest.layers)
+            for block in ("mlp", "attention")
         ]
         nats = {r["measured"]: r["nats"] for r in log if r["stage"] == "calibrate"}
-        assert torch.tensor(nats["dense/all"]).exp() == pytest.approx(made.manifest.calibration["dense_ppl"], rel=1e-5)
+        assert torch.tensor(nats["dense/all"]).exp() == pytest.approx(
+            made.manifest.calibration["dense_ppl"], rel=1e-5
+        )
 
     def test_plots_are_pictures(self, trained):
         _, output = trained
@@ -393,7 +535,9 @@ class TestReport:
             data = (output.parent / "artifact.run" / name).read_bytes()
             assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5000
 
-    def test_without_matplotlib_training_succeeds_and_says_so(self, trained, model, text, tmp_path, monkeypatch, capsys):
+    def test_without_matplotlib_training_succeeds_and_says_so(
+        self, trained, model, text, tmp_path, monkeypatch, capsys
+    ):
         real = builtins.__import__
 
         def refuse(name, *args, **kwargs):
@@ -413,12 +557,27 @@ class TestReport:
         card, m = (output / "README.md").read_text(), made.manifest
         assert card.startswith("---\nlibrary_name: vllm-dejavu\n")
         for fact in (
-            m.model.fingerprint, "prose.txt", f"{m.training['tokens']:,} tokens", f"{m.calibration['dense_ppl']:.3f} dense", "budget 10%", "MLP rank 16, int8",
-            "seed 0", "form finetuned", "lookahead | MLP `self`, heads `previous`", f"torch {torch.__version__}", '"predictor": "artifact"',
-        ):  # fmt: skip
+            m.model.fingerprint,
+            "prose.txt",
+            f"{m.training['tokens']:,} tokens",
+            f"{m.calibration['dense_ppl']:.3f} dense",
+            "budget 10%",
+            "MLP rank 16, int8",
+            "seed 0",
+            "form finetuned",
+            "lookahead | MLP `self`, heads `previous`",
+            f"torch {torch.__version__}",
+            '"predictor": "artifact"',
+        ):
             assert fact in card, fact
-        table = [line.split("|")[1:3] for line in card.splitlines() if line.startswith("| ") and line.split("|")[1].strip().isdigit()]
-        assert [(int(i), b.strip()) for i, b in table] == [(i, b) for i, layer in enumerate(m.layers) for b, g in layer.items() if g.sparse]
+        table = [
+            line.split("|")[1:3]
+            for line in card.splitlines()
+            if line.startswith("| ") and line.split("|")[1].strip().isdigit()
+        ]
+        assert [(int(i), b.strip()) for i, b in table] == [
+            (i, b) for i, layer in enumerate(m.layers) for b, g in layer.items() if g.sparse
+        ]
         home = {str(Path.home())} - {"/"}  # where a user has no home
         for path in (model, text, str(output), str(output.parent), "/tmp", *home):
             assert path not in card
@@ -427,7 +586,15 @@ class TestReport:
 class TestCommandLine:
     @pytest.mark.parametrize(
         ("text", "size"),
-        [("500", 500), ("1K", 1000), ("500M", 5 * 10**8), ("64G", 64 * 10**9), ("2t", 2 * 10**12), ("1.5G", 15 * 10**8), ("1e3", 1000)],
+        [
+            ("500", 500),
+            ("1K", 1000),
+            ("500M", 5 * 10**8),
+            ("64G", 64 * 10**9),
+            ("2t", 2 * 10**12),
+            ("1.5G", 15 * 10**8),
+            ("1e3", 1000),
+        ],
     )
     def test_sizes(self, text, size):
         assert cli._size(text) == size
@@ -440,8 +607,29 @@ class TestCommandLine:
 
     def test_resume(self, trained, model, text, tmp_path, monkeypatch, capsys):
         """Refused in a line, then granted; without --resume the same command would continue as well."""
-        command = ["train", "--model", model, "--data", text, "--output", str(tmp_path / "a"), "--seq-len", "64", "--max-tokens", "2048", "--valid-tokens", "128",
-                   "--valid-share", "0.25", "--rank", "16", "--max-ppl-increase", "0.1", "--max-memory", "1G"]  # fmt: skip
+        command = [
+            "train",
+            "--model",
+            model,
+            "--data",
+            text,
+            "--output",
+            str(tmp_path / "a"),
+            "--seq-len",
+            "64",
+            "--max-tokens",
+            "2048",
+            "--valid-tokens",
+            "128",
+            "--valid-share",
+            "0.25",
+            "--rank",
+            "16",
+            "--max-ppl-increase",
+            "0.1",
+            "--max-memory",
+            "1G",
+        ]
         assert cli.main([*command, "--resume"]) == 1
         assert "holds no interrupted run" in capsys.readouterr().err
         with monkeypatch.context() as m:
@@ -459,7 +647,13 @@ def test_gradient_tokens_bound_what_is_stored(model, text, tmp_path, monkeypatch
     """Drawn evenly over the text, not its beginning."""
     written = []
     write = samples.SampleStore.write
-    monkeypatch.setattr(samples.SampleStore, "write", lambda self, layer, part, rows: written.append((layer, part, len(rows))) or write(self, layer, part, rows))
+    monkeypatch.setattr(
+        samples.SampleStore,
+        "write",
+        lambda self, layer, part, rows: (
+            written.append((layer, part, len(rows))) or write(self, layer, part, rows)
+        ),
+    )
     pipeline.run(config(model, text, tmp_path / "a", form="finetuned", gradient_tokens=200))
     first = [(part, rows) for layer, part, rows in written if layer == 0]
     assert 150 <= sum(rows for _, rows in first) <= 200

@@ -1,4 +1,7 @@
-"""`--ray` on a real cluster of this machine: the same moments, shards and artifact as one process, whatever dies on the way."""
+"""`--ray` on a real cluster of this machine: the same moments, shards and artifact as one process, whatever
+dies on the way.
+"""
+
 import os
 import signal
 import socket
@@ -48,7 +51,10 @@ def tokens():
 def alone(model, tokens, tmp_path_factory):
     """Moments and shards of one process."""
     directory = tmp_path_factory.mktemp("alone")
-    return Local(model, BATCH).collect(REQUEST, tokens, directory / "moments", {}, store(directory)), directory
+    return (
+        Local(model, BATCH).collect(REQUEST, tokens, directory / "moments", {}, store(directory)),
+        directory,
+    )
 
 
 def store(directory: Path) -> SampleStore:
@@ -68,7 +74,9 @@ class Observed(OnRay):
 
 
 def on_ray(cluster, model, workers=2) -> Observed:
-    return Observed(TrainConfig(model=model.name, data=("self",), output="unused", batch=BATCH), model, cluster, workers)
+    return Observed(
+        TrainConfig(model=model.name, data=("self",), output="unused", batch=BATCH), model, cluster, workers
+    )
 
 
 def assert_same(found, expected):
@@ -82,10 +90,14 @@ def test_two_workers_collect_what_one_process_does(cluster, model, tokens, alone
     """Shards too: neither their names nor the tokens in them depend on who wrote them."""
     moments, directory = alone
     arrived = []
-    found = on_ray(cluster, model).collect(REQUEST, tokens, tmp_path / "moments", {}, store(tmp_path), progress=arrived.append)
+    found = on_ray(cluster, model).collect(
+        REQUEST, tokens, tmp_path / "moments", {}, store(tmp_path), progress=arrived.append
+    )
     assert_same(found, moments)
     assert sum(arrived) == tokens.numel() and len(arrived) >= 2 * distributed.CHUNKS_A_WORKER
-    expected, got = ({p.relative_to(d): load_file(p) for p in (d / "samples").rglob("*.*")} for d in (directory, tmp_path))
+    expected, got = (
+        {p.relative_to(d): load_file(p) for p in (d / "samples").rglob("*.*")} for d in (directory, tmp_path)
+    )
     assert got.keys() == expected.keys() and len(got) == 3 * 12
     for name, tensors in expected.items():
         assert all(torch.equal(got[name][k], v) for k, v in tensors.items()), name
@@ -100,7 +112,9 @@ def test_a_killed_worker_costs_time_only(cluster, model, tokens, alone, tmp_path
             killed.append(workers.pid(0))
             os.kill(killed[0], signal.SIGKILL)
 
-    assert_same(workers.collect(REQUEST, tokens, tmp_path / "moments", {}, None, progress=kill_once), alone[0])
+    assert_same(
+        workers.collect(REQUEST, tokens, tmp_path / "moments", {}, None, progress=kill_once), alone[0]
+    )
     assert f"process {killed[0]}" in capsys.readouterr().err
 
 
@@ -131,9 +145,17 @@ def test_a_killed_driver_resumes_alone_or_on_ray(cluster, model, tokens, alone, 
 def test_the_whole_pipeline_gives_the_artifact_of_one_machine(cluster, opt, tmp_path):
     def run(name, **options):
         config = TrainConfig(
-            model=str(opt()), data=("self",), output=str(tmp_path / name), seq_len=64, max_tokens=2048, valid_tokens=512, rank=16,
-            head_form="paper", max_ppl_increase=0.1, dtype="float32",
-        )  # fmt: skip
+            model=str(opt()),
+            data=("self",),
+            output=str(tmp_path / name),
+            seq_len=64,
+            max_tokens=2048,
+            valid_tokens=512,
+            rank=16,
+            head_form="paper",
+            max_ppl_increase=0.1,
+            dtype="float32",
+        )
         return pipeline.run(config, **options), load_file(tmp_path / name / "predictors.safetensors")
 
     (here, expected), (there, found) = run("alone"), run("ray", ray=cluster)
@@ -145,7 +167,9 @@ def test_the_whole_pipeline_gives_the_artifact_of_one_machine(cluster, opt, tmp_
     assert found.keys() == expected.keys()
     for name, value in products(expected).items():
         torch.testing.assert_close(products(found)[name], value, rtol=1e-4, atol=1e-4)
-    assert sorted(p.name for p in (tmp_path / "ray.run").iterdir()) == sorted(p.name for p in (tmp_path / "alone.run").iterdir())
+    assert sorted(p.name for p in (tmp_path / "ray.run").iterdir()) == sorted(
+        p.name for p in (tmp_path / "alone.run").iterdir()
+    )
 
 
 def products(tensors):
@@ -168,11 +192,16 @@ class TestInOrder:
                 act(start)
                 return start, {}
 
-        return [ray.remote(Actor).options(num_cpus=1, max_restarts=-1, max_task_retries=0).remote() for _ in range(count)]
+        return [
+            ray.remote(Actor).options(num_cpus=1, max_restarts=-1, max_task_retries=0).remote()
+            for _ in range(count)
+        ]
 
     @staticmethod
     def run(workers, chunks):
-        return in_order(workers, chunks, lambda worker, chunk: worker.collect.options(num_returns=2).remote(chunk.start))
+        return in_order(
+            workers, chunks, lambda worker, chunk: worker.collect.options(num_returns=2).remote(chunk.start)
+        )
 
     def test_a_slow_worker_changes_no_order_and_others_wait_for_it_in_bounds(self, cluster, tmp_path):
         def act(start):
@@ -190,7 +219,10 @@ class TestInOrder:
         assert found == list(range(9)) and taken == 2 * distributed.CHUNKS_AHEAD
 
     def test_workers_that_find_no_room_are_not_waited_for(self, cluster):
-        found = [start for start, _ in self.run(self.workers(5, lambda start: None), [range(i, i + 1) for i in range(8)])]
+        found = [
+            start
+            for start, _ in self.run(self.workers(5, lambda start: None), [range(i, i + 1) for i in range(8)])
+        ]
         assert found == list(range(8))
 
     def test_a_workers_error_is_the_drivers_and_not_tried_again(self, cluster, tmp_path):
@@ -206,7 +238,12 @@ class TestInOrder:
     def test_a_chunk_that_kills_every_worker_is_given_up(self, cluster, monkeypatch):
         monkeypatch.setattr(distributed, "MAX_DEATHS", 2)
         with pytest.raises(ChildProcessError, match=r"Windows 1-1 killed 2 workers.*--ray-workers"):
-            list(self.run(self.workers(1, lambda start: start == 1 and os.kill(os.getpid(), signal.SIGKILL)), [range(i, i + 1) for i in range(3)]))
+            list(
+                self.run(
+                    self.workers(1, lambda start: start == 1 and os.kill(os.getpid(), signal.SIGKILL)),
+                    [range(i, i + 1) for i in range(3)],
+                )
+            )
 
 
 def test_a_node_without_the_drivers_files_says_which(model, tmp_path):
@@ -245,7 +282,16 @@ class TestConnecting:
         with pytest.raises(ValueError, match=r"pip install 'vllm-dejavu\[ray\]'"):
             distributed.connect("auto")
 
-    @pytest.mark.parametrize(("changes", "workers", "message"), [({}, 0, "--ray-workers 0"), ({"device": "cuda"}, None, "no node .* GPU")], ids=["none", "on-a-missing-device"])
+    @pytest.mark.parametrize(
+        ("changes", "workers", "message"),
+        [({}, 0, "--ray-workers 0"), ({"device": "cuda"}, None, "no node .* GPU")],
+        ids=["none", "on-a-missing-device"],
+    )
     def test_impossible_workers(self, cluster, model, changes, workers, message):
         with pytest.raises(ValueError, match=message):
-            OnRay(TrainConfig(model=model.name, data=("self",), output="unused", **changes), model, cluster, workers)
+            OnRay(
+                TrainConfig(model=model.name, data=("self",), output="unused", **changes),
+                model,
+                cluster,
+                workers,
+            )

@@ -1,4 +1,5 @@
 """Labels, and activations stored as bits: what goes in comes out, and never more bytes than allowed."""
+
 import itertools
 import math
 
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from vllm_dejavu.predictor_training.collect import Collector, Request
 from vllm_dejavu.predictor_training.hf_opt import OptModel
 from vllm_dejavu.predictor_training.labels import Labels, active_neurons, head_grams, neuron_energy, top_heads
-from vllm_dejavu.predictor_training.samples import Rows, SampleStore, pack_bits, row_bytes, stride_within, unpack_bits
+from vllm_dejavu.predictor_training.samples import (
+    Rows,
+    SampleStore,
+    pack_bits,
+    row_bytes,
+    stride_within,
+    unpack_bits,
+)
 
 HIDDEN, FFN, HEADS = 64, 256, 2  # of tiny.make_opt
 REQUEST = {"mlp": ("self",), "attention": ("previous",)}
@@ -23,7 +31,9 @@ REQUEST = {"mlp": ("self",), "attention": ("previous",)}
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 0.99, 1.0])
 def test_energy_label_is_the_smallest_set_that_holds_the_share(share):
-    """Against all subsets of six neurons: none with fewer members holds as much, and the label does hold it."""
+    """Against all subsets of six neurons: none with fewer members holds as much, and the label does hold
+    it.
+    """
     g = torch.Generator().manual_seed(0)
     z = torch.randn(60, 6, generator=g).double()
     norms = torch.rand(6, generator=g).double() + 0.1
@@ -53,7 +63,9 @@ def test_energy_label_by_hand(energies, share, expected):
     assert Labels("energy", share).active(torch.tensor([energies]), torch.ones(3)).tolist() == [expected]
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.2, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.8, 4), (1.0, 4)])
+@pytest.mark.parametrize(
+    ("share", "count"), [(0.2, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.8, 4), (1.0, 4)]
+)
 def test_energy_label_of_ties(share, count):
     """Any of equal neurons will do, but no more of them than are needed."""
     assert int(Labels("energy", share).active(torch.ones(1, 4), torch.ones(4)).sum()) == count
@@ -75,12 +87,15 @@ def test_top_heads():
 
 def test_output_norm_is_before_out_proj_and_contribution_behind_it():
     attn = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
-    out_proj = torch.tensor([[0.0, 0.0, 0.0, 7.0], [2.0, 0.0, 0.0, 0.0]])  # head 0: (0, 2 * 3), head 1: (7, 0)
+    # head 0: (0, 2 * 3), head 1: (7, 0)
+    out_proj = torch.tensor([[0.0, 0.0, 0.0, 7.0], [2.0, 0.0, 0.0, 0.0]])
     grams = head_grams(out_proj, 2)
     assert Labels(heads="output_norm").head_norms(attn, grams).tolist() == [[5.0, 1.0]]
     assert Labels(heads="contribution").head_norms(attn, grams).tolist() == [[6.0, 7.0]]
     assert torch.equal(Labels().head_targets(attn, grams), torch.tensor([[6.0, 7.0]]).log())
-    assert Labels().head_targets(0 * attn, grams).tolist() == [[pytest.approx(math.log(1e-6))] * 2], "of nothing, finite"
+    assert Labels().head_targets(0 * attn, grams).tolist() == [[pytest.approx(math.log(1e-6))] * 2], (
+        "of nothing, finite"
+    )
 
 
 # Shards
@@ -97,8 +112,16 @@ def test_bits_round_trip(rows, units, seed):
 
 def some_rows(count, seed=0, hidden=5, ffn=13, heads=3, positive=0.4):
     g = torch.Generator().manual_seed(seed)
-    z = torch.where(torch.rand(count, ffn, generator=g) < positive, torch.rand(count, ffn, generator=g) + 0.1, -1.0)
-    return Rows(torch.randn(count, hidden, generator=g), z > 0.3, z.clamp_min(0), torch.randn(count, hidden, generator=g), torch.rand(count, heads, generator=g))
+    z = torch.where(
+        torch.rand(count, ffn, generator=g) < positive, torch.rand(count, ffn, generator=g) + 0.1, -1.0
+    )
+    return Rows(
+        torch.randn(count, hidden, generator=g),
+        z > 0.3,
+        z.clamp_min(0),
+        torch.randn(count, hidden, generator=g),
+        torch.rand(count, heads, generator=g),
+    )
 
 
 @pytest.mark.parametrize("with_energy", [True, False], ids=["energies", "labels-only"])
@@ -155,7 +178,9 @@ def tokens():
 
 def sample(opt, tokens, directory, batch=3, with_energy=True, stride=1, layers=range(3)):
     store = SampleStore(directory, FFN, with_energy, True)
-    Collector(opt, Request(REQUEST, layers, sample_stride=stride), samples=store).run(tokens, batch, progress=lambda n: None)
+    Collector(opt, Request(REQUEST, layers, sample_stride=stride), samples=store).run(
+        tokens, batch, progress=lambda n: None
+    )
     return store
 
 
@@ -180,14 +205,25 @@ def test_even_if_every_neuron_is_positive(tmp_path):
     store = SampleStore(tmp_path / "s", 1000, True, True)
     for part in range(20):
         store.write(100, 10**5 + part, some_rows(1, part, hidden=48, ffn=1000, heads=12, positive=1.0))
-    assert 0.8 * 20 * row_bytes(48, 1000, 12, True, True) < store.num_bytes() <= 20 * row_bytes(48, 1000, 12, True, True)
+    assert (
+        0.8 * 20 * row_bytes(48, 1000, 12, True, True)
+        < store.num_bytes()
+        <= 20 * row_bytes(48, 1000, 12, True, True)
+    )
 
 
 @fuzz(200)
-@given(limit=st.integers(1, 10**7), tokens=st.integers(1, 10**5), layers=st.integers(1, 96), row=st.integers(1, 10**4))
+@given(
+    limit=st.integers(1, 10**7),
+    tokens=st.integers(1, 10**5),
+    layers=st.integers(1, 96),
+    row=st.integers(1, 10**4),
+)
 def test_stride_is_the_smallest_that_fits(limit, tokens, layers, row):
     if limit < layers * row:
-        with pytest.raises(ValueError, match=f"--max-disk {limit} bytes cannot hold the activations of one token"):
+        with pytest.raises(
+            ValueError, match=f"--max-disk {limit} bytes cannot hold the activations of one token"
+        ):
             stride_within(limit, tokens, layers, row)
         return
 

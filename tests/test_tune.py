@@ -1,4 +1,7 @@
-"""`vllm-dejavu tune`: what is run, what follows from the times, and that engines take it. No time is asserted."""
+"""`vllm-dejavu tune`: what is run, what follows from the times, and that engines take it. No time is
+asserted.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -53,37 +56,60 @@ class FakeTimer:
         for run in runs.values():
             run(0), run(copies - 1)
         units = 2 if "2" in runs else 1  # runs of heads are named by their number
-        return {name: [1e9, self.dense if name == "dense" else 2 + 16 * float(name) / units, 0.0] for name in runs}
+        return {
+            name: [1e9, self.dense if name == "dense" else 2 + 16 * float(name) / units, 0.0] for name in runs
+        }
 
 
 @pytest.mark.parametrize(
     ("dense", "mlp", "attention"),
-    [pytest.param(10.0, 0.5, 0.5, id="half"), pytest.param(100.0, 1.0, 1.0, id="never-slower"), pytest.param(1.0, 0.0, 0.0, id="always-slower")],
+    [
+        pytest.param(10.0, 0.5, 0.5, id="half"),
+        pytest.param(100.0, 1.0, 1.0, id="never-slower"),
+        pytest.param(1.0, 0.0, 0.0, id="always-slower"),
+    ],
 )
 def test_crossovers_follow_from_the_times(made, monkeypatch, dense, mlp, attention):
     monkeypatch.setattr(tune, "Timer", FakeTimer)
     monkeypatch.setattr(FakeTimer, "dense", dense)
     monkeypatch.setattr(tune, "ROTATED_BYTES", 1)
     loaded, said = artifact.load(made[1]), []
-    result = tune.measure(key_of(made[1]), loaded.manifest.model, CPU, tokens=[1, 3], rounds=3, progress=said.append)
+    result = tune.measure(
+        key_of(made[1]), loaded.manifest.model, CPU, tokens=[1, 3], rounds=3, progress=said.append
+    )
     # Lists are drawn, so that their densities are near those that were asked for.
     assert result["crossovers"]["mlp"] == {1: pytest.approx(mlp, abs=0.15), 3: pytest.approx(mlp, abs=0.15)}
-    assert result["crossovers"]["attention"] == {1: pytest.approx(attention, abs=1e-3), 3: pytest.approx(attention, abs=1e-3)}
-    assert result["measured"]["mlp"][3]["dense_us"] == dense and len(result["measured"]["mlp"][3]["sparse_us"]) == len(tune.DENSITIES)
+    assert result["crossovers"]["attention"] == {
+        1: pytest.approx(attention, abs=1e-3),
+        3: pytest.approx(attention, abs=1e-3),
+    }
+    assert result["measured"]["mlp"][3]["dense_us"] == dense and len(
+        result["measured"]["mlp"][3]["sparse_us"]
+    ) == len(tune.DENSITIES)
     assert len(said) == 4 and "3 tokens" in said[1]
 
 
 def test_of_neighbouring_batch_sizes_the_lowest_counts():
-    assert tune._cautious({1: 0.9, 2: 0.5, 4: 0.8, 8: 0.85, 16: 0.9}) == {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.8, 16: 0.85}
+    assert tune._cautious({1: 0.9, 2: 0.5, 4: 0.8, 8: 0.85, 16: 0.9}) == {
+        1: 0.5,
+        2: 0.5,
+        4: 0.5,
+        8: 0.8,
+        16: 0.85,
+    }
     assert tune._cautious({4: 0.7}) == {4: 0.7}
 
 
 def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch):
-    """The sparse side at density 1 gives the dense side's numbers, so that neither does less than it should."""
+    """The sparse side at density 1 gives the dense side's numbers, so that neither does less than it
+    should.
+    """
     layers, results = tune._Layers(key_of(made[1]), 32, CPU, 4), []
     for side in ("dense_mlp", "sparse_mlp", "linear", "sparse_qkv"):
         inner = getattr(layers.impl, side)
-        monkeypatch.setattr(layers.impl, side, lambda *args, inner=inner, **options: results.append(inner(*args, **options)))
+        monkeypatch.setattr(
+            layers.impl, side, lambda *args, inner=inner, **options: results.append(inner(*args, **options))
+        )
     for block, full in (("mlp", "1.0"), ("attention", "2")):
         runs, real = getattr(layers, block)(4, [1.0])
         assert real == {full: 1.0}
@@ -94,7 +120,9 @@ def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch):
 
 
 def test_on_a_cpu_masking_heads_is_timed_too(made, monkeypatch):
-    """Its attention computes all heads, of which a served layer then drops those that a row did not select."""
+    """Its attention computes all heads, of which a served layer then drops those that a row did not
+    select.
+    """
     layers, masked = tune._Layers(key_of(made[1]), 32, CPU, 3), []
     inner = layers.impl.mask_heads
     monkeypatch.setattr(layers.impl, "mask_heads", lambda *args: masked.append(args) or inner(*args))
@@ -116,20 +144,37 @@ def test_kept_and_found_again(place):
     key = key_of(place)
     assert tune.load(place, key) is None
     path = write(place, key)
-    assert path.parent == place / "tuned" and "float32" in path.name and f"{torch.get_num_threads()}-threads" in path.name
+    assert (
+        path.parent == place / "tuned"
+        and "float32" in path.name
+        and f"{torch.get_num_threads()}-threads" in path.name
+    )
     assert tune.load(place, key) == TABLE
     write(place, key, {"mlp": {1: 0.9}, "attention": {1: 0.5}})
     assert tune.load(place, key)["mlp"] == {1: 0.9} and len(list(path.parent.iterdir())) == 1
-    for changed in ({"rank": 99}, {"kernels": "others"}, {"threads": 77}, {"dtype": "bfloat16"}, {"hidden": 1}):
+    for changed in (
+        {"rank": 99},
+        {"kernels": "others"},
+        {"threads": 77},
+        {"dtype": "bfloat16"},
+        {"hidden": 1},
+    ):
         assert tune.load(place, dataclasses.replace(key, **changed)) is None, changed
     assert key_of(place, tp=2).ffn * 2 == key.ffn and tune.load(place, key_of(place, tp=2)) is None
 
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda t: t[:-5], lambda t: "[]", lambda t: t.replace("0.6", "1.6"), lambda t: t.replace('"mlp": {', '"mlpp": {'), lambda t: t.replace("0.6", '"x"'), lambda t: t.replace('"1": 0.6', '"one": 0.6')],
+    [
+        lambda t: t[:-5],
+        lambda t: "[]",
+        lambda t: t.replace("0.6", "1.6"),
+        lambda t: t.replace('"mlp": {', '"mlpp": {'),
+        lambda t: t.replace("0.6", '"x"'),
+        lambda t: t.replace('"1": 0.6', '"one": 0.6'),
+    ],
     ids=["cut", "no-object", "out-of-range", "no-block", "no-number", "no-size"],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_an_error_with_its_remedy(place, damage):
     path = write(place, key_of(place))
     text = path.read_text()
@@ -154,7 +199,7 @@ def test_an_engine_takes_what_was_measured_here(made, place):
 
 @pytest.mark.parametrize(
     ("largest", "expected"), [(2, 64), (96, 96)], ids=["measured-below-the-cap", "measured-beyond-it"]
-)  # fmt: skip
+)
 def test_the_cap_gives_way_to_larger_batches_that_were_measured(made, place, monkeypatch, largest, expected):
     monkeypatch.setattr(ops.implementation("cpu"), "LARGEST_BATCH", 64)
     with engine(made[0], dejavu={"predictor": place}) as llm:
@@ -168,7 +213,26 @@ def test_the_cap_gives_way_to_larger_batches_that_were_measured(made, place, mon
 def test_the_command(place, capsys):
     threads = torch.get_num_threads()
     try:
-        assert cli.main(["tune", str(place), "--dtype", "float32", "--tokens", "1", "2", "--rounds", "2", "--threads", "1", "--device", "cpu"]) == 0
+        assert (
+            cli.main(
+                [
+                    "tune",
+                    str(place),
+                    "--dtype",
+                    "float32",
+                    "--tokens",
+                    "1",
+                    "2",
+                    "--rounds",
+                    "2",
+                    "--threads",
+                    "1",
+                    "--device",
+                    "cpu",
+                ]
+            )
+            == 0
+        )
         key = key_of(place)
     finally:
         torch.set_num_threads(threads)
@@ -176,15 +240,22 @@ def test_the_command(place, capsys):
     table = tune.load(place, key)
     assert all(set(sizes) == {1, 2} and all(0 <= d <= 1 for d in sizes.values()) for sizes in table.values())
     written = json.loads(key.file(place).read_text())
-    assert written["measured"]["mlp"]["1"]["dense_us"] > 0 and written["versions"]["torch"] == torch.__version__
+    assert (
+        written["measured"]["mlp"]["1"]["dense_us"] > 0 and written["versions"]["torch"] == torch.__version__
+    )
     assert f"written to {key.file(place)}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["--tp", "3"], "--tp 3 does not divide 2 heads"), (["--rounds", "0"], "at least 1"), (["--tokens", "0"], "at least 1"), (["--threads", "0"], "at least 1")],
+    [
+        (["--tp", "3"], "--tp 3 does not divide 2 heads"),
+        (["--rounds", "0"], "at least 1"),
+        (["--tokens", "0"], "at least 1"),
+        (["--threads", "0"], "at least 1"),
+    ],
     ids=["tp", "rounds", "tokens", "threads"],
-)  # fmt: skip
+)
 def test_the_command_refuses(place, capsys, args, message):
     assert cli.main(["tune", str(place), "--device", "cpu", *args]) == 1
     assert message in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """Tiny random OPT checkpoints and artifacts for them: what the engine tests run on."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,15 +15,40 @@ from vllm_dejavu.predictor_training import calibrate
 VOCAB = 256
 
 
-def make_opt(directory: Path, *, seed: int = 0, dtype: str = "float32", layers: int = 3, hidden: int = 64, heads: int = 2,
-             pre_ln: bool = True, tied: bool = True, embed_dim: int | None = None, bias: bool = True, positions: int = 128, vocab: int = VOCAB) -> Path:
+def make_opt(
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    layers: int = 3,
+    hidden: int = 64,
+    heads: int = 2,
+    pre_ln: bool = True,
+    tied: bool = True,
+    embed_dim: int | None = None,
+    bias: bool = True,
+    positions: int = 128,
+    vocab: int = VOCAB,
+) -> Path:
     """Write a random OPT checkpoint whose activations are well spread (weights by 1/sqrt(fan-in))."""
     config = OPTConfig(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * hidden,
-        max_position_embeddings=positions, do_layer_norm_before=pre_ln, word_embed_proj_dim=embed_dim or hidden,
-        tie_word_embeddings=tied, enable_bias=bias, activation_function="relu", bos_token_id=2, eos_token_id=2, pad_token_id=1,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        ffn_dim=4 * hidden,
+        max_position_embeddings=positions,
+        do_layer_norm_before=pre_ln,
+        word_embed_proj_dim=embed_dim or hidden,
+        tie_word_embeddings=tied,
+        enable_bias=bias,
+        activation_function="relu",
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=1,
     )
-    # transformers draws from the global generator, which is the caller's: whether a model is made or was made must not change its numbers.
+    # transformers draws from the global generator, which is the caller's: whether a model is made or was made
+    # must not change its numbers.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = OPTForCausalLM(config)
@@ -51,9 +77,21 @@ def fingerprint_of(model_dir: Path) -> str:
     return fp.hexdigest()
 
 
-def make_artifact(directory: Path, model_dir: Path, *, seed: int = 0, rank: int = 8, mlp: str | None = "self", attention: str | None = "self",
-                  select_all: bool = False, density: float = 0.5, dense_layers: tuple[int, ...] = (), fingerprint: str | None = None,
-                  union_density: dict | None = None, dtype: str = "float16") -> Path:
+def make_artifact(
+    directory: Path,
+    model_dir: Path,
+    *,
+    seed: int = 0,
+    rank: int = 8,
+    mlp: str | None = "self",
+    attention: str | None = "self",
+    select_all: bool = False,
+    density: float = 0.5,
+    dense_layers: tuple[int, ...] = (),
+    fingerprint: str | None = None,
+    union_density: dict | None = None,
+    dtype: str = "float16",
+) -> Path:
     """Random predictors with biases that select about `density` of the units, or all of them."""
     config = OPTConfig.from_pretrained(model_dir)
     model = ModelSpec.from_hf_config(config, "tiny", fingerprint or fingerprint_of(model_dir))
@@ -70,12 +108,27 @@ def make_artifact(directory: Path, model_dir: Path, *, seed: int = 0, rank: int 
             units = model.ffn_dim if block == "mlp" else model.num_heads
             d = 1.0 if select_all else density
             entry[block] = GateSpec(
-                state="sparse", form="low_rank" if block == "mlp" else "linear", lookahead=lookahead, rank=rank if block == "mlp" else 0, dtype=dtype,
-                density={"mean": d, "upper": d}, union_density=union_density or {}, threshold=0.5 if block == "attention" else None,
+                state="sparse",
+                form="low_rank" if block == "mlp" else "linear",
+                lookahead=lookahead,
+                rank=rank if block == "mlp" else 0,
+                dtype=dtype,
+                density={"mean": d, "upper": d},
+                union_density=union_density or {},
+                threshold=0.5 if block == "attention" else None,
             )
-            shapes = {"down": (rank, model.hidden_size), "up": (units, rank)} if block == "mlp" else {"weight": (units, model.hidden_size)}
-            made = {n: (torch.randn(*shape, generator=g) * shape[1] ** -0.5).half() for n, shape in shapes.items()}
-            made |= {"bias": torch.full((units,), quantile), "activation_rate": torch.rand(units, generator=g)}
+            shapes = (
+                {"down": (rank, model.hidden_size), "up": (units, rank)}
+                if block == "mlp"
+                else {"weight": (units, model.hidden_size)}
+            )
+            made = {
+                n: (torch.randn(*shape, generator=g) * shape[1] ** -0.5).half() for n, shape in shapes.items()
+            }
+            made |= {
+                "bias": torch.full((units,), quantile),
+                "activation_rate": torch.rand(units, generator=g),
+            }
             tensors |= {f"layers.{i}.{block}.{n}": t for n, t in calibrate.stored(made, dtype).items()}
         layers.append(entry)
     artifact.save(directory, Manifest(model=model, layers=tuple(layers)), tensors)

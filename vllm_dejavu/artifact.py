@@ -2,6 +2,7 @@
 
 The format is documented in docs/artifact.md. Nothing is unpickled and no remote code runs.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -108,11 +109,14 @@ class GateSpec:
     def density_at(self, batch: int) -> float:
         """Share of units that any of `batch` rows selects; 1 for a dense gate.
 
-        Between calibrated sizes: linear in log(batch). Beyond the largest: as if groups of that many rows chose independently.
+        Between calibrated sizes: linear in log(batch). Beyond the largest: as if groups of that many rows
+        chose independently.
         """
         if not self.sparse:
             return 1.0
-        table = {int(size): density["mean"] for size, density in self.union_density.items()} | {1: self.density["mean"]}
+        table = {int(size): density["mean"] for size, density in self.union_density.items()} | {
+            1: self.density["mean"]
+        }
         below = max(size for size in table if size <= batch)
         above = min((size for size in table if size > batch), default=None)
         if above is None:
@@ -123,7 +127,9 @@ class GateSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`dejavu.json`. `layers[l][block]` is the gate of a block; `training`, `calibration`, `versions` are records."""
+    """`dejavu.json`. `layers[l][block]` is the gate of a block; `training`, `calibration`, `versions` are
+    records.
+    """
 
     model: ModelSpec
     layers: tuple[dict[str, GateSpec], ...]
@@ -144,7 +150,9 @@ class Manifest:
         }
 
 
-def gate_tensors(spec: GateSpec, block: str, model: ModelSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def gate_tensors(
+    spec: GateSpec, block: str, model: ModelSpec
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names (below `layers.N.BLOCK.`), dtypes and shapes of a gate's tensors; a dense gate has none."""
     if not spec.sparse:
         return {}
@@ -170,21 +178,30 @@ class Artifact:
         """The gate of a block of a layer and its tensors by their short names."""
         spec = self.manifest.layers[layer][block]
         prefix = f"layers.{layer}.{block}."
-        return spec, {name: self.tensors[prefix + name] for name in gate_tensors(spec, block, self.manifest.model)}
+        return spec, {
+            name: self.tensors[prefix + name] for name in gate_tensors(spec, block, self.manifest.model)
+        }
 
 
-def save(directory: str | os.PathLike, manifest: Manifest, tensors: dict[str, torch.Tensor], *, overwrite: bool = False) -> Artifact:
+def save(
+    directory: str | os.PathLike,
+    manifest: Manifest,
+    tensors: dict[str, torch.Tensor],
+    *,
+    overwrite: bool = False,
+) -> Artifact:
     """Write an artifact, all or nothing.
 
     Everything is written to a temporary directory and renamed: a reader sees a whole artifact or none.
 
     Raises:
-        ArtifactError: the directory holds an artifact (and `overwrite` is false), or the tensors do not fit the manifest.
-        OSError: the place cannot be written.
+        ArtifactError: the directory holds an artifact (and `overwrite` is false), or the tensors do not fit
+        the manifest. OSError: the place cannot be written.
     """
     directory = Path(directory)
     check_output(directory, overwrite=overwrite)
-    # Inside a directory that exists: its parent may be read-only, or another file system, where no rename reaches.
+    # Inside a directory that exists: its parent may be read-only, or another file system, where no rename
+    # reaches.
     place = directory if directory.is_dir() else directory.absolute().parent
     place.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=place))
@@ -199,8 +216,8 @@ def save(directory: str | os.PathLike, manifest: Manifest, tensors: dict[str, to
         os.chmod(staging / TENSORS_FILE, 0o644)
         artifact = load(staging)
         if directory.is_dir():
-            # A model card or plots beside the artifact stay; only our two files are replaced, the manifest last:
-            # between the two renames its sha256 does not fit, which `load` refuses.
+            # A model card or plots beside the artifact stay; only our two files are replaced, the manifest
+            # last: between the two renames its sha256 does not fit, which `load` refuses.
             os.replace(staging / TENSORS_FILE, directory / TENSORS_FILE)
             os.replace(staging / MANIFEST_FILE, directory / MANIFEST_FILE)
         else:
@@ -220,7 +237,9 @@ def check_output(directory: str | os.PathLike, *, overwrite: bool = False) -> No
     if directory.exists() and not directory.is_dir():
         raise ArtifactError(f"Output {directory} is a file; name a directory.")
     if (directory / MANIFEST_FILE).exists() and not overwrite:
-        raise ArtifactError(f"{directory} already holds a predictor artifact. Name another --output or pass --overwrite.")
+        raise ArtifactError(
+            f"{directory} already holds a predictor artifact. Name another --output or pass --overwrite."
+        )
     place = directory.absolute()
     while not place.exists():
         place = place.parent
@@ -228,28 +247,35 @@ def check_output(directory: str | os.PathLike, *, overwrite: bool = False) -> No
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as e:
-        raise PermissionError(f"Output {directory} cannot be written ({e.strerror}: {place}). Name another --output.") from e
+        raise PermissionError(
+            f"Output {directory} cannot be written ({e.strerror}: {place}). Name another --output."
+        ) from e
 
 
 def load(directory: str | os.PathLike) -> Artifact:
     """Read and verify an artifact.
 
     Raises:
-        ArtifactError: missing, truncated, of another format version, with missing or extra tensors, wrong shapes or
-            values that are not finite; the message says what was expected, found, and what to do.
+        ArtifactError: missing, truncated, of another format version, with missing or extra tensors, wrong
+            shapes or values that are not finite; the message says what was expected, found, and what to do.
     """
     directory = Path(directory)
     manifest, recorded_sha256 = load_manifest(directory)
     path = directory / TENSORS_FILE
     if not path.is_file():
-        raise ArtifactError(f"Predictor artifact {directory} has no {TENSORS_FILE}. Copy it there or train again.")
+        raise ArtifactError(
+            f"Predictor artifact {directory} has no {TENSORS_FILE}. Copy it there or train again."
+        )
     try:
         sha256 = _sha256(path)
         with safe_open(path, "pt") as f:
             names = list(f.keys())
             tensors = {name: f.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as e:
-        raise ArtifactError(f"{path} cannot be read as safetensors ({e}); it is damaged or cut short. Copy it again or train again.") from e
+        raise ArtifactError(
+            f"{path} cannot be read as safetensors ({e}); it is damaged or cut short. Copy it again or train"
+            " again."
+        ) from e
     _check_tensors(directory, manifest, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()})
     _check_finite(directory, tensors)
     if sha256 != recorded_sha256:
@@ -289,7 +315,12 @@ def load_manifest(directory: str | os.PathLike) -> tuple[Manifest, str]:
             f"{path}: expected format_version {' or '.join(map(str, READABLE_VERSIONS))}, found {version!r}. "
             "Install the vllm-dejavu version that wrote it, or train again."
         )
-    reader.keys(top, "the manifest", required=("format", "format_version", "model", "tensors", "layers"), optional=RECORDS)
+    reader.keys(
+        top,
+        "the manifest",
+        required=("format", "format_version", "model", "tensors", "layers"),
+        optional=RECORDS,
+    )
     model = reader.model(top["model"])
     layers = reader.layers(top["layers"], model)
     tensors = reader.object(top["tensors"], "tensors")
@@ -309,12 +340,22 @@ def check_model(manifest: Manifest, expected: ModelSpec) -> None:
     Raises:
         ArtifactError: naming the first field that differs.
     """
-    for key in ("architecture", "num_layers", "hidden_size", "ffn_dim", "num_heads", "activation", "layer_norm"):
+    for key in (
+        "architecture",
+        "num_layers",
+        "hidden_size",
+        "ffn_dim",
+        "num_heads",
+        "activation",
+        "layer_norm",
+    ):
         have, want = getattr(manifest.model, key), getattr(expected, key)
         if have != want:
             raise ArtifactError(
-                f"Predictor artifact was made for {manifest.model.name} with {key}={have!r}; model {expected.name} has "
-                f'{key}={want!r}. Retrain it, or point additional_config["dejavu"]["predictor"] at this model\'s artifact.'
+                f"Predictor artifact was made for {manifest.model.name} with {key}={have!r}; model"
+                f" {expected.name} has "
+                f'{key}={want!r}. Retrain it, or point additional_config["dejavu"]["predictor"] at this'
+                " model's artifact."
             )
 
 
@@ -326,19 +367,20 @@ def check_fingerprint(manifest: Manifest, found: str, name: str) -> None:
     """
     if manifest.model.fingerprint != found:
         raise ArtifactError(
-            f"Predictor artifact was trained on the weights of {manifest.model.name} ({manifest.model.fingerprint}); the "
-            f"weights of {name} have {found}. Predictors of other weights select the wrong neurons: retrain it with "
-            "vllm-dejavu train, or point the predictor setting at this model's artifact."
+            f"Predictor artifact was trained on the weights of {manifest.model.name}"
+            f" ({manifest.model.fingerprint}); the weights of {name} have {found}. Predictors of other"
+            " weights select the wrong neurons: retrain it with vllm-dejavu train, or point the predictor"
+            " setting at this model's artifact."
         )
 
 
 class WeightsFingerprint:
     """A digest of a checkpoint, from samples of every tensor, whatever the order and file format.
 
-    Feed each checkpoint tensor once through `add` (or a loader's stream through `tee`). Values enter as float32, so a
-    16-bit checkpoint read in 16 or 32 bits gives the same digest. Tied output embeddings are left out, because
-    some checkpoints store them and some do not. 512 evenly spaced values of each tensor keep it fast at any size;
-    an edit that misses all of them is not seen.
+    Feed each checkpoint tensor once through `add` (or a loader's stream through `tee`). Values enter as
+    float32, so a 16-bit checkpoint read in 16 or 32 bits gives the same digest. Tied output embeddings are
+    left out, because some checkpoints store them and some do not. 512 evenly spaced values of each tensor
+    keep it fast at any size; an edit that misses all of them is not seen.
     """
 
     SAMPLES = 512
@@ -375,7 +417,8 @@ class WeightsFingerprint:
 
 
 def resolve(predictor: str | None, model: str, revision: str | None = None) -> Path:
-    """Directory of the artifact named by the setting `predictor`: a directory, a hub id, `auto`, or None for `MODEL/dejavu/`.
+    """Directory of the artifact named by the setting `predictor`: a directory, a hub id, `auto`, or None for
+    `MODEL/dejavu/`.
 
     Raises:
         ArtifactError: nothing is there.
@@ -390,38 +433,48 @@ def resolve(predictor: str | None, model: str, revision: str | None = None) -> P
         if directory.is_dir():
             return directory
         raise ArtifactError(
-            f"No predictor artifact: looked for {directory / MANIFEST_FILE}. Make one "
-            f"(vllm-dejavu train --model {model} --data FILE --output {directory}), or name one with "
-            'additional_config={"dejavu": {"predictor": PATH_OR_HUB_ID}}; "auto" there makes one without data.'
+            f"No predictor artifact: looked for {directory / MANIFEST_FILE}. Make one (vllm-dejavu train"
+            f" --model {model} --data FILE --output {directory}), or name one with"
+            ' additional_config={"dejavu": {"predictor": PATH_OR_HUB_ID}}; "auto" there makes one'
+            " without data."
         )
     repo, subdirectory = (predictor, ".") if predictor is not None else (model, "dejavu")
     if predictor is not None and (repo.startswith((".", "/", "~")) or repo.count("/") != 1):
-        raise ArtifactError(f"No predictor artifact at {predictor}: no such directory, and not a hub id (ORG/NAME).")
+        raise ArtifactError(
+            f"No predictor artifact at {predictor}: no such directory, and not a hub id (ORG/NAME)."
+        )
     try:
         from huggingface_hub import snapshot_download
 
         patterns = [str(Path(subdirectory) / f) for f in (MANIFEST_FILE, TENSORS_FILE)]
-        root = snapshot_download(repo, revision=revision if predictor is None else None, allow_patterns=patterns)
+        root = snapshot_download(
+            repo, revision=revision if predictor is None else None, allow_patterns=patterns
+        )
     except Exception as e:  # the hub's client raises many kinds; all mean the same to the user
         raise ArtifactError(
-            f"No predictor artifact at {repo}: no such directory, and the hub gave none ({type(e).__name__}: {e}). "
-            "Make one with vllm-dejavu train, or name a directory."
+            f"No predictor artifact at {repo}: no such directory, and the hub gave none ({type(e).__name__}:"
+            f" {e}). Make one with vllm-dejavu train, or name a directory."
         ) from e
     return Path(root) / subdirectory
 
 
-def _check_tensors(place: Path, manifest: Manifest, found: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+def _check_tensors(
+    place: Path, manifest: Manifest, found: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> None:
     expected = {
         f"layers.{i}.{block}.{name}": form
         for i, layer in enumerate(manifest.layers)
         for block, spec in layer.items()
         for name, form in gate_tensors(spec, block, manifest.model).items()
     }
-    for what, names in (("misses", expected.keys() - found.keys()), ("has unexpected", found.keys() - expected.keys())):
+    for what, names in (
+        ("misses", expected.keys() - found.keys()),
+        ("has unexpected", found.keys() - expected.keys()),
+    ):
         if names:
             raise ArtifactError(
-                f"Predictor artifact {place} {what} {len(names)} tensor(s), first {sorted(names)[0]!r}: expected "
-                f"{len(expected)} tensors, found {len(found)}. Copy it again or train again."
+                f"Predictor artifact {place} {what} {len(names)} tensor(s), first {sorted(names)[0]!r}:"
+                f" expected {len(expected)} tensors, found {len(found)}. Copy it again or train again."
             )
     for name, form in expected.items():
         if found[name] != form:
@@ -435,7 +488,9 @@ def _check_finite(place: Path, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            raise ArtifactError(f"Predictor artifact {place}: {bad} values of {name!r} are not finite. Train again.")
+            raise ArtifactError(
+                f"Predictor artifact {place}: {bad} values of {name!r} are not finite. Train again."
+            )
 
 
 def _sha256(path: Path) -> str:
@@ -450,17 +505,24 @@ class _Reader:
         self.path = path
 
     def error(self, key: str, value: Any, allowed: str) -> ArtifactError:
-        return ArtifactError(f"{self.path}: {key} should be {allowed}, found {value!r}. Copy the artifact again or train again.")
+        return ArtifactError(
+            f"{self.path}: {key} should be {allowed}, found {value!r}. Copy the artifact again or train"
+            " again."
+        )
 
     def object(self, value: Any, key: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.error(key, value, "an object")
         return value
 
-    def number(self, value: Any, key: str, low: float, high: float, *, optional: bool = False) -> float | None:
+    def number(
+        self, value: Any, key: str, low: float, high: float, *, optional: bool = False
+    ) -> float | None:
         if value is None and optional:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # false for NaN
+        if (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high
+        ):  # false for NaN
             raise self.error(key, value, f"a number in [{low}, {high}]")
         return float(value)
 
@@ -474,7 +536,9 @@ class _Reader:
             raise self.error(key, value, f"one of {sorted(choices)}")
         return value
 
-    def keys(self, raw: dict[str, Any], key: str, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    def keys(
+        self, raw: dict[str, Any], key: str, required: Iterable[str], optional: Iterable[str] = ()
+    ) -> None:
         known = {*required, *optional}
         for name in sorted(raw.keys() - known):
             raise self.error(f"{key}.{name}", raw[name], f"absent (allowed keys: {sorted(known)})")
@@ -483,7 +547,11 @@ class _Reader:
 
     def fields(self, cls: type, raw: dict[str, Any], key: str) -> None:
         fields = dataclasses.fields(cls)
-        required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        required = [
+            f.name
+            for f in fields
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
         self.keys(raw, key, required, [f.name for f in fields])
 
     def model(self, value: Any) -> ModelSpec:
@@ -506,7 +574,9 @@ class _Reader:
             raw = self.object(layer, f"layers[{i}]")
             if set(raw) != set(FORMS):
                 raise self.error(f"layers[{i}]", sorted(raw), f"an object with the keys {sorted(FORMS)}")
-            out.append({block: self.gate(raw[block], f"layers[{i}].{block}", block, i, model) for block in FORMS})
+            out.append(
+                {block: self.gate(raw[block], f"layers[{i}].{block}", block, i, model) for block in FORMS}
+            )
         return tuple(out)
 
     def gate(self, value: Any, key: str, block: str, layer: int, model: ModelSpec) -> GateSpec:
@@ -533,7 +603,9 @@ class _Reader:
                 raise self.error(f"{key}.union_density", batch, "an object keyed by batch sizes below 10000")
             self.densities(densities, f"{key}.union_density[{batch}]")
         for name in ("margin", "threshold"):
-            self.number(raw.get(name), f"{key}.{name}", -1e30, 1e30, optional=block == "mlp" or name == "margin")
+            self.number(
+                raw.get(name), f"{key}.{name}", -1e30, 1e30, optional=block == "mlp" or name == "margin"
+            )
         return GateSpec(**raw)
 
     def densities(self, value: Any, key: str) -> None:

@@ -1,4 +1,7 @@
-"""`vllm-dejavu`: train, evaluate, inspect, tune, plan, doctor. Thin: arguments in, one function called, result printed."""
+"""`vllm-dejavu`: train, evaluate, inspect, tune, plan, doctor. Thin: arguments in, one function called,
+result printed.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -32,54 +35,151 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("train", help="text -> predictor artifact, in one resumable run")
     p.add_argument("--model", required=True, help="directory or hub id of an OPT")
-    p.add_argument("--data", required=True, nargs="+", help=".txt/.jsonl files (also .xz, .gz), dataset ids, or 'self': the model writes its own text")
-    p.add_argument("--valid-data", nargs="+", default=[], help="held-out text for calibration (default: documents held out from --data)")
-    p.add_argument("--output", required=True, help="directory of the artifact; MODEL/dejavu is found without a setting")
+    p.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help=".txt/.jsonl files (also .xz, .gz), dataset ids, or 'self': the model writes its own text",
+    )
+    p.add_argument(
+        "--valid-data",
+        nargs="+",
+        default=[],
+        help="held-out text for calibration (default: documents held out from --data)",
+    )
+    p.add_argument(
+        "--output", required=True, help="directory of the artifact; MODEL/dejavu is found without a setting"
+    )
     p.add_argument("--field", default="text", help="key of the text in JSON lines and dataset rows")
     p.add_argument("--valid-share", type=float, default=0.1, help="share of the documents held out")
     p.add_argument("--max-documents", type=int, help="read at most so many documents of each source")
-    p.add_argument("--max-tokens", type=int, help="training tokens (default: the paper's 500 sequences of the model's context, at most 2048 each)")
+    p.add_argument(
+        "--max-tokens",
+        type=int,
+        help="training tokens (default: the paper's 500 sequences of the model's context, at most 2048 each)",
+    )
     p.add_argument("--valid-tokens", type=int, default=32_768, help="calibration tokens")
-    p.add_argument("--seq-len", type=int, help="tokens a window (default: the model's positions, at most 2048)")
-    p.add_argument("--rank", type=int, help="of the MLP predictors (default: 3%% of the MLP's bytes; hidden sizes below 2048: a quarter of them)")
-    p.add_argument("--form", default="finetuned", help="of the MLP predictors: closed_form, finetuned (from there, by gradient), paper, svd, or module:attribute of your own")
-    p.add_argument("--gradient-tokens", type=int, default=32_768, help="at most, that forms which train by gradient see")
+    p.add_argument(
+        "--seq-len", type=int, help="tokens a window (default: the model's positions, at most 2048)"
+    )
+    p.add_argument(
+        "--rank",
+        type=int,
+        help=(
+            "of the MLP predictors (default: 3%% of the MLP's bytes; hidden sizes below 2048: a quarter of"
+            " them)"
+        ),
+    )
+    p.add_argument(
+        "--form",
+        default="finetuned",
+        help=(
+            "of the MLP predictors: closed_form, finetuned (from there, by gradient), paper, svd, or"
+            " module:attribute of your own"
+        ),
+    )
+    p.add_argument(
+        "--gradient-tokens", type=int, default=32_768, help="at most, that forms which train by gradient see"
+    )
     p.add_argument("--head-form", choices=("closed_form", "paper"), default="closed_form")
-    p.add_argument("--head-share", type=float, default=0.3, help="share of heads that the paper's rule labels important")
-    p.add_argument("--loss", choices=("bce", "energy"), default="energy", help="energy: a missed neuron weighs what it would have added; bce: they all weigh the same")
-    p.add_argument("--neuron-label", choices=("positive", "energy"), default="positive", help="active neurons: all positive ones, or the fewest that hold --energy-share")
+    p.add_argument(
+        "--head-share", type=float, default=0.3, help="share of heads that the paper's rule labels important"
+    )
+    p.add_argument(
+        "--loss",
+        choices=("bce", "energy"),
+        default="energy",
+        help="energy: a missed neuron weighs what it would have added; bce: they all weigh the same",
+    )
+    p.add_argument(
+        "--neuron-label",
+        choices=("positive", "energy"),
+        default="positive",
+        help="active neurons: all positive ones, or the fewest that hold --energy-share",
+    )
     p.add_argument("--energy-share", type=float, default=0.99)
-    p.add_argument("--head-label", choices=("contribution", "output_norm"), default="contribution", help="norm after out_proj, or before it (the paper's)")
+    p.add_argument(
+        "--head-label",
+        choices=("contribution", "output_norm"),
+        default="contribution",
+        help="norm after out_proj, or before it (the paper's)",
+    )
     p.add_argument("--mlp-lookahead", choices=LOOKAHEADS["mlp"], default="self")
     p.add_argument("--head-lookahead", choices=LOOKAHEADS["attention"], default="previous")
-    p.add_argument("--dtype", choices=("int8", "float16", "bfloat16", "float32"), default="int8", help="of the predictors")
-    p.add_argument("--max-ppl-increase", type=float, default=0.01, help="perplexity budget of the calibration, 0.01 for 1%%")
-    p.add_argument("--max-memory", type=_size, help="of the moments, as 64G: with less, more passes over the text")
-    p.add_argument("--max-disk", type=_size, help="of stored activations (gradient forms), as 200G: with less, fewer of the tokens")
+    p.add_argument(
+        "--dtype",
+        choices=("int8", "float16", "bfloat16", "float32"),
+        default="int8",
+        help="of the predictors",
+    )
+    p.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        default=0.01,
+        help="perplexity budget of the calibration, 0.01 for 1%%",
+    )
+    p.add_argument(
+        "--max-memory", type=_size, help="of the moments, as 64G: with less, more passes over the text"
+    )
+    p.add_argument(
+        "--max-disk",
+        type=_size,
+        help="of stored activations (gradient forms), as 200G: with less, fewer of the tokens",
+    )
     p.add_argument("--batch", type=int, default=4, help="windows a forward pass")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, ..., or auto: spread a large model over devices, memory and disk")
-    p.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="that the model computes in")
+    p.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, ..., or auto: spread a large model over devices, memory and disk",
+    )
+    p.add_argument(
+        "--model-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="that the model computes in",
+    )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--ray", metavar="ADDRESS|auto", help="share collection and fitting among the workers of a Ray cluster")
+    p.add_argument(
+        "--ray",
+        metavar="ADDRESS|auto",
+        help="share collection and fitting among the workers of a Ray cluster",
+    )
     p.add_argument("--ray-workers", type=int, help="model replicas on the cluster (default: one a node)")
     p.add_argument("--run-dir", help="state, metrics.jsonl and plots (default: OUTPUT.run)")
     p.add_argument("--overwrite", action="store_true", help="replace an artifact at --output")
-    p.add_argument("--resume", action="store_true", help="continue an interrupted run, or refuse (without it: continue one of the same settings, else begin)")
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help=(
+            "continue an interrupted run, or refuse (without it: continue one of the same settings, else"
+            " begin)"
+        ),
+    )
     p.add_argument("--restart", action="store_true", help="forget an interrupted run")
     p.set_defaults(run=_train)
 
-    p = commands.add_parser("evaluate", help="perplexity, density, recall and agreement of the serving model against dense")
+    p = commands.add_parser(
+        "evaluate", help="perplexity, density, recall and agreement of the serving model against dense"
+    )
     p.add_argument("--model", required=True)
     p.add_argument("--predictor", help="directory or hub id of the artifact (default: MODEL/dejavu)")
     p.add_argument("--data", required=True, nargs="+")
     p.add_argument("--field", default="text")
     p.add_argument("--mode", choices=MODES, default="sparse")
     p.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
-    p.add_argument("--max-tokens", type=int, help="score at most so many tokens (and compare fewer continuations)")
+    p.add_argument(
+        "--max-tokens", type=int, help="score at most so many tokens (and compare fewer continuations)"
+    )
     p.add_argument("--prompts", type=int, default=200, help="greedy continuations compared with dense")
     p.add_argument("--new-tokens", type=int, default=64)
     p.add_argument("--dtype", default="auto")
-    p.add_argument("--weight-bits", type=int, choices=WEIGHT_BITS, default=16, help="8 or 4: simulate weight-only quantization, dense and sparse (one more engine)")
+    p.add_argument(
+        "--weight-bits",
+        type=int,
+        choices=WEIGHT_BITS,
+        default=16,
+        help="8 or 4: simulate weight-only quantization, dense and sparse (one more engine)",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", help="write the result here")
     p.set_defaults(run=_evaluate)
@@ -88,14 +188,28 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("artifact")
     p.set_defaults(run=_inspect)
 
-    p = commands.add_parser("tune", help="measure where dense is faster than sparse on this device, and keep it beside the artifact")
+    p = commands.add_parser(
+        "tune",
+        help="measure where dense is faster than sparse on this device, and keep it beside the artifact",
+    )
     p.add_argument("artifact", help="directory of the artifact")
     p.add_argument("--device", default="auto", help="cpu, cuda, or auto (%(default)s)")
-    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the model's weights as served (%(default)s)")
+    p.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the model's weights as served (%(default)s)",
+    )
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel size (%(default)s)")
-    p.add_argument("--threads", type=int, help="that compute on a CPU, as many as the server's worker has (default: all cores)")
+    p.add_argument(
+        "--threads",
+        type=int,
+        help="that compute on a CPU, as many as the server's worker has (default: all cores)",
+    )
     p.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="batch sizes")
-    p.add_argument("--rounds", type=int, default=15, help="measurements of each; their median counts (%(default)s)")
+    p.add_argument(
+        "--rounds", type=int, default=15, help="measurements of each; their median counts (%(default)s)"
+    )
     p.set_defaults(run=_tune)
 
     p = commands.add_parser("plan", help="will sparsity pay? modelled gain, memory cost and training time")
@@ -103,7 +217,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--gpu", required=True, help="a100, h100, h200, b200 or mi300x")
     p.add_argument("--batch", type=int, default=1, help="requests decoding together (%(default)s)")
     p.add_argument("--context", type=int, default=256, help="tokens each attends to (%(default)s)")
-    p.add_argument("--predictor", help="directory or hub id of the artifact (default: MODEL/dejavu, else assumed densities)")
+    p.add_argument(
+        "--predictor",
+        help="directory or hub id of the artifact (default: MODEL/dejavu, else assumed densities)",
+    )
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel size (%(default)s)")
     p.add_argument("--json", action="store_true", help="the same as JSON")
     p.set_defaults(run=_plan)
@@ -129,15 +246,21 @@ def _fields(cls: type, args: argparse.Namespace) -> dict:
 
 
 def _train(args: argparse.Namespace) -> int:
-    # Read when torch loads OpenMP. Threads that wait at barriers by spinning take the cores from each other as soon as
-    # anything else runs on the machine.
+    # Read when torch loads OpenMP. Threads that wait at barriers by spinning take the cores from each other
+    # as soon as anything else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from vllm_dejavu.inspection import artifact_table
     from vllm_dejavu.predictor_training import pipeline
 
     config = pipeline.TrainConfig(**_fields(pipeline.TrainConfig, args))
     artifact = pipeline.run(
-        config, overwrite=args.overwrite, restart=args.restart, resume=args.resume, run_dir=args.run_dir, ray=args.ray, ray_workers=args.ray_workers
+        config,
+        overwrite=args.overwrite,
+        restart=args.restart,
+        resume=args.resume,
+        run_dir=args.run_dir,
+        ray=args.ray,
+        ray_workers=args.ray_workers,
     )
     print(artifact_table(artifact))
     print(f"wrote {args.output}; metrics and plots: {args.run_dir or args.output.rstrip('/') + '.run'}")
@@ -166,13 +289,24 @@ def _tune(args: argparse.Namespace) -> int:
 
     from vllm_dejavu import tune
 
-    if min(args.tokens) < 1 or args.rounds < 1 or args.tp < 1 or (args.threads is not None and args.threads < 1):
+    if (
+        min(args.tokens) < 1
+        or args.rounds < 1
+        or args.tp < 1
+        or (args.threads is not None and args.threads < 1)
+    ):
         raise ValueError("--tokens, --rounds, --tp and --threads must be at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     path = tune.run(
-        args.artifact, device=device, dtype=args.dtype, tp=args.tp, tokens=sorted(set(args.tokens)), rounds=args.rounds, progress=lambda line: print(line, flush=True)
+        args.artifact,
+        device=device,
+        dtype=args.dtype,
+        tp=args.tp,
+        tokens=sorted(set(args.tokens)),
+        rounds=args.rounds,
+        progress=lambda line: print(line, flush=True),
     )
     print(f"written to {path}: engines on this device take it from there")
     return 0
@@ -181,7 +315,9 @@ def _tune(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from vllm_dejavu import plan
 
-    result = plan.plan(args.model, args.gpu, batch=args.batch, context=args.context, predictor=args.predictor, tp=args.tp)
+    result = plan.plan(
+        args.model, args.gpu, batch=args.batch, context=args.context, predictor=args.predictor, tp=args.tp
+    )
     print(json.dumps(result, indent=1) if args.json else plan.report(result))
     return 0
 

@@ -1,4 +1,5 @@
 """Everything that differs between the vLLM versions we support (>= 0.26, < 0.34), and nothing else."""
+
 from __future__ import annotations
 
 import torch
@@ -14,7 +15,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
 
 __all__ = [
     "Attention",
@@ -43,9 +49,11 @@ class PlainLinearMethod(UnquantizedLinearMethod):
 
 
 def keep_plain_weight(linear: nn.Module) -> nn.Module:
-    """Keep vLLM's CPU linears from repacking `weight` and dropping it: our ops gather rows of it, and run it dense too.
+    """Keep vLLM's CPU linears from repacking `weight` and dropping it: our ops gather rows of it, and run it
+    dense too.
 
-    Some versions have an attribute that asks for that, `_cpu_skip_gemm_dispatch`; 0.26 to 0.28 and 0.30 have none.
+    Some versions have an attribute that asks for that, `_cpu_skip_gemm_dispatch`; 0.26 to 0.28 and 0.30 have
+    none.
     """
     if current_platform.is_cpu():
         linear.quant_method = PlainLinearMethod()

@@ -2,6 +2,7 @@
 
 Imports neither torch nor vLLM, so that the command line and vLLM's front end can check settings at no cost.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,24 +27,26 @@ class DejaVuConfig:
     """Settings of one engine.
 
     Attributes:
-        predictor: directory or hub id of the predictor artifact; None looks in `MODEL/dejavu/`; `auto` makes one (`auto`).
-        mode: `sparse` (predictors decide), `dense` (everything is read), or the controls `oracle` (the truly active
-            neurons and heads), `random` and `static` (at the artifact's calibrated densities).
-        apply_to: `decode` (steps in which every request adds one token) or `all` (evaluation: prompt tokens too, each
-            row reading exactly its own selection).
-        row_exact: mask each row to its own neurons inside the batch's union, so that neighbours in a batch cannot
-            change a request's result.
+        predictor: directory or hub id of the predictor artifact; None looks in `MODEL/dejavu/`; `auto` makes
+            one (`auto`).
+        mode: `sparse` (predictors decide), `dense` (everything is read), or the controls `oracle` (the truly
+            active neurons and heads), `random` and `static` (at the artifact's calibrated densities).
+        apply_to: `decode` (steps in which every request adds one token) or `all` (evaluation: prompt tokens
+            too, each row reading exactly its own selection).
+        row_exact: mask each row to its own neurons inside the batch's union, so that neighbours in a batch
+            cannot change a request's result.
         blocks: which blocks are gated: `mlp`, `attention` or both.
-        crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in (0, 1]. None: above
-            what was measured for the device's kernels, by batch size; 1.0: never.
-        sample_recall: in one of how many long dense passes (prompts) a gate compares its prediction with the truth on a few
-            rows, so that recall can be watched while serving; 0: never.
-        measure: in sparse steps also compute every true activation, to count recall. Costs a dense fc1 per layer.
-        overlap: predict neurons on a side stream, beside the attention (GPU; gates whose lookahead is not `self`). Saves
-            latency, not bytes; off until measured.
+        crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in
+            (0, 1]. None: above what was measured for the device's kernels, by batch size; 1.0: never.
+        sample_recall: in one of how many long dense passes (prompts) a gate compares its prediction with the
+            truth on a few rows, so that recall can be watched while serving; 0: never.
+        measure: in sparse steps also compute every true activation, to count recall. Costs a dense fc1 per
+            layer.
+        overlap: predict neurons on a side stream, beside the attention (GPU; gates whose lookahead is not
+            `self`). Saves latency, not bytes; off until measured.
         seed: of the control mode `random`.
-        weight_bits: 8 or 4 *simulate* weight-only quantization, for evaluation: linear weights are rounded while they are
-            loaded and computed with as usual (`quantization`). 16: they stay as they are.
+        weight_bits: 8 or 4 *simulate* weight-only quantization, for evaluation: linear weights are rounded
+            while they are loaded and computed with as usual (`quantization`). 16: they stay as they are.
     """
 
     predictor: str | None = None
@@ -70,7 +73,11 @@ class DejaVuConfig:
         if isinstance(self.blocks, str) or not isinstance(self.blocks, (list, tuple)):
             raise _error("blocks", self.blocks, f"a non-empty list out of {list(BLOCKS)}")
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        if not self.blocks or any(b not in BLOCKS for b in self.blocks) or len(set(self.blocks)) != len(self.blocks):
+        if (
+            not self.blocks
+            or any(b not in BLOCKS for b in self.blocks)
+            or len(set(self.blocks)) != len(self.blocks)
+        ):
             raise _error("blocks", list(self.blocks), f"a non-empty list out of {list(BLOCKS)}")
         number = isinstance(self.crossover, (int, float)) and not isinstance(self.crossover, bool)
         if self.crossover is not None and not (number and 0 < self.crossover <= 1):

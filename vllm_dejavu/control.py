@@ -1,4 +1,5 @@
 """What an operator may change while an engine serves."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -11,8 +12,9 @@ if TYPE_CHECKING:
 def set_dense(llm: LLM, dense: bool = True) -> None:
     """Serve at dense quality from the next step on, or sparse again: every gate selects everything.
 
-    For quality in doubt, not for speed: predictors still run, and all weights are read through the sparse kernels. Requests that
-    are running are preempted and computed anew, as the prefix cache is reset: cached K and V depend on the mode.
+    For quality in doubt, not for speed: predictors still run, and all weights are read through the sparse
+    kernels. Requests that are running are preempted and computed anew, as the prefix cache is reset: cached K
+    and V depend on the mode.
 
     Raises:
         RuntimeError: the prefix cache could not be reset; the switch itself has been set.
@@ -29,4 +31,7 @@ async def set_dense_async(engine: AsyncLLM, dense: bool = True) -> None:
 
 def _check(reset: bool) -> None:
     if not reset:
-        raise RuntimeError("The dense switch is set, but the prefix cache holds blocks in use and was not reset: try again, or reset it when idle.")
+        raise RuntimeError(
+            "The dense switch is set, but the prefix cache holds blocks in use and was not reset: try again,"
+            " or reset it when idle."
+        )

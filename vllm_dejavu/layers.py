@@ -2,6 +2,7 @@
 
 Shapes: T tokens (padded), hidden, `units` = neurons or heads of this tensor-parallel rank.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -25,13 +26,13 @@ from vllm_dejavu.config import DejaVuConfig
 from vllm_dejavu.kernels import reference
 from vllm_dejavu.predictor import Predictor
 
-# Called after each pass of a gated block as recorder(layer, block, mask [T, units], valid [T]), with None and None where
-# the block ran dense. Tests set it on eager engines; None while serving.
+# Called after each pass of a gated block as recorder(layer, block, mask [T, units], valid [T]), with None and
+# None where the block ran dense. Tests set it on eager engines; None while serving.
 Recorder = Callable[[int, str, torch.Tensor | None, torch.Tensor | None], None]
 
 
-# Backends whose metadata holds max_query_len, seq_lens and num_actual_tokens, and whether our kernels can read their
-# cache: vLLM's CPU backend packs a block for its own instructions.
+# Backends whose metadata holds max_query_len, seq_lens and num_actual_tokens, and whether our kernels can
+# read their cache: vLLM's CPU backend packs a block for its own instructions.
 ATTENTION_BACKENDS = {"CPU_ATTN": False, "FLASH_ATTN": True, "TRITON_ATTN": True}
 
 
@@ -40,15 +41,22 @@ class Gate(nn.Module):
 
     Args:
         spec, tensors: as `Artifact.gate` gives them (all ranks' units).
-        tuned: {tokens: union density} from which on dense is faster, as measured on this device (`tune`), or None: as the
-            kernels' own table has it.
+        tuned: {tokens: union density} from which on dense is faster, as measured on this device (`tune`), or
+            None: as the kernels' own table has it.
         block: "mlp" or "attention". layer: index in the whole model.
         units: neurons or heads of this rank.
     """
 
     def __init__(
-        self, spec: GateSpec, tensors: dict[str, torch.Tensor], tuned: dict[int, float] | None, block: str, layer: int, units: int, settings: DejaVuConfig
-    ):  # fmt: skip
+        self,
+        spec: GateSpec,
+        tensors: dict[str, torch.Tensor],
+        tuned: dict[int, float] | None,
+        block: str,
+        layer: int,
+        units: int,
+        settings: DejaVuConfig,
+    ):
         super().__init__()
         self.spec, self.block, self.layer, self.units, self.settings = spec, block, layer, units, settings
         self.start = get_tensor_model_parallel_rank() * units
@@ -65,12 +73,21 @@ class Gate(nn.Module):
         self.max_tokens = _largest_batch(spec, settings.crossover, tuned, cap)
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
-        self.register_buffer("unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False)
+        self.register_buffer(
+            "unit_ids", torch.arange(self.start, self.start + units, device=device), persistent=False
+        )
         self.register_buffer("counters", metrics.new_gate_counters(device), persistent=False)
         # What a dense pass adds to the counters: once, and for each row.
-        everything = {"steps": 1, "read": units, "survived": units, "above_crossover": 1}, {"rows": 1, "selected": units}
+        everything = (
+            {"steps": 1, "read": units, "survived": units, "above_crossover": 1},
+            {"rows": 1, "selected": units},
+        )
         for name, counts in zip(("dense_step", "dense_row"), everything, strict=True):
-            self.register_buffer(name, torch.tensor([counts.get(c, 0) for c in metrics.GATE_COUNTERS], device=device), persistent=False)
+            self.register_buffer(
+                name,
+                torch.tensor([counts.get(c, 0) for c in metrics.GATE_COUNTERS], device=device),
+                persistent=False,
+            )
         self.recorder: Recorder | None = None
         self.calibrated_bias: torch.Tensor | None = None  # kept while everything is selected
         self.long_passes = 0
@@ -80,7 +97,9 @@ class Gate(nn.Module):
         return self.max_tokens is None or num_tokens <= self.max_tokens or self.settings.apply_to == "all"
 
     def set_dense(self, dense: bool) -> None:
-        """Select everything, by biases that no score can outweigh: also in graphs that are captured already."""
+        """Select everything, by biases that no score can outweigh: also in graphs that are captured
+        already.
+        """
         if dense and self.calibrated_bias is None:
             self.calibrated_bias = self.predictor.bias.clone()
             self.predictor.bias.fill_(torch.inf)
@@ -94,7 +113,9 @@ class Gate(nn.Module):
             chosen = self.static[None, :]
         else:
             assert self.settings.mode == "random", f"mode {self.settings.mode} has no selection of its own"
-            chosen = selection.random_mask(positions, self.layer, self.unit_ids, self.spec.density["mean"], self.settings.seed)
+            chosen = selection.random_mask(
+                positions, self.layer, self.unit_ids, self.spec.density["mean"], self.settings.seed
+            )
         return chosen & (row_lens > 0)[:, None]
 
     def count(self, mask: torch.Tensor, valid: torch.Tensor, active: torch.Tensor | None = None) -> None:
@@ -116,8 +137,14 @@ class Gate(nn.Module):
 
 
 def _of_size(measured: dict[int, dict[int, float]], hidden: int) -> dict[int, float]:
-    """Crossovers by tokens for a hidden size: those of the largest measured one that is not above it, else of the smallest."""
-    return measured[max((size for size in measured if size <= hidden), default=min(measured))] if measured else {}
+    """Crossovers by tokens for a hidden size: those of the largest measured one that is not above it, else of
+    the smallest.
+    """
+    return (
+        measured[max((size for size in measured if size <= hidden), default=min(measured))]
+        if measured
+        else {}
+    )
 
 
 def _largest_batch(
@@ -144,17 +171,21 @@ def _largest_batch(
     return min(next(over, last), last if cap is None else cap)
 
 
-# Prompts of at least this many tokens are sampled, on so many rows: there the products of a few rows more are noise.
+# Prompts of at least this many tokens are sampled, on so many rows: there the products of a few rows more are
+# noise.
 LONG_PASS, SAMPLED_ROWS = 64, 8
 
 
 class _GatedBlock(nn.Module):
-    """What the MLP and the attention block share: whether this step takes the sparse path, and recall on prompts."""
+    """What the MLP and the attention block share: whether this step takes the sparse path, and recall on
+    prompts.
+    """
 
     gate: Gate | None
     settings: DejaVuConfig
     attention_name: str
-    # Rows of this pass [SAMPLED_ROWS] and what the predictor says of them [SAMPLED_ROWS, units], until `check` compares.
+    # Rows of this pass [SAMPLED_ROWS] and what the predictor says of them [SAMPLED_ROWS, units], until
+    # `check` compares.
     foreseen: tuple[torch.Tensor, torch.Tensor] | None = None
     workspace: Any = None  # launch.Workspace where the kernels need one; set by the model
 
@@ -168,7 +199,9 @@ class _GatedBlock(nn.Module):
         return step if self.gate.takes(num_tokens) else None
 
     def count_dense(self, num_tokens: int, device: torch.device) -> None:
-        """Count a dense pass: nothing in a dense step; everything where only this layer, above its crossover, is dense."""
+        """Count a dense pass: nothing in a dense step; everything where only this layer, above its crossover,
+        is dense.
+        """
         gate, step = self.gate, ops.current_step(self.attention_name, self.settings.apply_to)
         if step is None:
             return
@@ -176,17 +209,27 @@ class _GatedBlock(nn.Module):
             gate.recorder(gate.layer, gate.block, None, None)
         if step.sparse:
             row_lens = step.row_lens(num_tokens, device)
-            ops.implementation(device.type).count_dense(gate.counters, gate.dense_step, gate.dense_row, row_lens)
+            ops.implementation(device.type).count_dense(
+                gate.counters, gate.dense_step, gate.dense_row, row_lens
+            )
 
     def foresee(self, gate_input: torch.Tensor) -> None:
         """Called in dense passes with what the predictor would read: predict on a few rows of some long ones.
 
-        Only where Python runs in each pass, not in captured graphs; there, prompts too long for a graph are what is sampled.
+        Only where Python runs in each pass, not in captured graphs; there, prompts too long for a graph are
+        what is sampled.
         """
         self.foreseen = None
         gate, every = self.gate, self.settings.sample_recall
         step = ops.current_step(self.attention_name, self.settings.apply_to)
-        if step is None or step.in_graph or step.reason != "prefill_or_mixed" or self.settings.mode != "sparse" or not every or gate.calibrated_bias is not None:
+        if (
+            step is None
+            or step.in_graph
+            or step.reason != "prefill_or_mixed"
+            or self.settings.mode != "sparse"
+            or not every
+            or gate.calibrated_bias is not None
+        ):
             return
         if (tokens := step.metadata.num_actual_tokens) < LONG_PASS:
             return
@@ -196,14 +239,23 @@ class _GatedBlock(nn.Module):
             self.foreseen = rows, gate.predictor.scores(gate_input[rows]) > 0
 
     def check(self, true_active: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Count what was foreseen in this pass against the truth; true_active: rows -> [rows, units], bool."""
+        """Count what was foreseen in this pass against the truth; true_active: rows -> [rows, units],
+        bool.
+        """
         if self.foreseen is None:
             return
         (rows, chosen), self.foreseen = self.foreseen, None
         active = true_active(rows)
-        amounts = {"rows": active.new_ones(len(rows)), "selected": chosen, "active": active, "hit": chosen & active}
+        amounts = {
+            "rows": active.new_ones(len(rows)),
+            "selected": chosen,
+            "active": active,
+            "hit": chosen & active,
+        }
         first = metrics.GATE_COUNTERS.index("sampled_rows")
-        self.gate.counters[first : first + len(amounts)] += torch.stack([amount.sum() for amount in amounts.values()])
+        self.gate.counters[first : first + len(amounts)] += torch.stack(
+            [amount.sum() for amount in amounts.values()]
+        )
 
     def register(self, vllm_config: VllmConfig, name: str) -> None:
         """Make this block findable by the ops."""
@@ -247,7 +299,19 @@ class DejaVuMLP(_GatedBlock):
         activation: key of `reference.ACTIVATIONS`.
     """
 
-    def __init__(self, hidden: int, ffn: int, bias: bool, activation: str, layer: int, gate: tuple | None, settings: DejaVuConfig, vllm_config: VllmConfig, prefix: str, attention_name: str):
+    def __init__(
+        self,
+        hidden: int,
+        ffn: int,
+        bias: bool,
+        activation: str,
+        layer: int,
+        gate: tuple | None,
+        settings: DejaVuConfig,
+        vllm_config: VllmConfig,
+        prefix: str,
+        attention_name: str,
+    ):
         super().__init__()
         self.settings, self.activation, self.attention_name = settings, activation, attention_name
         self.units = ffn // get_tensor_model_parallel_world_size()
@@ -272,24 +336,34 @@ class DejaVuMLP(_GatedBlock):
         return self._rider[0] if self._rider else None
 
     def carry(self, attention: DejaVuSelfAttention) -> None:
-        """Let a later layer's head predictor (lookahead `previous`) ride along. In a tuple: it is not our submodule."""
+        """Let a later layer's head predictor (lookahead `previous`) ride along. In a tuple: it is not our
+        submodule.
+        """
         self._rider = (attention,)
 
     def overlaps(self, device: torch.device) -> bool:
         """Whether prediction runs on a side stream, beside the attention."""
         return self.settings.overlap and self.gate.lookahead != "self" and device.type == "cuda"
 
-    def choose(self, gate_input: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor | None = None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """Neurons of this step, for `forward`, and the rider's head scores [T, heads] or None. May run before the attention.
+    def choose(
+        self, gate_input: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor | None = None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """Neurons of this step, for `forward`, and the rider's head scores [T, heads] or None. May run before
+        the attention.
 
         Args:
             gate_input: [T, hidden]. previous: residual in front of this MLP block; read by the rider.
         """
         rider = self.rider
         ids, counts, row_mask, head_scores = ops.select_neurons(
-            gate_input, positions, None if rider is None else previous, self.units, 0 if rider is None else rider.units,
-            self.needs_row_mask or self.gate.recorder is not None, encode_layer_name(self.layer_name),
-        )  # fmt: skip
+            gate_input,
+            positions,
+            None if rider is None else previous,
+            self.units,
+            0 if rider is None else rider.units,
+            self.needs_row_mask or self.gate.recorder is not None,
+            encode_layer_name(self.layer_name),
+        )
         return (ids, counts, row_mask, gate_input), None if rider is None else head_scores
 
     def forward(self, x: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
@@ -304,22 +378,42 @@ class DejaVuMLP(_GatedBlock):
     # Called from inside the ops:
 
     def select(
-        self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, row_lens: torch.Tensor, with_row_mask: bool,
-        rider: DejaVuSelfAttention | None, previous: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """(neuron_ids, counts, row_mask, the rider's head scores or None); in mode oracle `gate_input` is the MLP's own input."""
+        self,
+        impl: ModuleType,
+        gate_input: torch.Tensor,
+        positions: torch.Tensor,
+        row_lens: torch.Tensor,
+        with_row_mask: bool,
+        rider: DejaVuSelfAttention | None,
+        previous: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(neuron_ids, counts, row_mask, the rider's head scores or None); in mode oracle `gate_input` is the
+        MLP's own input.
+        """
         mode, gate, measure = self.settings.mode, self.gate, self.settings.measure
         if mode == "sparse":
             p = gate.predictor
-            heads = None if rider is None else (previous, rider.gate.predictor.weight, rider.gate.predictor.bias)
+            heads = (
+                None if rider is None else (previous, rider.gate.predictor.weight, rider.gate.predictor.bias)
+            )
             chosen = impl.select_neurons(
-                gate_input, p.down, p.up, p.bias, row_lens, with_row_mask, heads, None if measure else gate.counters, self.workspace
+                gate_input,
+                p.down,
+                p.up,
+                p.bias,
+                row_lens,
+                with_row_mask,
+                heads,
+                None if measure else gate.counters,
+                self.workspace,
             )
             if not measure and gate.recorder is not None:
                 gate.observe(chosen[2], row_lens > 0)
             return chosen
         if mode == "oracle":
-            mask = (impl.mlp_activations(gate_input, self.fc1.weight, self.fc1.bias) > 0) & (row_lens > 0)[:, None]
+            mask = (impl.mlp_activations(gate_input, self.fc1.weight, self.fc1.bias) > 0) & (row_lens > 0)[
+                :, None
+            ]
         else:
             mask = gate.select(positions, row_lens)
         if not measure:
@@ -333,14 +427,32 @@ class DejaVuMLP(_GatedBlock):
         self.check(lambda rows: impl.linear(x[rows], self.fc1.weight, self.fc1.bias) > 0)
         return impl.dense_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.activation)
 
-    def sparse(self, impl: ModuleType, x: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, row_mask: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
+    def sparse(
+        self,
+        impl: ModuleType,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        counts: torch.Tensor,
+        row_mask: torch.Tensor,
+        row_lens: torch.Tensor,
+    ) -> torch.Tensor:
         """This rank's sparse MLP without fc2's bias."""
         if self.settings.measure:
             active = impl.mlp_activations(x, self.fc1.weight, self.fc1.bias) > 0
             self.gate.count(row_mask, row_lens > 0, active)
         mask = row_mask if self.settings.masks_rows else None
         return impl.sparse_mlp(
-            x, self.fc1.weight, self.fc1.bias, self.fc2.weight, ids, counts, row_lens, mask, self.activation, self.gate.counters, self.workspace
+            x,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            ids,
+            counts,
+            row_lens,
+            mask,
+            self.activation,
+            self.gate.counters,
+            self.workspace,
         )
 
 
@@ -380,26 +492,45 @@ class DejaVuSelfAttention(_GatedBlock):
         gate: (spec, tensors, tuned) of `Gate`, or None: dense, vLLM's own layers.
     """
 
-    def __init__(self, hidden: int, num_heads: int, bias: bool, layer: int, gate: tuple | None, settings: DejaVuConfig, vllm_config: VllmConfig, prefix: str):
+    def __init__(
+        self,
+        hidden: int,
+        num_heads: int,
+        bias: bool,
+        layer: int,
+        gate: tuple | None,
+        settings: DejaVuConfig,
+        vllm_config: VllmConfig,
+        prefix: str,
+    ):
         super().__init__()
         self.settings = settings
         self.units = num_heads // get_tensor_model_parallel_world_size()
         self.head_dim = hidden // num_heads
-        self.qkv_proj = QKVParallelLinear(hidden, self.head_dim, num_heads, bias=bias, prefix=f"{prefix}.qkv_proj")
+        self.qkv_proj = QKVParallelLinear(
+            hidden, self.head_dim, num_heads, bias=bias, prefix=f"{prefix}.qkv_proj"
+        )
         self.out_proj = RowParallelLinear(hidden, hidden, bias=bias, prefix=f"{prefix}.out_proj")
         self.attn = DejaVuAttention(
-            self.units, self.head_dim, scale=self.head_dim**-0.5, cache_config=vllm_config.cache_config, prefix=f"{prefix}.attn"
+            self.units,
+            self.head_dim,
+            scale=self.head_dim**-0.5,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.attn",
         )
         self.attn.hidden_size = hidden
         self.attention_name = self.attn.layer_name
         backend = self.attn.attn_backend.get_name()
         self.reads_cache = ATTENTION_BACKENDS.get(backend, False)
-        self.attn.updates_cache = backend == "CPU_ATTN" and not self.attn.attn_backend.forward_includes_kv_cache_update
+        self.attn.updates_cache = (
+            backend == "CPU_ATTN" and not self.attn.attn_backend.forward_includes_kv_cache_update
+        )
         self.max_model_len = vllm_config.model_config.max_model_len
         if backend not in ATTENTION_BACKENDS:
             raise ValueError(
-                f"model_impl='dejavu' does not support the attention backend {backend}: its metadata has no sequence lengths to "
-                f"decide by. Choose one of {list(ATTENTION_BACKENDS)} with --attention-backend."
+                f"model_impl='dejavu' does not support the attention backend {backend}: its metadata has no"
+                f" sequence lengths to decide by. Choose one of {list(ATTENTION_BACKENDS)} with"
+                " --attention-backend."
             )
         self.gate = None
         if gate is None:
@@ -432,26 +563,59 @@ class DejaVuSelfAttention(_GatedBlock):
 
     # Called from inside the ops:
 
-    def select(self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
-        """Scores [T, units]; +1 and -1 where a control decides. The oracle decides after the attention, so all are +1."""
+    def select(
+        self, impl: ModuleType, gate_input: torch.Tensor, positions: torch.Tensor, row_lens: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores [T, units]; +1 and -1 where a control decides. The oracle decides after the attention, so
+        all are +1.
+        """
         mode = self.settings.mode
         if mode == "sparse":
-            return impl.score_heads(gate_input, self.gate.predictor.weight, self.gate.predictor.bias, row_lens, self.workspace)
+            return impl.score_heads(
+                gate_input, self.gate.predictor.weight, self.gate.predictor.bias, row_lens, self.workspace
+            )
         if mode == "oracle":
             return _scores_of((row_lens > 0)[:, None].expand(-1, self.units))
         return _scores_of(self.gate.select(positions, row_lens))
 
-    def sparse_qkv(self, impl: ModuleType, x: torch.Tensor, head_scores: torch.Tensor, row_lens: torch.Tensor) -> torch.Tensor:
+    def sparse_qkv(
+        self, impl: ModuleType, x: torch.Tensor, head_scores: torch.Tensor, row_lens: torch.Tensor
+    ) -> torch.Tensor:
         """[T, 3 * units * head_dim]: K and V of all heads, Q of those selected; counts the selection."""
         proj = self.qkv_proj
-        return impl.sparse_qkv(x, proj.weight, proj.bias, head_scores, row_lens, self.head_dim, self.gate.counters, self.workspace)
+        return impl.sparse_qkv(
+            x,
+            proj.weight,
+            proj.bias,
+            head_scores,
+            row_lens,
+            self.head_dim,
+            self.gate.counters,
+            self.workspace,
+        )
 
-    def paged(self, impl: ModuleType, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, head_scores: torch.Tensor, output: torch.Tensor) -> None:
+    def paged(
+        self,
+        impl: ModuleType,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        head_scores: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
         """Attention of the selected heads straight from the cache, projected into `output` [T, hidden]."""
         if self.gate.recorder is not None:
             self.gate.observe(head_scores > 0, seq_lens > 0)
         attn = impl.paged_attention(
-            query, kv_cache, block_table, seq_lens, self.attn.impl.scale, head_scores, self.max_model_len, self.workspace
+            query,
+            kv_cache,
+            block_table,
+            seq_lens,
+            self.attn.impl.scale,
+            head_scores,
+            self.max_model_len,
+            self.workspace,
         )
         impl.sparse_out_proj(attn, self.out_proj.weight, head_scores, output, self.workspace)
 
@@ -461,8 +625,17 @@ class DejaVuSelfAttention(_GatedBlock):
         self.check(lambda rows: selection.contributions(attn[rows], self.out_proj.weight) > self.threshold)
         impl.linear(attn.flatten(1), self.out_proj.weight, None, output)
 
-    def sparse(self, impl: ModuleType, attn: torch.Tensor, head_scores: torch.Tensor, row_lens: torch.Tensor, output: torch.Tensor) -> None:
-        """Keep the selected heads of `attn` [T, units, head_dim], computed for all, and project them into `output`."""
+    def sparse(
+        self,
+        impl: ModuleType,
+        attn: torch.Tensor,
+        head_scores: torch.Tensor,
+        row_lens: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Keep the selected heads of `attn` [T, units, head_dim], computed for all, and project them into
+        `output`.
+        """
         if self.needs_contributions:
             valid = row_lens > 0
             if self.grams is None:
@@ -473,7 +646,9 @@ class DejaVuSelfAttention(_GatedBlock):
             self.gate.count(head_scores > 0, valid, active)
         elif self.gate.recorder is not None:
             self.gate.observe(head_scores > 0, row_lens > 0)
-        impl.sparse_out_proj(impl.mask_heads(attn, head_scores), self.out_proj.weight, head_scores, output, self.workspace)
+        impl.sparse_out_proj(
+            impl.mask_heads(attn, head_scores), self.out_proj.weight, head_scores, output, self.workspace
+        )
 
 
 def _scores_of(mask: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 Counters are tensors, so that CUDA graphs can add to them; only a read-out brings them to the host.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -15,19 +16,35 @@ from vllm_dejavu.kernels.reference import COUNTERS
 #   selected: units selected, summed over rows (per token, before any union)
 #   read: units read, summed over steps (the union of the rows)
 #   survived: MLP: fc2 rows read, summed over steps (neurons that came out positive)
-#   active: truly active units, summed over rows; with `measure` or in oracle mode only; hit: those of them that were selected
+#   active: truly active units, summed over rows; with `measure` or in oracle mode only; hit: those of them
+#   that were selected
 #   above_crossover: of the steps, those in which the gate's block ran dense because the batch was above its
 #       crossover; also those in which every other block did so too, which are no sparse steps of the model
-#   sampled_*: rows of long dense passes on which prediction was compared with truth (`sample_recall`): rows, units
+#   sampled_*: rows of long dense passes on which prediction was compared with truth (`sample_recall`): rows,
+#   units
 #       predicted, truly active, and both; of prompts, and in no other counter
-GATE_COUNTERS = (*COUNTERS, "active", "hit", "above_crossover", "sampled_rows", "sampled_selected", "sampled_active", "sampled_hit")
+GATE_COUNTERS = (
+    *COUNTERS,
+    "active",
+    "hit",
+    "above_crossover",
+    "sampled_rows",
+    "sampled_selected",
+    "sampled_active",
+    "sampled_hit",
+)
 # The same on every tensor-parallel rank; the others add up.
 SHARED = ("steps", "rows", "above_crossover", "sampled_rows")
 # One int64 vector a model: sparse steps, then dense steps by reason.
 # above_crossover: it could have been sparse, and the batch was above the crossover of every gate.
 STEP_REASONS = (
-    "sparse", "prefill_or_mixed", "piecewise_graph", "microbatched", "mode_dense", "above_crossover"
-)  # fmt: skip
+    "sparse",
+    "prefill_or_mixed",
+    "piecewise_graph",
+    "microbatched",
+    "mode_dense",
+    "above_crossover",
+)
 
 
 def new_gate_counters(device: torch.device | None = None) -> torch.Tensor:
@@ -50,7 +67,9 @@ class WorkerExtension:
         self.model_runner.get_model().reset_metrics()  # type: ignore[attr-defined]
 
     def dejavu_set_dense(self, dense: bool) -> None:
-        """Select everything from now on, or what the predictors say again; see `control.set_dense`, which also resets the cache."""
+        """Select everything from now on, or what the predictors say again; see `control.set_dense`, which
+        also resets the cache.
+        """
         self.model_runner.get_model().set_dense(dense)  # type: ignore[attr-defined]
 
 
@@ -61,12 +80,13 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         ranks: one `dejavu_metrics()` result a worker, as `LLM.collective_rpc("dejavu_metrics")` returns them.
 
     Returns:
-        steps: {reason: count} of the first rank; sparse_step_share: sparse steps / steps, None before any step;
+        steps: {reason: count} of the first rank; sparse_step_share: sparse steps / steps, None before any
+            step;
         artifact: {path, digest, fingerprint, fingerprint_verified};
         predictor_bytes: of all ranks; dense_switch: whether everything is selected at present;
-        layers: per layer {"mlp": {...}, "attention": {...}} with units, and for gated blocks density (selected per
-        token), read_density (read per step), survived_density, recall, and sampled_density and sampled_recall of prompt rows; a
-        dense block has density 1. None: nothing counted;
+        layers: per layer {"mlp": {...}, "attention": {...}} with units, and for gated blocks density
+            (selected per token), read_density (read per step), survived_density, recall, and sampled_density
+            and sampled_recall of prompt rows; a dense block has density 1. None: nothing counted;
         mlp_density, head_density: means over layers.
     """
     steps = ranks[0]["steps"]
@@ -88,7 +108,11 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         entry = {}
         for block in ("mlp", "attention"):
             counts = merged.get((layer, block))
-            entry[block] = {"gated": False, "density": 1.0, "read_density": 1.0} if counts is None else _densities(counts)
+            entry[block] = (
+                {"gated": False, "density": 1.0, "read_density": 1.0}
+                if counts is None
+                else _densities(counts)
+            )
         layers.append(entry)
 
     def mean(block: str) -> float | None:

@@ -1,7 +1,8 @@
 """Custom operations, registered here only: opaque to torch.compile, dense or sparse by one predicate.
 
-Each op gets tensors and the name of its block; the block (its weights, gate and settings) is looked up in vLLM's
-forward context, as vLLM's own attention op does. What runs inside is chosen by device in `implementation`.
+Each op gets tensors and the name of its block; the block (its weights, gate and settings) is looked up in
+vLLM's forward context, as vLLM's own attention op does. What runs inside is chosen by device in
+`implementation`.
 
 No `from __future__ import annotations` here: torch derives the ops' schemas from these signatures.
 """
@@ -50,7 +51,8 @@ class Step:
     Attributes:
         reason: "sparse", or why it is dense (metrics.STEP_REASONS).
         metadata: attention metadata of the layer asked about.
-        in_graph: whether this pass is captured in a CUDA graph or replayed from one: what Python does in it is done once.
+        in_graph: whether this pass is captured in a CUDA graph or replayed from one: what Python does in it
+            is done once.
         sparse: whether the reason is "sparse".
     """
 
@@ -63,10 +65,11 @@ class Step:
         self._row_lens: torch.Tensor | None = None
 
     def row_lens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """[num_tokens], int32: 0 for rows that only pad the batch. vLLM's own buffer wherever that has the rows.
+        """[num_tokens], int32: 0 for rows that only pad the batch. vLLM's own buffer wherever that has the
+        rows.
 
-        On a CPU made once a pass, whose ops ask several times a layer, always for as many tokens. Not on a GPU: what is captured
-        in a graph may only read what was made in it.
+        On a CPU made once a pass, whose ops ask several times a layer, always for as many tokens. Not on a
+        GPU: what is captured in a graph may only read what was made in it.
         """
         if device.type != "cpu":
             return self._make_row_lens(num_tokens, device)
@@ -85,8 +88,9 @@ class Step:
 def current_step(attention_name: str, apply_to: str) -> Step | None:
     """The predicate shared by all ops: does this forward pass take the sparse path?
 
-    Decided on the host, when an op is called or captured, from what a captured graph cannot change: FULL decode
-    graphs are captured with exactly max_query_len == 1, PIECEWISE graphs are replayed for any batch and stay dense.
+    Decided on the host, when an op is called or captured, from what a captured graph cannot change: FULL
+    decode graphs are captured with exactly max_query_len == 1, PIECEWISE graphs are replayed for any batch
+    and stay dense.
 
     Returns:
         None in a pass without metadata (memory profiling, dummy batches): dense and not counted.
@@ -99,7 +103,8 @@ def current_step(attention_name: str, apply_to: str) -> Step | None:
     metadata = context.attn_metadata.get(attention_name)
     if metadata is None:
         return None
-    steps = context.additional_kwargs.setdefault(__name__, {})  # of this pass, by metadata, which layers share
+    # of this pass, by metadata, which layers share
+    steps = context.additional_kwargs.setdefault(__name__, {})
     step = steps.get(id(metadata))
     if step is None:
         if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
@@ -130,11 +135,13 @@ def _select_neurons(
     """Neurons of this step and, riding along, the next layer's head scores.
 
     Args:
-        gate_input: [num_tokens, hidden]. previous: what the next layer's head predictor reads, if it rides along.
+        gate_input: [num_tokens, hidden]. previous: what the next layer's head predictor reads, if it rides
+            along.
         units, rider_units: neurons; heads of the rider, 0 without one.
 
     Returns:
-        neuron_ids [ffn] int32, counts [segments] int32, row_mask [num_tokens or 0, ffn] bool, head scores [num_tokens, rider_units].
+        neuron_ids [ffn] int32, counts [segments] int32, row_mask [num_tokens or 0, ffn] bool, head scores
+        [num_tokens, rider_units].
     """
     block, num_tokens = _block(layer_name), gate_input.shape[0]
     step = block.sparse_step(num_tokens)
@@ -144,21 +151,28 @@ def _select_neurons(
         block.rider.foresee(previous)
     if step is None:
         block.foresee(gate_input)
-        ids, counts, mask, scores = _select_neurons_fake(gate_input, positions, previous, units, rider_units, with_row_mask, layer_name)
+        ids, counts, mask, scores = _select_neurons_fake(
+            gate_input, positions, previous, units, rider_units, with_row_mask, layer_name
+        )
         if rider is not None:
             row_lens = rider.sparse_step(num_tokens).row_lens(num_tokens, gate_input.device)
             scores = rider.select(impl, previous, positions, row_lens)
         return ids, counts, mask, scores
     row_lens = step.row_lens(num_tokens, gate_input.device)
     if block.overlaps(gate_input.device):
-        # Beside the attention; `_mlp` waits. It also holds gate_input, so that its memory is not given away meanwhile.
+        # Beside the attention; `_mlp` waits. It also holds gate_input, so that its memory is not given away
+        # meanwhile.
         main, side = torch.cuda.current_stream(), _side_stream(gate_input.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            ids, counts, mask, scores = block.select(impl, gate_input, positions, row_lens, with_row_mask, None, None)
+            ids, counts, mask, scores = block.select(
+                impl, gate_input, positions, row_lens, with_row_mask, None, None
+            )
         block.pending = (side.record_event(), row_lens)  # held until then: it may be a temporary
     else:
-        ids, counts, mask, scores = block.select(impl, gate_input, positions, row_lens, with_row_mask, rider, previous)
+        ids, counts, mask, scores = block.select(
+            impl, gate_input, positions, row_lens, with_row_mask, rider, previous
+        )
     if scores is None:
         scores = gate_input.new_empty((num_tokens, rider_units), dtype=torch.float32)
     return ids, counts, mask, scores
@@ -235,14 +249,20 @@ def _select_heads_fake(
     return gate_input.new_empty((gate_input.shape[0], units), dtype=torch.float32)
 
 
-def _qkv(x: torch.Tensor, head_scores: torch.Tensor, output_size: int, layer_name: LayerNameType) -> torch.Tensor:
-    """K and V of all heads, Q of the selected: [num_tokens, hidden] -> [num_tokens, 3 * heads * head_size]."""
+def _qkv(
+    x: torch.Tensor, head_scores: torch.Tensor, output_size: int, layer_name: LayerNameType
+) -> torch.Tensor:
+    """K and V of all heads, Q of the selected: [num_tokens, hidden] -> [num_tokens, 3 * heads *
+    head_size].
+    """
     block = _block(layer_name)
     step = block.sparse_step(x.shape[0])
     # What an unselected head would have contributed is measured with its true query.
     if block.needs_contributions or step is None:
         return implementation(x.device.type).linear(x, block.qkv_proj.weight, block.qkv_proj.bias)
-    return block.sparse_qkv(implementation(x.device.type), x, head_scores, step.row_lens(x.shape[0], x.device))
+    return block.sparse_qkv(
+        implementation(x.device.type), x, head_scores, step.row_lens(x.shape[0], x.device)
+    )
 
 
 def _qkv_fake(
@@ -263,16 +283,24 @@ def _attention(
 ) -> None:
     """Attention over the paged cache and the output projection, into output [num_tokens, hidden] (no bias).
 
-    `kv_cache_dummy_dep` only orders this op behind the cache update, where that is another op (`DejaVuAttention.updates_cache`).
+    `kv_cache_dummy_dep` only orders this op behind the cache update, where that is another op
+    (`DejaVuAttention.updates_cache`).
     """
     block, num_tokens = _block(layer_name), query.shape[0]
     metadata, layer, kv_cache, slot_mapping = get_attention_context(block.attn.layer_name)
     if layer.updates_cache and slot_mapping is not None:
         layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
     step = block.sparse_step(num_tokens)
-    if step is not None and block.reads_cache and metadata.max_query_len == 1 and metadata.seq_lens.shape[0] >= num_tokens:
+    if (
+        step is not None
+        and block.reads_cache
+        and metadata.max_query_len == 1
+        and metadata.seq_lens.shape[0] >= num_tokens
+    ):
         impl = implementation(query.device.type)
-        block.paged(impl, query, kv_cache, metadata.block_table, metadata.seq_lens[:num_tokens], head_scores, output)
+        block.paged(
+            impl, query, kv_cache, metadata.block_table, metadata.seq_lens[:num_tokens], head_scores, output
+        )
         return
     attn = torch.empty_like(query, memory_format=torch.contiguous_format)  # [num_tokens, heads, head_size]
     written = 0 if metadata is None else metadata.num_actual_tokens  # by the backend: not what pads the batch
@@ -298,7 +326,8 @@ def _attention_fake(
     return
 
 
-# Our attention runs eagerly between the pieces of a PIECEWISE graph, as vLLM's does (compilation_config.splitting_ops).
+# Our attention runs eagerly between the pieces of a PIECEWISE graph, as vLLM's does
+# (compilation_config.splitting_ops).
 SPLITTING_OPS = ("dejavu::attention",)
 
 for _name, _function, _fake, _mutates in (

@@ -1,8 +1,10 @@
 """Will contextual sparsity pay? Predicted gain, memory cost and training time of one model on one GPU.
 
-The gain is what the launch-and-bytes MODEL (`roofline`) makes of an artifact's densities, or of assumed ones; the training
-time is counted FLOPs over a stated rate. Nothing here is measured but the speed of a matrix product on this CPU.
+The gain is what the launch-and-bytes MODEL (`roofline`) makes of an artifact's densities, or of assumed ones;
+the training time is counted FLOPs over a stated rate. Nothing here is measured but the speed of a matrix
+product on this CPU.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,41 +20,56 @@ from vllm_dejavu.roofline import DENSE_LAUNCHES, DEVICES, GEOMETRIES, Account, D
 
 Layers = Sequence[dict[str, GateSpec]]
 
-# Beside the dense layer's launches. A gated MLP: predictor down, predictor up + select, and no ReLU; gated heads: no
-# merge of the splits; their scores take a launch unless they ride along (docs/kernels.md).
+# Beside the dense layer's launches. A gated MLP: predictor down, predictor up + select, and no ReLU; gated
+# heads: no merge of the splits; their scores take a launch unless they ride along (docs/kernels.md).
 MLP_GATE_LAUNCHES, HEAD_GATE_LAUNCHES, HEAD_SCORE_LAUNCHES = 2 - 1, -1, 1
 SERVED_BYTES = 2  # of a weight and of a cached value
 SMALLEST_MEASURED_HIDDEN = 2048
 LARGEST_MODELLED_BATCH = 64
 
-# What `vllm-dejavu train` does (predictor_training/), counted; a test compares. The paper's text: 500 documents of the model's
-# context, at most 2,048 tokens each.
+# What `vllm-dejavu train` does (predictor_training/), counted; a test compares. The paper's text: 500
+# documents of the model's context, at most 2,048 tokens each.
 TRAIN_DOCUMENTS, TRAIN_SEQ_LEN, VALID_TOKENS = 500, 2048, 32_768
 PROBE_TOKENS, MLP_CANDIDATES, HEAD_CANDIDATES = 4096, 9, 14
 PROBE_RUNS = 2 + 8  # dense, all layers' statistics, and the density-quality curve
-# Over all calibration text: dense, bisection of at most 201 joint choices, single steps, the final description.
+# Over all calibration text: dense, bisection of at most 201 joint choices, single steps, the final
+# description.
 VALID_RUNS = 1 + math.ceil(math.log2(201 + 1)) + 6 + 1
 PREDICTOR_DTYPE, HEAD_LOOKAHEAD = "int8", "previous"
 MOMENTS_PER_LAYER = 2  # [hidden, hidden], of the MLP's input and of what feeds the heads' gate
 MOMENT_BYTES, TRAINED_WEIGHT_BYTES = 8, 4
 RANK_STEP = 16  # ranks are multiples of it
 LARGE_HIDDEN = 2048  # from here on a rank follows from the MLP's bytes
-# Fit of one layer. A symmetric eigendecomposition with vectors takes about 10 hidden^3, at about the speed of a product
-# of the same type (seen once, at hidden 2048 on two cores).
+# Fit of one layer. A symmetric eigendecomposition with vectors takes about 10 hidden^3, at about the speed of
+# a product of the same type (seen once, at hidden 2048 on two cores).
 EIGENDECOMPOSITIONS, EIGEN_CUBES = 2, 10
 # Gradient passes over stored tokens; forward and backward take six operations a weight and token.
 GRADIENT_TOKENS, GRADIENT_EPOCHS, GRADIENT_OPERATIONS = 32_768, 5, 6
 STORED_DENSITY = 0.1  # of neurons whose energies are stored; assumed
 FFN_PRODUCTS, SQUARE_PRODUCTS = 4, 2  # [ffn, hidden] x [hidden, hidden], and hidden^3
 
-# Datasheets of the modules in roofline.DEVICES: dense fp16 on tensor (matrix) cores, and fp32 without them. TFLOP/s.
-TFLOPS = {"a100": (312, 19.5), "h100": (989, 67), "h200": (989, 67), "b200": (2250, 75), "mi300x": (1307, 163.4)}
+# Datasheets of the modules in roofline.DEVICES: dense fp16 on tensor (matrix) cores, and fp32 without them.
+# TFLOP/s.
+TFLOPS = {
+    "a100": (312, 19.5),
+    "h100": (989, 67),
+    "h200": (989, 67),
+    "b200": (2250, 75),
+    "mi300x": (1307, 163.4),
+}
 UTILISATION = 0.4  # of a datasheet rate; assumed
 FP64_SHARE = 0.5  # of the CPU's fp32 rate; assumed
 
 
 def plan(
-    model: str, gpu: str, *, batch: int = 1, context: int = 256, predictor: str | None = None, tp: int = 1, cpu_tflops: float | None = None
+    model: str,
+    gpu: str,
+    *,
+    batch: int = 1,
+    context: int = 256,
+    predictor: str | None = None,
+    tp: int = 1,
+    cpu_tflops: float | None = None,
 ) -> dict[str, Any]:
     """Everything that `report` prints, as JSON values; units end the names.
 
@@ -62,14 +79,18 @@ def plan(
         cpu_tflops: fp32 rate of this machine; None measures it.
 
     Raises:
-        ValueError: an unknown GPU or model, a model or artifact that would not be served, a point out of range.
+        ValueError: an unknown GPU or model, a model or artifact that would not be served, a point out of
+        range.
     """
     device = find_device(gpu)
     if batch < 1 or context < 1 or tp < 1:
         raise ValueError(f"--batch {batch}, --context {context}, --tp {tp}: each must be at least 1.")
     geometry, spec = find_model(model)
     if context > geometry.positions - 2:
-        raise ValueError(f"--context {context} is beyond the {geometry.positions - 2} positions of {model}; take fewer tokens.")
+        raise ValueError(
+            f"--context {context} is beyond the {geometry.positions - 2} positions of {model}; take fewer"
+            " tokens."
+        )
     manifest, source = find_artifact(model, predictor, spec)
     notes = []
     if manifest is None:
@@ -81,24 +102,45 @@ def plan(
         layers = manifest.layers
         largest = largest_calibrated_batch(layers)
         if batch > largest:
-            notes.append(f"batch {batch} is beyond the largest calibrated ({largest}); taken as if the further rows chose independently, an upper bound")
+            notes.append(
+                f"batch {batch} is beyond the largest calibrated ({largest}); taken as if the further rows"
+                " chose independently, an upper bound"
+            )
     if batch > LARGEST_MODELLED_BATCH:
         notes.append(f"batch {batch}: arithmetic, which the model leaves out, begins to matter")
     workloads = layer_workloads(layers, batch, context, tp)
     step = decode_step(geometry, device, workloads)
-    int4 = decode_step(geometry, device, [replace(w, dense_weight_bits=4, sparse_weight_bits=4) for w in workloads])
+    int4 = decode_step(
+        geometry, device, [replace(w, dense_weight_bits=4, sparse_weight_bits=4) for w in workloads]
+    )
     dominant, dominant_us = max(step.sparse_terms_us.items(), key=lambda term: term[1])
     memory = memory_cost(geometry, spec, device, layers, step, tp)
     if not memory["fits"]:
-        notes.append(f"DOES NOT FIT: {memory['needed_bytes'] / 1e9:.0f} of {device.memory_gb:.0f} GB on each GPU")
-    training = training_cost(geometry, gpu.lower(), measured_cpu_tflops() if cpu_tflops is None else cpu_tflops)
+        notes.append(
+            f"DOES NOT FIT: {memory['needed_bytes'] / 1e9:.0f} of {device.memory_gb:.0f} GB on each GPU"
+        )
+    training = training_cost(
+        geometry, gpu.lower(), measured_cpu_tflops() if cpu_tflops is None else cpu_tflops
+    )
     if training["memory_bytes"] > device.memory_gb * 1e9:
-        notes.append(f"training on one {device.name} does not fit: {training['memory_bytes'] / 1e9:.0f} of {device.memory_gb:.0f} GB")
+        notes.append(
+            f"training on one {device.name} does not fit: {training['memory_bytes'] / 1e9:.0f} of"
+            f" {device.memory_gb:.0f} GB"
+        )
     count = len(layers)
     return {
-        "kind": "model", "banner": roofline.BANNER,
-        "model": {"name": model, "hidden_size": geometry.hidden, "num_layers": count, "num_heads": geometry.num_heads},
-        "gpu": device.name, "batch": batch, "context": context, "tp": tp,
+        "kind": "model",
+        "banner": roofline.BANNER,
+        "model": {
+            "name": model,
+            "hidden_size": geometry.hidden,
+            "num_layers": count,
+            "num_heads": geometry.num_heads,
+        },
+        "gpu": device.name,
+        "batch": batch,
+        "context": context,
+        "tp": tp,
         "densities": {
             "from": source,
             "mlp_mean": sum(w.mlp_density for w in workloads) / count,
@@ -108,15 +150,24 @@ def plan(
             "head_gates": sum(layer["attention"].sparse for layer in layers),
         },
         "step": {
-            "dense_ms": step.dense_us / 1e3, "sparse_ms": step.sparse_us / 1e3, "speedup": step.speedup,
-            "dominant": dominant, "dominant_share": dominant_us / step.sparse_us,
+            "dense_ms": step.dense_us / 1e3,
+            "sparse_ms": step.sparse_us / 1e3,
+            "speedup": step.speedup,
+            "dominant": dominant,
+            "dominant_share": dominant_us / step.sparse_us,
             "break_even_mlp_density": break_even(geometry, device, layers, workloads),
-            "int4": {"dense_ms": int4.dense_us / 1e3, "sparse_ms": int4.sparse_us / 1e3, "assumptions": list(roofline.QUANTIZATION_ASSUMPTIONS)},
+            "int4": {
+                "dense_ms": int4.dense_us / 1e3,
+                "sparse_ms": int4.sparse_us / 1e3,
+                "assumptions": list(roofline.QUANTIZATION_ASSUMPTIONS),
+            },
             "dense_launches_per_layer": len(DENSE_LAUNCHES),
             "sparse_launches_per_layer": sum(w.sparse_launches for w in workloads) / count,
         },
-        "memory": memory, "training": training, "notes": notes,
-    }  # fmt: skip
+        "memory": memory,
+        "training": training,
+        "notes": notes,
+    }
 
 
 # The model and its densities.
@@ -144,25 +195,40 @@ def find_model(model: str) -> tuple[Geometry, ModelSpec]:
     elif size in GEOMETRIES:
         g = GEOMETRIES[size]
         config = OPTConfig(
-            architectures=["OPTForCausalLM"], hidden_size=g.hidden, ffn_dim=g.ffn, num_hidden_layers=g.num_layers,
-            num_attention_heads=g.num_heads, vocab_size=g.vocab, max_position_embeddings=g.positions - 2,
-        )  # fmt: skip
+            architectures=["OPTForCausalLM"],
+            hidden_size=g.hidden,
+            ffn_dim=g.ffn,
+            num_hidden_layers=g.num_layers,
+            num_attention_heads=g.num_heads,
+            vocab_size=g.vocab,
+            max_position_embeddings=g.positions - 2,
+        )
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ValueError(f"Model {model}: no such directory, not a hub id (ORG/NAME), and none of the known sizes {sizes}.")
+        raise ValueError(
+            f"Model {model}: no such directory, not a hub id (ORG/NAME), and none of the known sizes {sizes}."
+        )
     else:
         try:
             config = AutoConfig.from_pretrained(model)
         except OSError as e:
-            raise ValueError(f"Model {model}: no such directory, and the hub gave no config ({e}). Known without the hub: {sizes}.") from e
+            raise ValueError(
+                f"Model {model}: no such directory, and the hub gave no config ({e}). Known without the hub:"
+                f" {sizes}."
+            ) from e
     support.map_architecture(config.architectures or [])
     support.check_hf_config(config)
     if config.ffn_dim != 4 * config.hidden_size:
         raise ValueError(
-            f"Model {model} has ffn_dim {config.ffn_dim} and hidden_size {config.hidden_size}; the roofline model knows only "
-            "ffn_dim = 4 x hidden_size, which every published OPT has."
+            f"Model {model} has ffn_dim {config.ffn_dim} and hidden_size {config.hidden_size}; the roofline"
+            " model knows only ffn_dim = 4 x hidden_size, which every published OPT has."
         )
     geometry = Geometry(
-        model, config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.vocab_size, config.max_position_embeddings + 2
+        model,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_hidden_layers,
+        config.vocab_size,
+        config.max_position_embeddings + 2,
     )
     return geometry, ModelSpec.from_hf_config(config, model)
 
@@ -192,27 +258,49 @@ def find_artifact(model: str, predictor: str | None, spec: ModelSpec) -> tuple[M
 
 
 def assumed_layers(geometry: Geometry, batch: int) -> tuple[Layers, str]:
-    """Gates as training makes them by default, with the densities of the nearest size that has any; and their source."""
+    """Gates as training makes them by default, with the densities of the nearest size that has any; and their
+    source.
+    """
     name = min(GEOMETRIES, key=lambda n: abs(math.log(GEOMETRIES[n].hidden / geometry.hidden)))
     alone, heads, _ = roofline.preset_densities(name, 1)
     union, _, source = roofline.preset_densities(name, batch)
     mlp = GateSpec(
-        state="sparse", form="low_rank", rank=default_rank(geometry), dtype=PREDICTOR_DTYPE, density={"mean": alone, "upper": alone},
+        state="sparse",
+        form="low_rank",
+        rank=default_rank(geometry),
+        dtype=PREDICTOR_DTYPE,
+        density={"mean": alone, "upper": alone},
         union_density={str(batch): {"mean": union, "upper": union}},
-    )  # fmt: skip
-    attention = GateSpec(state="sparse", form="linear", lookahead=HEAD_LOOKAHEAD, dtype=PREDICTOR_DTYPE, density={"mean": heads, "upper": heads})
+    )
+    attention = GateSpec(
+        state="sparse",
+        form="linear",
+        lookahead=HEAD_LOOKAHEAD,
+        dtype=PREDICTOR_DTYPE,
+        density={"mean": heads, "upper": heads},
+    )
     first = {"mlp": mlp, "attention": replace(attention, lookahead="self")}  # no layer lies before it
     nearest = "" if GEOMETRIES[name].hidden == geometry.hidden else f"nearest size {name}: "
-    return [first, *[{"mlp": mlp, "attention": attention}] * (geometry.num_layers - 1)], nearest + source.removeprefix("assumed: ")
+    return [
+        first,
+        *[{"mlp": mlp, "attention": attention}] * (geometry.num_layers - 1),
+    ], nearest + source.removeprefix("assumed: ")
 
 
 def default_rank(geometry: Geometry) -> int:
-    """Rank that training takes where none is named: what PREDICTOR_DTYPE gets of 3% of the MLP's bytes, a multiple of 16, at least
-    16; a quarter of hidden sizes below LARGE_HIDDEN."""
+    """Rank that training takes where none is named: what PREDICTOR_DTYPE gets of 3% of the MLP's bytes, a
+    multiple of 16, at least 16; a quarter of hidden sizes below LARGE_HIDDEN."""
     hidden, ffn = geometry.hidden, geometry.ffn
     rank = hidden // 4
     if hidden >= LARGE_HIDDEN:
-        rank = int(roofline.MLP_BYTE_BUDGET * 2 * hidden * ffn * SERVED_BYTES / ((hidden + ffn) * DTYPES[PREDICTOR_DTYPE].itemsize))
+        rank = int(
+            roofline.MLP_BYTE_BUDGET
+            * 2
+            * hidden
+            * ffn
+            * SERVED_BYTES
+            / ((hidden + ffn) * DTYPES[PREDICTOR_DTYPE].itemsize)
+        )
     return min(max(RANK_STEP, rank // RANK_STEP * RANK_STEP), hidden)
 
 
@@ -249,7 +337,10 @@ class Step:
 
     @property
     def sparse_terms_us(self) -> dict[str, float]:
-        terms = {name: sum(a.sparse_terms_us[name] for a in self.accounts) for name in self.accounts[0].sparse_terms_us}
+        terms = {
+            name: sum(a.sparse_terms_us[name] for a in self.accounts)
+            for name in self.accounts[0].sparse_terms_us
+        }
         return terms | {"embeddings, lm_head, sampling": self.outer_us}
 
 
@@ -259,21 +350,31 @@ def layer_workloads(layers: Layers, batch: int, context: int, tp: int) -> list[W
     for i, layer in enumerate(layers):
         mlp, heads = layer["mlp"], layer["attention"]
         before = layers[i - 1]["mlp"] if i else None
-        rides = heads.lookahead == "previous" and before is not None and before.sparse and before.lookahead == "self"
+        rides = (
+            heads.lookahead == "previous"
+            and before is not None
+            and before.sparse
+            and before.lookahead == "self"
+        )
         launches = len(DENSE_LAUNCHES) + mlp.sparse * MLP_GATE_LAUNCHES
         launches += heads.sparse * (HEAD_GATE_LAUNCHES + (0 if rides else HEAD_SCORE_LAUNCHES))
         head_density = _share(heads.density["mean"]) if heads.sparse else 1.0
         workloads.append(
             Workload(
-                batch=batch, context=context, tp=tp, dtype_bytes=SERVED_BYTES, mlp_density=_share(mlp.density_at(batch)),
+                batch=batch,
+                context=context,
+                tp=tp,
+                dtype_bytes=SERVED_BYTES,
+                mlp_density=_share(mlp.density_at(batch)),
                 head_density=head_density,
-                # Both are means over samples: at small batches the union's may lie outside of what the other allows.
+                # Both are means over samples: at small batches the union's may lie outside of what the other
+                # allows.
                 head_union_density=min(1.0, batch * head_density, max(head_density, heads.density_at(batch))),
                 predictor_rank=mlp.rank if mlp.sparse else 0,
                 predictor_dtype_bytes=DTYPES[(mlp if mlp.sparse else heads).dtype].itemsize,
                 sparse_launches=launches,
             )
-        )  # fmt: skip
+        )
     return workloads
 
 
@@ -286,8 +387,11 @@ def decode_step(geometry: Geometry, device: Device, workloads: Sequence[Workload
     return Step(tuple(made[w] for w in workloads))
 
 
-def break_even(geometry: Geometry, device: Device, layers: Layers, workloads: Sequence[Workload]) -> float | None:
-    """MLP density of every gated MLP at which the sparse step takes as long as the dense one; heads stay as they are.
+def break_even(
+    geometry: Geometry, device: Device, layers: Layers, workloads: Sequence[Workload]
+) -> float | None:
+    """MLP density of every gated MLP at which the sparse step takes as long as the dense one; heads stay as
+    they are.
 
     Above 1 sparse is faster at any density, below 0 at none; None without a gated MLP.
     """
@@ -296,7 +400,12 @@ def break_even(geometry: Geometry, device: Device, layers: Layers, workloads: Se
 
     def at(density: float) -> Step:
         return decode_step(
-            geometry, device, [replace(w, mlp_density=density) if layer["mlp"].sparse else w for w, layer in zip(workloads, layers, strict=True)]
+            geometry,
+            device,
+            [
+                replace(w, mlp_density=density) if layer["mlp"].sparse else w
+                for w, layer in zip(workloads, layers, strict=True)
+            ],
         )
 
     half, full = at(0.5), at(1.0)  # the time is linear in the density
@@ -316,24 +425,32 @@ def predictor_bytes(layers: Layers, spec: ModelSpec, tp: int = 1) -> int:
     return total
 
 
-def memory_cost(geometry: Geometry, spec: ModelSpec, device: Device, layers: Layers, step: Step, tp: int) -> dict[str, Any]:
+def memory_cost(
+    geometry: Geometry, spec: ModelSpec, device: Device, layers: Layers, step: Step, tp: int
+) -> dict[str, Any]:
     """Of predictors, on one rank. Workspaces are not counted."""
     predictors = predictor_bytes(layers, spec, tp)
     weights = geometry.num_weights * SERVED_BYTES / tp
     token = geometry.num_layers * 2 * geometry.hidden * SERVED_BYTES / tp
     needed = step.accounts[0].need_gb * 1e9 + predictors
     return {
-        "predictor_bytes": predictors, "weight_bytes": weights, "share_of_weights": predictors / weights,
-        "kv_bytes_per_token": token, "kv_tokens_displaced": math.ceil(predictors / token),
-        "needed_bytes": needed, "fits": needed <= device.memory_gb * 1e9,
-    }  # fmt: skip
+        "predictor_bytes": predictors,
+        "weight_bytes": weights,
+        "share_of_weights": predictors / weights,
+        "kv_bytes_per_token": token,
+        "kv_tokens_displaced": math.ceil(predictors / token),
+        "needed_bytes": needed,
+        "fits": needed <= device.memory_gb * 1e9,
+    }
 
 
 # The training.
 
 
 def forward_flops(geometry: Geometry, tokens: int, seq_len: int, *, logits: bool) -> float:
-    """Of dense forward passes: two a weight, and QK^T and its product with V over whole windows, causal or not."""
+    """Of dense forward passes: two a weight, and QK^T and its product with V over whole windows, causal or
+    not.
+    """
     per_layer = 2 * 12 * geometry.hidden**2 + 2 * 2 * seq_len * geometry.hidden
     return tokens * (geometry.num_layers * per_layer + logits * 2 * geometry.vocab * geometry.hidden)
 
@@ -349,11 +466,16 @@ def fit_flops(geometry: Geometry) -> float:
 
 
 def calibration_flops(geometry: Geometry, seq_len: int) -> float:
-    """At most: a gate's candidates end where the perplexity budget does. Each runs its own layer and those behind it."""
-    whole = forward_flops(geometry, PROBE_RUNS * PROBE_TOKENS + VALID_RUNS * VALID_TOKENS, seq_len, logits=True)
+    """At most: a gate's candidates end where the perplexity budget does. Each runs its own layer and those
+    behind it.
+    """
+    whole = forward_flops(
+        geometry, PROBE_RUNS * PROBE_TOKENS + VALID_RUNS * VALID_TOKENS, seq_len, logits=True
+    )
     candidates = (MLP_CANDIDATES + HEAD_CANDIDATES) * PROBE_TOKENS
     return whole + sum(
-        forward_flops(replace(geometry, num_layers=remaining), candidates, seq_len, logits=True) for remaining in range(1, geometry.num_layers + 1)
+        forward_flops(replace(geometry, num_layers=remaining), candidates, seq_len, logits=True)
+        for remaining in range(1, geometry.num_layers + 1)
     )
 
 
@@ -376,7 +498,9 @@ def moments_bytes(geometry: Geometry) -> int:
 
 
 def measured_cpu_tflops(seconds: float = 0.5, size: int = 1024) -> float:
-    """fp32 matrix products on this machine's CPU; the fastest counts, since other programs only slow them down."""
+    """fp32 matrix products on this machine's CPU; the fastest counts, since other programs only slow them
+    down.
+    """
     import torch
 
     a = torch.ones(size, size)
@@ -390,19 +514,29 @@ def measured_cpu_tflops(seconds: float = 0.5, size: int = 1024) -> float:
 def gradient_flops(geometry: Geometry) -> float:
     """Of fine-tuning every layer's predictor."""
     weights = default_rank(geometry) * (geometry.hidden + geometry.ffn)
-    return geometry.num_layers * GRADIENT_EPOCHS * min(GRADIENT_TOKENS, train_tokens(geometry)) * GRADIENT_OPERATIONS * weights
+    return (
+        geometry.num_layers
+        * GRADIENT_EPOCHS
+        * min(GRADIENT_TOKENS, train_tokens(geometry))
+        * GRADIENT_OPERATIONS
+        * weights
+    )
 
 
 def sample_bytes(geometry: Geometry) -> int:
-    """Stored activations, a token and layer: the gate's input in 16 bits, two bits a neuron, and the energies of positive ones."""
+    """Stored activations, a token and layer: the gate's input in 16 bits, two bits a neuron, and the energies
+    of positive ones.
+    """
     row_bytes = 2 * geometry.hidden + 2 * (geometry.ffn // 8) + int(2 * STORED_DENSITY * geometry.ffn)
     return geometry.num_layers * min(GRADIENT_TOKENS, train_tokens(geometry)) * row_bytes
 
 
 def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, Any]:
-    """Estimates for `vllm-dejavu train` as it is by default, in one pass. The closed form is fitted on the CPU in fp64 everywhere.
+    """Estimates for `vllm-dejavu train` as it is by default, in one pass. The closed form is fitted on the
+    CPU in fp64 everywhere.
 
-    Times: fp32 is what training computes in by default; fp16: --model-dtype float16, forward passes (not moments) in 16 bits.
+    Times: fp32 is what training computes in by default; fp16: --model-dtype float16, forward passes (not
+    moments) in 16 bits.
     """
     seq_len, tokens = train_seq_len(geometry), train_tokens(geometry)
     flops = {
@@ -417,18 +551,27 @@ def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, 
 
     def seconds(forward_tflops: float, moment_tflops: float) -> float:
         forward = flops["collection"] + flops["calibration"]
-        return (forward / forward_tflops + (flops["moments"] + flops["gradient"]) / moment_tflops) / 1e12 + fit_s
+        return (
+            forward / forward_tflops + (flops["moments"] + flops["gradient"]) / moment_tflops
+        ) / 1e12 + fit_s
 
     return {
-        "tokens": tokens, "calibration_runs_at_most": calibration_runs(geometry), "flops": flops,
-        "assumed_utilisation": UTILISATION, "gpu_fp32_tflops": fp32_tflops, "gpu_fp16_tflops": fp16_tflops,
-        "cpu_fp32_tflops": cpu_tflops, "fit_s": fit_s,
-        "gpu_fp32_s": seconds(fp32_tflops, fp32_tflops), "gpu_fp16_s": seconds(fp16_tflops, fp32_tflops), "cpu_s": seconds(cpu_tflops, cpu_tflops),
+        "tokens": tokens,
+        "calibration_runs_at_most": calibration_runs(geometry),
+        "flops": flops,
+        "assumed_utilisation": UTILISATION,
+        "gpu_fp32_tflops": fp32_tflops,
+        "gpu_fp16_tflops": fp16_tflops,
+        "cpu_fp32_tflops": cpu_tflops,
+        "fit_s": fit_s,
+        "gpu_fp32_s": seconds(fp32_tflops, fp32_tflops),
+        "gpu_fp16_s": seconds(fp16_tflops, fp32_tflops),
+        "cpu_s": seconds(cpu_tflops, cpu_tflops),
         "moments_bytes": moments_bytes(geometry),
         "memory_bytes": geometry.num_weights * TRAINED_WEIGHT_BYTES + moments_bytes(geometry),
         # A checkpoint of the moments stays until the next one is whole.
         "disk_bytes": 2 * moments_bytes(geometry) + sample_bytes(geometry),
-    }  # fmt: skip
+    }
 
 
 # The report.
@@ -444,25 +587,56 @@ def report(result: dict[str, Any]) -> str:
         point,
         "",
         f"densities        {d['from']}",
-        f"                 means over layers: MLP {d['mlp_mean']:.2f} (any row), heads {d['head_mean']:.2f} a row, {d['head_union_mean']:.2f} any row; "
-        f"{d['mlp_gates']} MLPs and {d['head_gates']} attentions of {count} layers gated",
-        f"predicted gain   {verdict} (decode step {s['dense_ms']:.2f} -> {s['sparse_ms']:.2f} ms; modelled, not measured)",
-        f"                 launches a layer: dense {s['dense_launches_per_layer']}, sparse {s['sparse_launches_per_layer']:.3g}; "
-        f"most of the sparse step: {s['dominant']}, {s['dominant_share']:.0%}",
+        (
+            f"                 means over layers: MLP {d['mlp_mean']:.2f} (any row), heads"
+            f" {d['head_mean']:.2f} a row, {d['head_union_mean']:.2f} any row; {d['mlp_gates']} MLPs and"
+            f" {d['head_gates']} attentions of {count} layers gated"
+        ),
+        (
+            f"predicted gain   {verdict} (decode step {s['dense_ms']:.2f} -> {s['sparse_ms']:.2f} ms;"
+            " modelled, not measured)"
+        ),
+        (
+            f"                 launches a layer: dense {s['dense_launches_per_layer']}, sparse"
+            f" {s['sparse_launches_per_layer']:.3g}; most of the sparse step: {s['dominant']},"
+            f" {s['dominant_share']:.0%}"
+        ),
         f"break-even       {_break_even_words(s['break_even_mlp_density'])}",
-        f"beside INT4      dense INT4 {s['int4']['dense_ms']:.2f} ms, {_beside(s['int4']['dense_ms'], s['sparse_ms'])} sparse 16-bit; both together {s['int4']['sparse_ms']:.2f} ms; "
-        "modelled, dequantization free; no INT4 is served here (docs/plan.md)",
-        f"memory cost      {_bytes(m['predictor_bytes'])} of predictors{rank}, {m['share_of_weights']:.1%} of the weights ({_bytes(m['weight_bytes'])}), "
-        f"in place of {m['kv_tokens_displaced']:,} cached tokens; workspaces not counted",
-        f"training         estimates for {t['tokens']:,} tokens and a calibration of {t['calibration_runs_at_most']:,} forward passes at most",
-        f"                 {_time(t['gpu_fp32_s'])} on one {r['gpu']} at {t['gpu_fp32_tflops']:.3g} fp32 TFLOP/s (datasheet x {t['assumed_utilisation']} assumed), of which the fit "
-        f"on a CPU like this one {_time(t['fit_s'])}",
-        f"                 {_time(t['gpu_fp16_s'])} with --model-dtype float16, at {t['gpu_fp16_tflops']:.3g} TFLOP/s (datasheet x {t['assumed_utilisation']} assumed)",
-        f"                 {_time(t['cpu_s'])} on this CPU at {t['cpu_fp32_tflops'] * 1e3:.3g} fp32 GFLOP/s (measured just now), {FP64_SHARE} of it in fp64 (assumed)",
+        (
+            f"beside INT4      dense INT4 {s['int4']['dense_ms']:.2f} ms,"
+            f" {_beside(s['int4']['dense_ms'], s['sparse_ms'])} sparse 16-bit; both together"
+            f" {s['int4']['sparse_ms']:.2f} ms; modelled, dequantization free; no INT4 is served here"
+            " (docs/plan.md)"
+        ),
+        (
+            f"memory cost      {_bytes(m['predictor_bytes'])} of predictors{rank},"
+            f" {m['share_of_weights']:.1%} of the weights ({_bytes(m['weight_bytes'])}), in place of"
+            f" {m['kv_tokens_displaced']:,} cached tokens; workspaces not counted"
+        ),
+        (
+            f"training         estimates for {t['tokens']:,} tokens and a calibration of"
+            f" {t['calibration_runs_at_most']:,} forward passes at most"
+        ),
+        (
+            f"                 {_time(t['gpu_fp32_s'])} on one {r['gpu']} at {t['gpu_fp32_tflops']:.3g} fp32"
+            f" TFLOP/s (datasheet x {t['assumed_utilisation']} assumed), of which the fit on a CPU like this"
+            f" one {_time(t['fit_s'])}"
+        ),
+        (
+            f"                 {_time(t['gpu_fp16_s'])} with --model-dtype float16, at"
+            f" {t['gpu_fp16_tflops']:.3g} TFLOP/s (datasheet x {t['assumed_utilisation']} assumed)"
+        ),
+        (
+            f"                 {_time(t['cpu_s'])} on this CPU at {t['cpu_fp32_tflops'] * 1e3:.3g} fp32"
+            f" GFLOP/s (measured just now), {FP64_SHARE} of it in fp64 (assumed)"
+        ),
         f"                 FLOPs: {', '.join(f'{name} {flops:.1e}' for name, flops in t['flops'].items())}",
-        f"                 memory {_bytes(t['memory_bytes'])} (fp32 weights and moments; activations not counted), disk {_bytes(t['disk_bytes'])}",
+        (
+            f"                 memory {_bytes(t['memory_bytes'])} (fp32 weights and moments; activations not"
+            f" counted), disk {_bytes(t['disk_bytes'])}"
+        ),
         *(f"note             {note}" for note in r["notes"]),
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -477,7 +651,11 @@ def _break_even_words(density: float | None) -> str:
 
 
 def _beside(dense_int4_ms: float, sparse_ms: float) -> str:
-    return f"{sparse_ms / dense_int4_ms:.2f}x as fast as" if dense_int4_ms < sparse_ms else f"{dense_int4_ms / sparse_ms:.2f}x the time of"
+    return (
+        f"{sparse_ms / dense_int4_ms:.2f}x as fast as"
+        if dense_int4_ms < sparse_ms
+        else f"{dense_int4_ms / sparse_ms:.2f}x the time of"
+    )
 
 
 def _bytes(count: float) -> str:

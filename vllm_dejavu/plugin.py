@@ -1,4 +1,5 @@
 """Hooks us into vLLM: `model_impl="dejavu"` resolves to our class, every other value to vLLM's own."""
+
 from __future__ import annotations
 
 import functools
@@ -16,9 +17,10 @@ logger = logging.getLogger("vllm.dejavu")
 def register() -> None:
     """Register the model class and the mapping; runs in every process vLLM starts, more than once.
 
-    vLLM's registry resolves an architecture name to a class in two methods, `inspect_model_cls` (front end, on the
-    config) and `resolve_model_cls` (workers). Both are wrapped: with `model_impl == "dejavu"` the architecture is
-    replaced by ours, or an error says that there is none. Everything else passes through untouched.
+    vLLM's registry resolves an architecture name to a class in two methods, `inspect_model_cls` (front end,
+    on the config) and `resolve_model_cls` (workers). Both are wrapped: with `model_impl == "dejavu"` the
+    architecture is replaced by ours, or an error says that there is none. Everything else passes through
+    untouched.
     """
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -46,9 +48,11 @@ def _wrap(original: Any) -> Any:
 
 
 class EngineConfig:
-    """vLLM calls this once the whole engine configuration is known, in the front end, before any worker starts.
+    """vLLM calls this once the whole engine configuration is known, in the front end, before any worker
+    starts.
 
-    So wrong settings, a missing artifact and unsupported options are plain errors there, not in a worker's log.
+    So wrong settings, a missing artifact and unsupported options are plain errors there, not in a worker's
+    log.
     """
 
     @staticmethod
@@ -69,7 +73,9 @@ class EngineConfig:
         if settings.mode != "dense" or settings.predictor is not None:
             directory = artifact.resolve(settings.predictor, model.model, model.revision)
             loaded = artifact.load(directory)
-            artifact.check_model(loaded.manifest, artifact.ModelSpec.from_hf_config(model.hf_config, model.model))
+            artifact.check_model(
+                loaded.manifest, artifact.ModelSpec.from_hf_config(model.hf_config, model.model)
+            )
             digest = loaded.digest
             if settings.predictor == auto.AUTO:  # made once, here; workers read it
                 settings = dataclasses.replace(settings, predictor=str(directory))

@@ -1,10 +1,12 @@
 """Weight-only quantization, *simulated*: what INT8 or INT4 weights would do to quality. No byte is saved.
 
-The linear weights of the decoder layers (q, k, v, out_proj, fc1, fc2) are rounded to integers with one scale a group, turned back and
-computed with as usual; embeddings, LM head, biases and norms stay. The scheme is compressed-tensors' W4A16 or W8A16: symmetric,
-groups of 128 along the input dimension, each with a scale of its own from its largest magnitude, round to nearest (RTN; neither GPTQ
-nor AWQ, which look at data and lose less).
+The linear weights of the decoder layers (q, k, v, out_proj, fc1, fc2) are rounded to integers with one scale
+a group, turned back and computed with as usual; embeddings, LM head, biases and norms stay. The scheme is
+compressed-tensors' W4A16 or W8A16: symmetric, groups of 128 along the input dimension, each with a scale of
+its own from its largest magnitude, round to nearest (RTN; neither GPTQ nor AWQ, which look at data and lose
+less).
 """
+
 from __future__ import annotations
 
 import functools
@@ -20,9 +22,14 @@ SCALE_DTYPE = torch.float16
 # Load formats that put tensors into parameters without showing them to the model's load_weights.
 BLIND_FORMATS = {
     "dummy": "its weights are random",
-    **dict.fromkeys(("sharded_state", "runai_streamer_sharded", "ipc_cache"), "it copies tensors that an engine had loaded before"),
+    **dict.fromkeys(
+        ("sharded_state", "runai_streamer_sharded", "ipc_cache"),
+        "it copies tensors that an engine had loaded before",
+    ),
 }
-_LINEAR = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc1|fc2)\.weight")
+_LINEAR = re.compile(
+    r"(?:model\.)?(?:decoder\.)?layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc1|fc2)\.weight"
+)
 
 
 def is_linear(name: str) -> bool:
@@ -38,7 +45,8 @@ def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Ten
         tensor: [outputs, inputs], whole: before tensor parallelism cuts it.
 
     Returns:
-        float32, integer times scale without further rounding, so that the result does not depend on the checkpoint's dtype.
+        float32, integer times scale without further rounding, so that the result does not depend on the
+        checkpoint's dtype.
 
     Raises:
         ValueError: inputs cannot be cut into groups.
@@ -60,12 +68,15 @@ def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Ten
 def _scheme(bits: int) -> Any:
     from compressed_tensors.quantization import preset_name_to_scheme
 
-    return preset_name_to_scheme(SCHEMES[bits], ["Linear"]).weights.model_copy(update={"scale_dtype": SCALE_DTYPE})
+    return preset_name_to_scheme(SCHEMES[bits], ["Linear"]).weights.model_copy(
+        update={"scale_dtype": SCALE_DTYPE}
+    )
 
 
 @torch.no_grad()
 def quantize_model(model: torch.nn.Module, bits: int) -> int:
-    """The same for a transformers `OPTForCausalLM`, in place, as masked studies use it; returns how many weights were quantized.
+    """The same for a transformers `OPTForCausalLM`, in place, as masked studies use it; returns how many
+    weights were quantized.
 
     Raises:
         ValueError: inputs cannot be cut into groups, or weights are not in memory.
@@ -75,7 +86,10 @@ def quantize_model(model: torch.nn.Module, bits: int) -> int:
         if bits == 16 or not is_linear(name):
             continue
         if parameter.device.type == "meta":
-            raise ValueError(f"weight_bits={bits}: {name} is offloaded to disk, so it cannot be changed. Load the model into memory.")
+            raise ValueError(
+                f"weight_bits={bits}: {name} is offloaded to disk, so it cannot be changed. Load the model"
+                " into memory."
+            )
         parameter.copy_(quantize_dequantize(name, parameter, bits))
         count += 1
     return count
@@ -104,16 +118,17 @@ def check_load_format(load_format: Any, bits: int) -> None:
 
 def refusal(load_format: Any, bits: int, reason: str) -> ValueError:
     return ValueError(
-        f"weight_bits={bits} rounds weights while they are read from a checkpoint, which load_format={str(load_format)!r} does not do: {reason}. "
-        "Use load_format='auto', or weight_bits=16."
+        f"weight_bits={bits} rounds weights while they are read from a checkpoint, which"
+        f" load_format={str(load_format)!r} does not do: {reason}. Use load_format='auto', or weight_bits=16."
     )
 
 
 def describe(bits: int) -> str:
     """For the start-up log."""
     return (
-        f"SIMULATED {SCHEMES[bits]}: linear weights of the layers rounded to {bits} bits (symmetric, groups of {GROUP_SIZE}, round to nearest) and "
-        "computed with in the engine's dtype; for evaluation: it saves no byte and no time"
+        f"SIMULATED {SCHEMES[bits]}: linear weights of the layers rounded to {bits} bits (symmetric, groups"
+        f" of {GROUP_SIZE}, round to nearest) and computed with in the engine's dtype; for evaluation: it"
+        " saves no byte and no time"
     )
 
 
@@ -121,6 +136,6 @@ def _check_inputs(inputs: int, what: str, bits: int) -> None:
     # As compressed-tensors has it: a last, shorter group is an error.
     if inputs % GROUP_SIZE:
         raise ValueError(
-            f"weight_bits={bits} needs input sizes that are multiples of {GROUP_SIZE}, the group size of {SCHEMES[bits]}; {what} has {inputs}. "
-            "Use weight_bits=16."
+            f"weight_bits={bits} needs input sizes that are multiples of {GROUP_SIZE}, the group size of"
+            f" {SCHEMES[bits]}; {what} has {inputs}. Use weight_bits=16."
         )

@@ -1,18 +1,22 @@
 """Launch-and-bytes MODEL of one OPT decode step, dense and sparse. It computes; it measures nothing.
 
-Needs the standard library only. On the command line: `vllm-dejavu plan` for one model, `benchmarks/roofline.py` for tables.
+Needs the standard library only. On the command line: `vllm-dejavu plan` for one model,
+`benchmarks/roofline.py` for tables.
 
-A layer takes `bytes read and written / bandwidth + launches * cost of a launch + all-reduces`, every term added: in a
-decode step each kernel waits for the one before it, so its start-up hides nothing. Use it to see what a selection can
-give at best and which term is in the way, and beside a measurement (`account(...).summary()`) to see what is left.
+A layer takes `bytes read and written / bandwidth + launches * cost of a launch + all-reduces`, every term
+added: in a decode step each kernel waits for the one before it, so its start-up hides nothing. Use it to see
+what a selection can give at best and which term is in the way, and beside a measurement
+(`account(...).summary()`) to see what is left.
 
 Left out, and why:
 - activations: a few MiB a launch at most, at batch 64; they stay in the L2 cache, and both sides have them;
 - biases and LayerNorm weights: 13 * hidden of 12 * hidden^2 elements;
-- arithmetic: at batch 64 a 16-bit weight meets 64 rows; these devices stop being bound by memory at 150 to 300
-  (datasheet FLOP/s over bytes/s). Far larger batches are outside this model;
-- slower reads of scattered rows: `efficiency` is the same for both sides. Kernels that gather worse lose that much.
+- arithmetic: at batch 64 a 16-bit weight meets 64 rows; these devices stop being bound by memory at 150 to
+  300 (datasheet FLOP/s over bytes/s). Far larger batches are outside this model;
+- slower reads of scattered rows: `efficiency` is the same for both sides. Kernels that gather worse lose that
+much.
 """
+
 from __future__ import annotations
 
 import math
@@ -22,15 +26,34 @@ from vllm_dejavu.config import WEIGHT_BITS
 
 BANNER = "MODEL, not a measurement: time = bytes / bandwidth + launches x launch cost (+ all-reduces)"
 
-# What vLLM's OPT launches per layer and decode step: ten; merging the splits is a kernel of its own, ReLU too.
+# What vLLM's OPT launches per layer and decode step: ten; merging the splits is a kernel of its own, ReLU
+# too.
 DENSE_LAUNCHES = (
-    "add+LayerNorm", "qkv", "cache write", "attention", "attention merge", "out_proj", "add+LayerNorm", "fc1", "ReLU", "fc2",
-)  # fmt: skip
-# Our budget: the merge rides in out_proj, ReLU in fc1, the next layer's head scores in the predictor's down-projection.
+    "add+LayerNorm",
+    "qkv",
+    "cache write",
+    "attention",
+    "attention merge",
+    "out_proj",
+    "add+LayerNorm",
+    "fc1",
+    "ReLU",
+    "fc2",
+)
+# Our budget: the merge rides in out_proj, ReLU in fc1, the next layer's head scores in the predictor's
+# down-projection.
 SPARSE_LAUNCHES = (
-    "add+LayerNorm", "qkv", "cache write", "attention", "out_proj", "add+LayerNorm", "predictor down",
-    "predictor up+select", "fc1", "fc2",
-)  # fmt: skip
+    "add+LayerNorm",
+    "qkv",
+    "cache write",
+    "attention",
+    "out_proj",
+    "add+LayerNorm",
+    "predictor down",
+    "predictor up+select",
+    "fc1",
+    "fc2",
+)
 # Outside the layers, once a step, alike on both sides (assumed).
 STEP_LAUNCHES = ("embedding", "position embedding+add", "LayerNorm", "lm_head", "sample")
 
@@ -40,11 +63,20 @@ SCALE_BYTES = 2  # of quantized weights: one scale for each group of inputs of a
 
 # What is taken for granted of weight-only quantization, beside what the model says of itself.
 QUANTIZATION_ASSUMPTIONS = (
-    "Only the layers' linear weights are quantized: values of 4 (or 8) bits, and a 16-bit scale for each group of 128 inputs of an output.",
+    (
+        "Only the layers' linear weights are quantized: values of 4 (or 8) bits, and a 16-bit scale for each"
+        " group of 128 inputs of an output."
+    ),
     "Embeddings, LM head and KV cache stay in 16 bits.",
     "Dequantization is free: hidden behind the reads, at every batch size.",
-    "Rows of 4-bit weights are gathered as efficiently as rows of 16-bit weights. No kernel of this project does that.",
-    "fc2's scales belong to 128 neighbouring neurons together, so that a scattered selection reads nearly all of them; likewise out_proj's, for heads of fewer than 128.",
+    (
+        "Rows of 4-bit weights are gathered as efficiently as rows of 16-bit weights. No kernel of this"
+        " project does that."
+    ),
+    (
+        "fc2's scales belong to 128 neighbouring neurons together, so that a scattered selection reads nearly"
+        " all of them; likewise out_proj's, for heads of fewer than 128."
+    ),
     "Predictors stay as they are; their densities are taken to hold for quantized weights too.",
     "Launches are as many as without quantization.",
 )
@@ -71,7 +103,9 @@ class Geometry:
     def __post_init__(self) -> None:
         _positive(self, "hidden", "num_heads", "num_layers", "vocab", "positions")
         if self.hidden % self.num_heads:
-            raise ValueError(f"{self.name}: hidden {self.hidden} is not a multiple of num_heads {self.num_heads}.")
+            raise ValueError(
+                f"{self.name}: hidden {self.hidden} is not a multiple of num_heads {self.num_heads}."
+            )
 
     @property
     def ffn(self) -> int:
@@ -106,11 +140,13 @@ class Device:
     Attributes:
         bandwidth_gbs: memory, datasheet, 1e9 bytes/s.
         link_gbs: what one device sends to all its peers together, one direction.
-        peer_gbs: what it sends to one peer; below link_gbs where devices are wired in a mesh, without a switch.
+        peer_gbs: what it sends to one peer; below link_gbs where devices are wired in a mesh, without a
+            switch.
         launch_us: one more dependent kernel in a captured graph.
         all_reduce_us: an all-reduce of nothing.
-        efficiency: share of bandwidth_gbs that reads reach, dense and sparse alike. Ratios of bytes do not depend on
-            it; below 1 launches weigh less beside the bytes, so speed-ups come out higher, not lower.
+        efficiency: share of bandwidth_gbs that reads reach, dense and sparse alike. Ratios of bytes do not
+            depend on it; below 1 launches weigh less beside the bytes, so speed-ups come out higher, not
+            lower.
     """
 
     name: str
@@ -130,7 +166,10 @@ class Device:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"Device.{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.efficiency > 1:
-            raise ValueError(f"Device.efficiency is {self.efficiency}; it is a share of the datasheet bandwidth, at most 1.")
+            raise ValueError(
+                f"Device.efficiency is {self.efficiency}; it is a share of the datasheet bandwidth, at"
+                " most 1."
+            )
 
     def read_us(self, num_bytes: float) -> float:
         return num_bytes / (self.bandwidth_gbs * self.efficiency * 1e3)  # 1 GB/s is 1e3 bytes/us
@@ -139,12 +178,13 @@ class Device:
         return min(self.link_gbs, self.peer_gbs * max(tp - 1, 1))
 
 
-# Bandwidth and capacity: vendors' datasheets of the modules named, SXM and OAM, not PCIe. Links: half of the figure the
-# datasheet gives for both directions together. launch_us: assumed 3 everywhere (2-4 is usual for a dependent kernel of
-# a CUDA graph; for MI300X, HIP graphs, not even that much is known here). all_reduce_us: assumed 8 everywhere. Reported
-# for H100, small messages, 2-8 GPUs, no graph: 8.5-12 for vLLM's kernel, 4-8 for a faster one (sglang pull request
-# 2904). The same table has 13-24 us at 256 KiB, where latency + bytes / link gives under 10: large batches under
-# tensor parallelism come out too fast on both sides, and so too high in speed-up.
+# Bandwidth and capacity: vendors' datasheets of the modules named, SXM and OAM, not PCIe. Links: half of the
+# figure the datasheet gives for both directions together. launch_us: assumed 3 everywhere (2-4 is usual for a
+# dependent kernel of a CUDA graph; for MI300X, HIP graphs, not even that much is known here). all_reduce_us:
+# assumed 8 everywhere. Reported for H100, small messages, 2-8 GPUs, no graph: 8.5-12 for vLLM's kernel, 4-8
+# for a faster one (sglang pull request 2904). The same table has 13-24 us at 256 KiB, where latency + bytes /
+# link gives under 10: large batches under tensor parallelism come out too fast on both sides, and so too high
+# in speed-up.
 DEVICES = {
     # 2039 GB/s HBM2e; NVLink 3, 600 GB/s both directions.
     "a100": Device("A100-80GB SXM", 2039, 80, 300),
@@ -152,9 +192,11 @@ DEVICES = {
     "h100": Device("H100 SXM", 3350, 80, 450),
     # 4.8 TB/s HBM3e, 141 GB; NVLink 4 as H100.
     "h200": Device("H200", 4800, 141, 450),
-    # DGX B200: 64 TB/s and 1440 GB for 8 GPUs (other datasheets: 7.7 TB/s, 192 GB); NVLink 5, 1.8 TB/s both directions.
+    # DGX B200: 64 TB/s and 1440 GB for 8 GPUs (other datasheets: 7.7 TB/s, 192 GB); NVLink 5, 1.8 TB/s both
+    # directions.
     "b200": Device("B200", 8000, 180, 900),
-    # 5.3 TB/s HBM3, 192 GB; xGMI mesh of 8: 7 links, each 128 GB/s both directions, so a pair of GPUs has one link only.
+    # 5.3 TB/s HBM3, 192 GB; xGMI mesh of 8: 7 links, each 128 GB/s both directions, so a pair of GPUs has one
+    # link only.
     "mi300x": Device("MI300X", 5300, 192, 448, peer_gbs=64),
 }
 
@@ -166,18 +208,21 @@ class Workload:
     Attributes:
         context: tokens each sequence attends to.
         mlp_density: neurons selected by any row of the batch (the union), all layers alike.
-        head_density: heads selected per sequence. 1 means that attention is not gated: it then has no predictor.
+        head_density: heads selected per sequence. 1 means that attention is not gated: it then has no
+            predictor.
         head_union_density: heads selected by any sequence. None takes sequences to choose independently,
             1 - (1 - head_density)^batch; sequences that agree have less.
         survivors: selected neurons that come out of fc1 positive; fc2 reads only those.
-        tp: tensor-parallel size; weights, heads and neurons are split, the predictor's down-projection is not.
+        tp: tensor-parallel size; weights, heads and neurons are split, the predictor's down-projection is
+            not.
         dtype_bytes: of weights and KV cache.
-        predictor_rank: of the MLP's predictor, down [rank, hidden] and up [ffn, rank]; 0 for none, None for the
-            largest that has at most 3% of the MLP's bytes. The head predictor is linear: [num_heads, hidden].
+        predictor_rank: of the MLP's predictor, down [rank, hidden] and up [ffn, rank]; 0 for none, None for
+            the largest that has at most 3% of the MLP's bytes. The head predictor is linear: [num_heads,
+            hidden].
         sparse_launches: per layer; beside SPARSE_LAUNCHES it may count fewer or more.
         skip_projections: read Q rows and out_proj columns of union heads only; False reads them all.
-        dense_weight_bits, sparse_weight_bits: of the layers' linear weights, on either side; 8 or 4: with scales, and under
-            QUANTIZATION_ASSUMPTIONS; 16: not quantized, dtype_bytes each.
+        dense_weight_bits, sparse_weight_bits: of the layers' linear weights, on either side; 8 or 4: with
+            scales, and under QUANTIZATION_ASSUMPTIONS; 16: not quantized, dtype_bytes each.
         quantization_group: inputs of an output that share a scale.
     """
 
@@ -199,25 +244,35 @@ class Workload:
     quantization_group: int = 128
 
     def __post_init__(self) -> None:
-        _positive(self, "batch", "context", "tp", "dtype_bytes", "predictor_dtype_bytes", "quantization_group")
+        _positive(
+            self, "batch", "context", "tp", "dtype_bytes", "predictor_dtype_bytes", "quantization_group"
+        )
         for name in ("dense_weight_bits", "sparse_weight_bits"):
             if getattr(self, name) not in WEIGHT_BITS:
-                raise ValueError(f"Workload.{name} is {getattr(self, name)}; it must be one of {list(WEIGHT_BITS)}.")
+                raise ValueError(
+                    f"Workload.{name} is {getattr(self, name)}; it must be one of {list(WEIGHT_BITS)}."
+                )
         for name in ("mlp_density", "head_density", "head_union_density"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"Workload.{name} is {value}; a density is a share kept, in (0, 1].")
         if not 0 <= self.survivors <= 1:
-            raise ValueError(f"Workload.survivors is {self.survivors}; it is a share of the selected neurons, in [0, 1].")
+            raise ValueError(
+                f"Workload.survivors is {self.survivors}; it is a share of the selected neurons, in [0, 1]."
+            )
         for name in ("predictor_rank", "dense_launches", "sparse_launches"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"Workload.{name} is {value}; it must be 0 or more.")
         union = self.head_union_density
-        if union is not None and not self.head_density <= union <= min(1.0, self.batch * self.head_density) + 1e-9:
+        if (
+            union is not None
+            and not self.head_density <= union <= min(1.0, self.batch * self.head_density) + 1e-9
+        ):
             raise ValueError(
-                f"Workload.head_union_density is {union}; a union of {self.batch} sequences with {self.head_density} "
-                f"each lies between that and their sum, at most 1. Leave it out to take them as independent."
+                f"Workload.head_union_density is {union}; a union of {self.batch} sequences with"
+                f" {self.head_density} each lies between that and their sum, at most 1. Leave it out to take"
+                " them as independent."
             )
 
     @property
@@ -232,14 +287,18 @@ class Workload:
         return (self.dtype_bytes, 0.0) if bits == 16 else (bits / 8, SCALE_BYTES / self.quantization_group)
 
     def groups_read(self, density: float, units: float) -> float:
-        """Share of groups of inputs that a selection touches, if it is independent; units: selectable units in a group, below 1 taken as 1."""
+        """Share of groups of inputs that a selection touches, if it is independent; units: selectable units
+        in a group, below 1 taken as 1.
+        """
         return 1 - (1 - density) ** max(1.0, units)
 
     def rank(self, geometry: Geometry) -> int:
         if self.predictor_rank is not None:
             return self.predictor_rank
         mlp_bytes = 2 * geometry.hidden * geometry.ffn * self.dtype_bytes
-        return int(MLP_BYTE_BUDGET * mlp_bytes / ((geometry.hidden + geometry.ffn) * self.predictor_dtype_bytes))
+        return int(
+            MLP_BYTE_BUDGET * mlp_bytes / ((geometry.hidden + geometry.ffn) * self.predictor_dtype_bytes)
+        )
 
 
 @dataclass(frozen=True)
@@ -252,7 +311,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Account:
-    """Where the modelled time of one decode step goes. Bytes and times are those of one rank; `account` makes it.
+    """Where the modelled time of one decode step goes. Bytes and times are those of one rank; `account` makes
+    it.
 
     Attributes:
         parts: of one layer.
@@ -282,7 +342,11 @@ class Account:
     @property
     def dense_us(self) -> float:
         """One layer, as the next three."""
-        return self.device.read_us(self.dense_bytes) + self.workload.dense_launches * self.device.launch_us + self.all_reduce_us
+        return (
+            self.device.read_us(self.dense_bytes)
+            + self.workload.dense_launches * self.device.launch_us
+            + self.all_reduce_us
+        )
 
     @property
     def sparse_us(self) -> float:
@@ -323,18 +387,24 @@ class Account:
 
     @property
     def fits(self) -> bool:
-        """False where the device cannot hold the model and its cache; True promises nothing about the rest."""
+        """False where the device cannot hold the model and its cache; True promises nothing about the
+        rest.
+        """
         return self.need_gb <= self.device.memory_gb
 
     def summary(self) -> str:
         w = self.workload
-        bits = "" if w.dense_weight_bits == w.sparse_weight_bits == 16 else f"weights in {w.dense_weight_bits} and {w.sparse_weight_bits} bits, "
+        bits = (
+            ""
+            if w.dense_weight_bits == w.sparse_weight_bits == 16
+            else f"weights in {w.dense_weight_bits} and {w.sparse_weight_bits} bits, "
+        )
         return (
-            f"model: {self.geometry.name} on {self.device.name}, batch {w.batch} x {w.context}, tp {w.tp}, {bits}"
-            f"MLP {w.mlp_density:.2f}, heads {w.head_density:.2f} (union {w.union_heads:.2f}): "
-            f"layer {self.dense_us:.1f} -> {self.sparse_us:.1f} us, {self.speedup:.2f}x; "
-            f"step {self.dense_step_us / 1e3:.2f} -> {self.sparse_step_us / 1e3:.2f} ms, {self.step_speedup:.2f}x; "
-            f"most of sparse: {self.dominant} ({self.dominant_share:.0%})"
+            f"model: {self.geometry.name} on {self.device.name}, batch {w.batch} x {w.context}, tp {w.tp},"
+            f" {bits}MLP {w.mlp_density:.2f}, heads {w.head_density:.2f} (union {w.union_heads:.2f}): layer"
+            f" {self.dense_us:.1f} -> {self.sparse_us:.1f} us, {self.speedup:.2f}x; step"
+            f" {self.dense_step_us / 1e3:.2f} -> {self.sparse_step_us / 1e3:.2f} ms,"
+            f" {self.step_speedup:.2f}x; most of sparse: {self.dominant} ({self.dominant_share:.0%})"
         )
 
 
@@ -346,7 +416,9 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
     """
     g, w = geometry, workload
     if g.num_heads % w.tp:
-        raise ValueError(f"{g.name} has {g.num_heads} heads, which tp={w.tp} does not divide; take a divisor.")
+        raise ValueError(
+            f"{g.name} has {g.num_heads} heads, which tp={w.tp} does not divide; take a divisor."
+        )
     square = g.hidden**2 / w.tp  # weights of one hidden x hidden projection, this rank's share
     matrix = g.hidden * g.ffn / w.tp  # of fc1, and of fc2
     dense_element_bytes = sum(w.element_bytes(w.dense_weight_bits))
@@ -359,12 +431,20 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
     gates_heads = w.head_density < 1
     predictor_elements = w.rank(g) * (g.hidden + g.ffn / w.tp) + gates_heads * g.num_heads / w.tp * g.hidden
     parts = {
-        "qkv": Part(3 * square * dense_element_bytes, (2 + union) * square * row_bytes),  # K and V always: the cache stays complete
+        # K and V always: the cache stays complete
+        "qkv": Part(3 * square * dense_element_bytes, (2 + union) * square * row_bytes),
         "KV write": Part(w.batch * token_kv_bytes, w.batch * token_kv_bytes),
-        "KV read": Part(w.batch * w.context * token_kv_bytes, w.batch * w.context * token_kv_bytes * w.head_density),
-        "out_proj": Part(square * dense_element_bytes, square * (union * value_bytes + union_groups * scale_bytes)),
+        "KV read": Part(
+            w.batch * w.context * token_kv_bytes, w.batch * w.context * token_kv_bytes * w.head_density
+        ),
+        "out_proj": Part(
+            square * dense_element_bytes, square * (union * value_bytes + union_groups * scale_bytes)
+        ),
         "fc1": Part(matrix * dense_element_bytes, w.mlp_density * matrix * row_bytes),
-        "fc2": Part(matrix * dense_element_bytes, matrix * (fired * value_bytes + w.groups_read(fired, w.quantization_group) * scale_bytes)),
+        "fc2": Part(
+            matrix * dense_element_bytes,
+            matrix * (fired * value_bytes + w.groups_read(fired, w.quantization_group) * scale_bytes),
+        ),
         "predictor": Part(0, predictor_elements * w.predictor_dtype_bytes),
     }
 
@@ -378,7 +458,8 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
         all_reduce_us = ALL_REDUCES_PER_LAYER * one_us
         # The vocabulary is split as well: one all-reduce of the embedding, one gather of the logits.
         outer_link_us = one_us + device.all_reduce_us + logits_bytes * sent / link_bytes_per_us
-    outer_bytes = g.vocab * g.hidden * w.dtype_bytes / w.tp + 2 * hidden_bytes  # lm_head; a token's and a position's row
+    # lm_head; a token's and a position's row
+    outer_bytes = g.vocab * g.hidden * w.dtype_bytes / w.tp + 2 * hidden_bytes
     outer_us = device.read_us(outer_bytes) + len(STEP_LAUNCHES) * device.launch_us + outer_link_us
     # Of the side with the larger weights: the layers' linear ones, embeddings beside them.
     linear_bytes = g.num_layers * 12 * g.hidden**2 * max(dense_element_bytes, row_bytes)
@@ -389,7 +470,9 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
 
 @dataclass(frozen=True)
 class Quantized:
-    """One point with weights in 16 bits and in fewer, dense and sparse; `quantized` makes it. Times in ms, of a decode step."""
+    """One point with weights in 16 bits and in fewer, dense and sparse; `quantized` makes it. Times in ms, of
+    a decode step.
+    """
 
     plain: Account
     small: Account
@@ -399,26 +482,33 @@ class Quantized:
     @property
     def times_ms(self) -> dict[str, float]:
         return {
-            "dense 16": self.plain.dense_step_us / 1e3, f"dense INT{self.bits}": self.small.dense_step_us / 1e3,
-            "sparse 16": self.plain.sparse_step_us / 1e3, f"sparse INT{self.bits}": self.small.sparse_step_us / 1e3,
-        }  # fmt: skip
+            "dense 16": self.plain.dense_step_us / 1e3,
+            f"dense INT{self.bits}": self.small.dense_step_us / 1e3,
+            "sparse 16": self.plain.sparse_step_us / 1e3,
+            f"sparse INT{self.bits}": self.small.sparse_step_us / 1e3,
+        }
 
 
 def quantized(geometry: Geometry, device: Device, workload: Workload, bits: int = 4) -> Quantized:
     """What sparsity, fewer bits and both together give.
 
-    `break_even_mlp_density`: below it sparse with 16 bits is faster than dense with `bits`, heads as they are; at or below 0: at none.
+    `break_even_mlp_density`: below it sparse with 16 bits is faster than dense with `bits`, heads as they
+    are; at or below 0: at none.
     """
     plain = account(geometry, device, replace(workload, dense_weight_bits=16, sparse_weight_bits=16))
     small = account(geometry, device, replace(workload, dense_weight_bits=bits, sparse_weight_bits=bits))
-    half, full = (account(geometry, device, replace(plain.workload, mlp_density=d)).sparse_us for d in (0.5, 1.0))
-    return Quantized(plain, small, bits, 1 - (full - small.dense_us) / (2 * (full - half)))  # the time is linear in the density
+    half, full = (
+        account(geometry, device, replace(plain.workload, mlp_density=d)).sparse_us for d in (0.5, 1.0)
+    )
+    # the time is linear in the density
+    return Quantized(plain, small, bits, 1 - (full - small.dense_us) / (2 * (full - half)))
 
 
-# Neurons that any row of a batch selects, mean over layers: the tables of Polar Sparsity (NeurIPS 2025), made for 99%
-# recall. Single layers lie far off (6.7B at batch 64: up to 0.97). Time is linear in this density, so its mean gives the
-# step's time; that layers above their crossover run dense is not modelled. Heads per sequence: 0.3 for 66B is theirs
-# too; 0.5 and 0.4 are what this project sets itself for 6.7B and 30B. None of it was measured here.
+# Neurons that any row of a batch selects, mean over layers: the tables of Polar Sparsity (NeurIPS 2025), made
+# for 99% recall. Single layers lie far off (6.7B at batch 64: up to 0.97). Time is linear in this density, so
+# its mean gives the step's time; that layers above their crossover run dense is not modelled. Heads per
+# sequence: 0.3 for 66B is theirs too; 0.5 and 0.4 are what this project sets itself for 6.7B and 30B. None of
+# it was measured here.
 _UNION_DENSITIES = {
     "6.7b": {1: 0.10, 8: 0.29, 16: 0.40, 32: 0.52, 64: 0.62, 256: 0.77},
     "30b": {1: 0.08, 8: 0.21, 16: 0.30, 32: 0.42, 64: 0.53, 256: 0.68},

@@ -2,6 +2,7 @@
 
 All functions give bool masks [num_tokens, units]; `kernels.reference` turns masks into lists.
 """
+
 from __future__ import annotations
 
 import torch
@@ -14,7 +15,8 @@ def random_mask(
 ) -> torch.Tensor:
     """Each unit with probability `density`, by a hash of (seed, position, layer, global unit id).
 
-    The same on every device and tensor-parallel rank. positions: [num_tokens], int64; unit_ids: [units], int64.
+    The same on every device and tensor-parallel rank. positions: [num_tokens], int64; unit_ids: [units],
+    int64.
     """
     h = (positions.long()[:, None] * 0x9E3779B1 + unit_ids.long()[None, :] * 0x85EBCA77) & _MASK32
     h = (h + ((layer + 1) * 0xC2B2AE3D & _MASK32) + (seed * 0x27D4EB2F & _MASK32)) & _MASK32
@@ -24,7 +26,9 @@ def random_mask(
 
 
 def static_units(activation_rate: torch.Tensor, density: float) -> torch.Tensor:
-    """The same units for every token: the round(density * units) most often active ones. Returns [units], bool."""
+    """The same units for every token: the round(density * units) most often active ones. Returns [units],
+    bool.
+    """
     mask = torch.zeros_like(activation_rate, dtype=torch.bool)
     count = round(density * activation_rate.numel())
     mask[torch.argsort(activation_rate, descending=True, stable=True)[:count]] = True
@@ -38,7 +42,9 @@ def contributions(attn: torch.Tensor, out_proj_weight: torch.Tensor) -> torch.Te
 
 
 def head_grams(out_proj_weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Per head W_h^T W_h of out_proj's columns [hidden, heads * head_size]: [heads, head_size, head_size], fp32."""
+    """Per head W_h^T W_h of out_proj's columns [hidden, heads * head_size]: [heads, head_size, head_size],
+    fp32.
+    """
     per_head = out_proj_weight.float().unflatten(1, (num_heads, -1)).permute(1, 0, 2)
     return per_head.transpose(1, 2) @ per_head
 

@@ -1,4 +1,7 @@
-"""What the sparse model can run with, and what it changes in vLLM's engine: refusals, with reason and remedy, in one place."""
+"""What the sparse model can run with, and what it changes in vLLM's engine: refusals, with reason and remedy,
+in one place.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -27,8 +30,8 @@ def map_architecture(architectures: str | list[str]) -> str:
         if architecture in ARCHITECTURES.values():
             return architecture
     raise ValueError(
-        f"model_impl='dejavu' supports the architectures {sorted(ARCHITECTURES)}, this model has {architectures}. "
-        "Serve it without --model-impl dejavu."
+        f"model_impl='dejavu' supports the architectures {sorted(ARCHITECTURES)}, this model has"
+        f" {architectures}. Serve it without --model-impl dejavu."
     )
 
 
@@ -40,13 +43,15 @@ def check_hf_config(config: Any) -> None:
     """
     if config.activation_function != "relu":
         raise ValueError(
-            f"model_impl='dejavu' needs activation_function='relu', this model has {config.activation_function!r}: other "
-            "activations are never exactly 0, so no neuron could be skipped without error. Serve it without --model-impl dejavu."
+            "model_impl='dejavu' needs activation_function='relu', this model has"
+            f" {config.activation_function!r}: other activations are never exactly 0, so no neuron could be"
+            " skipped without error. Serve it without --model-impl dejavu."
         )
 
 
 def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
-    """Refuse engine features the sparse path cannot honour; called in the front end and again in every worker.
+    """Refuse engine features the sparse path cannot honour; called in the front end and again in every
+    worker.
 
     Raises:
         ValueError: naming the option, its value and the remedy.
@@ -61,7 +66,8 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
 
     def refuse(option: str, value: Any, why: str) -> None:
         raise ValueError(
-            f"model_impl='dejavu' does not support {option}={value!r}: {why} Remove the option, or serve without --model-impl dejavu."
+            f"model_impl='dejavu' does not support {option}={value!r}: {why} Remove the option, or serve"
+            " without --model-impl dejavu."
         )
 
     if model.quantization:
@@ -74,7 +80,11 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
         refuse("kv_cache_dtype", cache.cache_dtype, "selected heads are read from an unquantized cache.")
     mode = vllm_config.compilation_config.cudagraph_mode
     if mode == CUDAGraphMode.FULL:
-        refuse("cudagraph_mode", "FULL", "one full graph would be replayed for decode and prefill alike; use FULL_AND_PIECEWISE.")
+        refuse(
+            "cudagraph_mode",
+            "FULL",
+            "one full graph would be replayed for decode and prefill alike; use FULL_AND_PIECEWISE.",
+        )
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, option, 1) > 1:
             refuse(option, getattr(parallel, option), "the cache of a sequence would be spread over ranks.")
@@ -82,24 +92,36 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
         refuse("enable_dbo", True, "microbatches have no common step.")
     if vllm_config.kv_transfer_config is not None:
         refuse(
-            "kv_transfer_config", vllm_config.kv_transfer_config.kv_connector,
+            "kv_transfer_config",
+            vllm_config.kv_transfer_config.kv_connector,
             "the cache depends on mode and predictor artifact, which a connector's keys do not hold.",
-        )  # fmt: skip
+        )
     if getattr(cache, "kv_offloading_size", None):
-        refuse("kv_offloading_size", cache.kv_offloading_size, "offloaded blocks are found again by keys that do not hold mode and artifact.")
+        refuse(
+            "kv_offloading_size",
+            cache.kv_offloading_size,
+            "offloaded blocks are found again by keys that do not hold mode and artifact.",
+        )
     heads, ranks = model.hf_config.num_attention_heads, parallel.tensor_parallel_size
     if heads % ranks or model.hf_config.ffn_dim % ranks:
-        refuse("tensor_parallel_size", ranks, f"{heads} heads and {model.hf_config.ffn_dim} neurons cannot be split evenly.")
-    # Only reached in a worker whose front end did not run `update_engine`: its scheduler already counts on the cache.
+        refuse(
+            "tensor_parallel_size",
+            ranks,
+            f"{heads} heads and {model.hf_config.ffn_dim} neurons cannot be split evenly.",
+        )
+    # Only reached in a worker whose front end did not run `update_engine`: its scheduler already counts on
+    # the cache.
     if settings.apply_to == "all" and cache.enable_prefix_caching:
         refuse("enable_prefix_caching", True, 'with apply_to="all" every prompt token must be scored.')
 
 
 def add_capture_size(vllm_config: Any) -> None:
-    """Capture a graph for the largest batch of decoding requests; called in a worker, where vLLM has settled the sizes.
+    """Capture a graph for the largest batch of decoding requests; called in a worker, where vLLM has settled
+    the sizes.
 
-    vLLM pads a decode step up to the next captured size but captures full decode graphs only up to max_num_seqs: when
-    that is not a captured size, the largest batches would fall to PIECEWISE graphs, which stay dense.
+    vLLM pads a decode step up to the next captured size but captures full decode graphs only up to
+    max_num_seqs: when that is not a captured size, the largest batches would fall to PIECEWISE graphs, which
+    stay dense.
     """
     from vllm.config import CUDAGraphMode
 
@@ -108,16 +130,27 @@ def add_capture_size(vllm_config: Any) -> None:
     if not sizes or mode in (None, CUDAGraphMode.NONE):
         return
     if not mode.decode_mode() == CUDAGraphMode.FULL:
-        logger.warning("dejavu: cudagraph_mode=%s replays decode steps in piecewise graphs, which run dense; use FULL_AND_PIECEWISE", mode.name)
+        logger.warning(
+            "dejavu: cudagraph_mode=%s replays decode steps in piecewise graphs, which run dense; use"
+            " FULL_AND_PIECEWISE",
+            mode.name,
+        )
         return
     if largest > max(sizes):
-        logger.warning("dejavu: batches of more than %d requests run without a graph; raise max_cudagraph_capture_size to %d", max(sizes), largest)
+        logger.warning(
+            "dejavu: batches of more than %d requests run without a graph; raise max_cudagraph_capture_size"
+            " to %d",
+            max(sizes),
+            largest,
+        )
     elif largest not in sizes:
         config.cudagraph_capture_sizes = sorted([*sizes, largest])
 
 
 def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None:
-    """Settle what follows from the settings: compile-cache key, worker extension, prefix caching and graphs."""
+    """Settle what follows from the settings: compile-cache key, worker extension, prefix caching and
+    graphs.
+    """
     from vllm.config import CUDAGraphMode
 
     own = dict((vllm_config.additional_config or {}).get(SETTINGS_KEY, {}))
@@ -134,7 +167,12 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
     from vllm.platforms import current_platform
 
     attention = getattr(vllm_config, "attention_config", None)
-    if current_platform.is_cuda() and attention is not None and attention.backend is None and current_platform.has_device_capability(100):
+    if (
+        current_platform.is_cuda()
+        and attention is not None
+        and attention.backend is None
+        and current_platform.has_device_capability(100)
+    ):
         # vLLM's first choice on Blackwell is FlashInfer, whose metadata and cache our kernels do not read.
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -145,10 +183,13 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
 
 
 def complete_warm_up() -> None:
-    """Have vLLM's workers of this process do after warming up what the model needs; called in a worker, before that.
+    """Have vLLM's workers of this process do after warming up what the model needs; called in a worker,
+    before that.
 
-    Our counters are set to 0: GPU workers warm up with metadata. And a later pipeline stage gets the buffers for what comes from the stage
-    before: vLLM makes them in its first dummy pass, which its CPU worker leaves out in eager mode, so that the first request kills it (0.32).
+    Our counters are set to 0: GPU workers warm up with metadata. And a later pipeline stage gets the buffers
+    for what comes from the stage
+    before: vLLM makes them in its first dummy pass, which its CPU worker leaves out in eager mode, so that
+        the first request kills it (0.32).
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -168,7 +209,10 @@ def _completed(warm_up: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if reset is not None:
             from vllm.distributed import get_pp_group
 
-            if not get_pp_group().is_first_rank and getattr(self.model_runner, "intermediate_tensors", True) is None:
+            if (
+                not get_pp_group().is_first_rank
+                and getattr(self.model_runner, "intermediate_tensors", True) is None
+            ):
                 self.execute_dummy_batch()
             reset()
         return result

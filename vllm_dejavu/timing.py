@@ -1,4 +1,5 @@
 """Timing operations against each other: in turn, so that what else the machine does falls on all alike."""
+
 from __future__ import annotations
 
 import platform
@@ -69,10 +70,12 @@ class Timer:
 
 
 def crossover(dense: float, sparse: Sequence[tuple[float, float]]) -> float:
-    """Density at which sparse takes as long as dense, by linear interpolation; 1.0: never as long, 0.0: always longer.
+    """Density at which sparse takes as long as dense, by linear interpolation; 1.0: never as long, 0.0:
+    always longer.
 
     Args:
-        dense: its time. sparse: (density, time with the prediction), at least one; below the first density the time stays.
+        dense: its time. sparse: (density, time with the prediction), at least one; below the first density
+            the time stays.
     """
     points = sorted(sparse)
     place = 0.0
@@ -89,4 +92,7 @@ def cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

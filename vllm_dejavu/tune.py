@@ -1,9 +1,11 @@
-"""`vllm-dejavu tune`: where sparse and dense take equally long, measured on this device and kept beside the artifact.
+"""`vllm-dejavu tune`: where sparse and dense take equally long, measured on this device and kept beside the
+artifact.
 
-What is measured is what a gated layer runs, over random weights of the model's shapes: prediction and sparse kernels at several
-densities against the dense path of the same layer. Crossovers are by block and batch size; which layers run dense at a batch
-size follows from each layer's calibrated union density.
+What is measured is what a gated layer runs, over random weights of the model's shapes: prediction and sparse
+kernels at several densities against the dense path of the same layer. Crossovers are by block and batch size;
+which layers run dense at a batch size follows from each layer's calibrated union density.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -55,22 +57,34 @@ class Key:
     @classmethod
     def of(cls, loaded: Artifact, device: torch.device, dtype: torch.dtype, tp: int = 1) -> Key:
         """Of an artifact on a device of this machine, as this process would run it."""
-        model, gates = loaded.manifest.model, [gate for layer in loaded.manifest.layers for gate in layer.values() if gate.sparse]
+        model, gates = (
+            loaded.manifest.model,
+            [gate for layer in loaded.manifest.layers for gate in layer.values() if gate.sparse],
+        )
         cuda = device.type == "cuda"
         return cls(
-            torch.cuda.get_device_name(device) if cuda else cpu_model(), ops.implementation(device.type).describe(),
-            0 if cuda else torch.get_num_threads(), str(dtype).removeprefix("torch."), model.hidden_size, model.ffn_dim // tp,
-            model.num_heads // tp, max((gate.rank for gate in gates), default=0), gates[0].dtype if gates else "",
-        )  # fmt: skip
+            torch.cuda.get_device_name(device) if cuda else cpu_model(),
+            ops.implementation(device.type).describe(),
+            0 if cuda else torch.get_num_threads(),
+            str(dtype).removeprefix("torch."),
+            model.hidden_size,
+            model.ffn_dim // tp,
+            model.num_heads // tp,
+            max((gate.rank for gate in gates), default=0),
+            gates[0].dtype if gates else "",
+        )
 
     def file(self, directory: Path) -> Path:
         """Named so that a person finds it; everything is compared when it is read."""
         words = [self.device, f"{self.threads}-threads" if self.threads else "", self.dtype, f"ffn{self.ffn}"]
-        return directory / DIRECTORY / (re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") + ".json")
+        return (
+            directory / DIRECTORY / (re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") + ".json")
+        )
 
 
 def load(directory: str | os.PathLike, key: Key) -> dict[str, dict[int, float]] | None:
-    """Crossovers {block: {tokens: union density}} measured for this key, or None: never measured, or for something else.
+    """Crossovers {block: {tokens: union density}} measured for this key, or None: never measured, or for
+    something else.
 
     Raises:
         ArtifactError: there is a file for this device, but it is damaged.
@@ -82,11 +96,18 @@ def load(directory: str | os.PathLike, key: Key) -> dict[str, dict[int, float]] 
         found = json.loads(path.read_bytes())
         if found["format_version"] != FORMAT_VERSION or found["key"] != dataclasses.asdict(key):
             return None
-        crossovers = {block: {int(tokens): float(density) for tokens, density in found["crossovers"][block].items()} for block in BLOCKS}
-        if not all(table and all(t > 0 and 0 <= d <= 1 for t, d in table.items()) for table in crossovers.values()):
+        crossovers = {
+            block: {int(tokens): float(density) for tokens, density in found["crossovers"][block].items()}
+            for block in BLOCKS
+        }
+        if not all(
+            table and all(t > 0 and 0 <= d <= 1 for t, d in table.items()) for table in crossovers.values()
+        ):
             raise ValueError("a density is outside of [0, 1], or none is there")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ArtifactError(f"{path} is not what `vllm-dejavu tune` writes ({e!r}). Delete it, or tune again.") from None
+        raise ArtifactError(
+            f"{path} is not what `vllm-dejavu tune` writes ({e!r}). Delete it, or tune again."
+        ) from None
     return crossovers
 
 
@@ -94,7 +115,10 @@ def save(directory: str | os.PathLike, key: Key, measured: dict[str, Any], versi
     """Write what `measure` gave; replaces an earlier measurement for the same device."""
     path = key.file(Path(directory))
     path.parent.mkdir(exist_ok=True)
-    text = json.dumps({"format_version": FORMAT_VERSION, "key": dataclasses.asdict(key), **measured, "versions": versions}, indent=1)
+    text = json.dumps(
+        {"format_version": FORMAT_VERSION, "key": dataclasses.asdict(key), **measured, "versions": versions},
+        indent=1,
+    )
     part = path.with_suffix(".part")
     part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, path)
@@ -122,7 +146,8 @@ class _Layers:
 
         self.fc1, self.fc2_t = weights(key.ffn, key.hidden, key.hidden), weights(key.ffn, key.hidden, key.ffn)
         self.qkv, self.out = weights(3 * width, key.hidden, key.hidden), weights(key.hidden, width, width)
-        self.fc1_bias = torch.full((key.ffn,), 5.0, dtype=self.dtype, device=device)  # every neuron comes out positive: all of a list is read
+        # every neuron comes out positive: all of a list is read
+        self.fc1_bias = torch.full((key.ffn,), 5.0, dtype=self.dtype, device=device)
         self.qkv_bias = torch.zeros(3 * width, dtype=self.dtype, device=device)
         rank = -(-max(key.rank, 1) // 16) * 16
         self.down, self.up = self._predictor(rank, key.hidden), self._predictor(key.ffn, rank)
@@ -132,31 +157,52 @@ class _Layers:
         if device.type == "cuda":
             from vllm_dejavu.kernels.launch import Workspace
 
-            self.workspace = Workspace.for_model(device, self.dtype, num_tokens=tokens, ffn=key.ffn, head_size=head_dim)
+            self.workspace = Workspace.for_model(
+                device, self.dtype, num_tokens=tokens, ffn=key.ffn, head_size=head_dim
+            )
 
     def _predictor(self, rows: int, columns: int) -> torch.Tensor:
         if self.key.predictor_dtype == "int8":
             return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=self.device)
-        return torch.randn(rows, columns, device=self.device).to(getattr(torch, self.key.predictor_dtype or "float16"))
+        return torch.randn(rows, columns, device=self.device).to(
+            getattr(torch, self.key.predictor_dtype or "float16")
+        )
 
-    def mlp(self, tokens: int, densities: Sequence[float]) -> tuple[dict[str, Callable[[int], Any]], dict[str, float]]:
+    def mlp(
+        self, tokens: int, densities: Sequence[float]
+    ) -> tuple[dict[str, Callable[[int], Any]], dict[str, float]]:
         """What runs by name, and the densities that lists of that name really have."""
         impl, x, lens = self.impl, self._inputs(tokens, self.key.hidden), self._lens(tokens)
-        runs: dict[str, Callable[[int], Any]] = {"dense": lambda i: impl.dense_mlp(x, self.fc1[i], self.fc1_bias, self.fc2_t[i])}
+        runs: dict[str, Callable[[int], Any]] = {
+            "dense": lambda i: impl.dense_mlp(x, self.fc1[i], self.fc1_bias, self.fc2_t[i])
+        }
         real = {}
         for density in densities:
-            ids, counts = (t.to(self.device) for t in reference.compact_union(torch.rand(1, self.key.ffn) < density))
+            ids, counts = (
+                t.to(self.device) for t in reference.compact_union(torch.rand(1, self.key.ffn) < density)
+            )
 
             def sparse(i: int, ids: torch.Tensor = ids, counts: torch.Tensor = counts) -> None:
                 impl.select_neurons(x, self.down, self.up, self.bias, lens, workspace=self.workspace)
-                impl.sparse_mlp(x, self.fc1[i], self.fc1_bias, self.fc2_t[i], ids, counts, lens, workspace=self.workspace)
+                impl.sparse_mlp(
+                    x, self.fc1[i], self.fc1_bias, self.fc2_t[i], ids, counts, lens, workspace=self.workspace
+                )
 
             runs[f"{density}"], real[f"{density}"] = sparse, int(counts.sum()) / self.key.ffn
         return runs, real
 
-    def attention(self, tokens: int, densities: Sequence[float]) -> tuple[dict[str, Callable[[int], Any]], dict[str, float]]:
-        """The projections alone: how much of the cache is read depends on the context, and less is read where less is selected."""
-        impl, heads, x, lens = self.impl, self.key.heads, self._inputs(tokens, self.key.hidden), self._lens(tokens)
+    def attention(
+        self, tokens: int, densities: Sequence[float]
+    ) -> tuple[dict[str, Callable[[int], Any]], dict[str, float]]:
+        """The projections alone: how much of the cache is read depends on the context, and less is read where
+        less is selected.
+        """
+        impl, heads, x, lens = (
+            self.impl,
+            self.key.heads,
+            self._inputs(tokens, self.key.hidden),
+            self._lens(tokens),
+        )
         attn = self._inputs(tokens, heads * self.head_dim).view(tokens, heads, self.head_dim)
         output = torch.empty(tokens, self.key.hidden, dtype=self.dtype, device=self.device)
 
@@ -167,12 +213,19 @@ class _Layers:
         runs: dict[str, Callable[[int], Any]] = {"dense": dense}
         real = {}
         for number in sorted({max(1, round(density * heads)) for density in densities}):
-            scores = torch.where(torch.rand(heads, device=self.device).argsort().argsort() < number, 1.0, -1.0).expand(tokens, heads).contiguous()
+            scores = (
+                torch.where(torch.rand(heads, device=self.device).argsort().argsort() < number, 1.0, -1.0)
+                .expand(tokens, heads)
+                .contiguous()
+            )
 
             def sparse(i: int, scores: torch.Tensor = scores) -> None:
                 impl.score_heads(x, self.head_weight, self.head_bias, lens, self.workspace)
-                impl.sparse_qkv(x, self.qkv[i], self.qkv_bias, scores, lens, self.head_dim, workspace=self.workspace)
-                # Without a paged kernel of ours, heads that only other rows selected are computed and dropped.
+                impl.sparse_qkv(
+                    x, self.qkv[i], self.qkv_bias, scores, lens, self.head_dim, workspace=self.workspace
+                )
+                # Without a paged kernel of ours, heads that only other rows selected are computed and
+                # dropped.
                 selected = impl.mask_heads(attn, scores) if self.device.type == "cpu" else attn
                 impl.sparse_out_proj(selected, self.out[i], scores, output, self.workspace)
 
@@ -188,15 +241,21 @@ class _Layers:
 
 @torch.inference_mode()
 def measure(
-    key: Key, model: ModelSpec, device: torch.device, *, tokens: Sequence[int] = TOKENS, densities: Sequence[float] = DENSITIES,
-    rounds: int = 15, progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
+    key: Key,
+    model: ModelSpec,
+    device: torch.device,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    densities: Sequence[float] = DENSITIES,
+    rounds: int = 15,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Time every batch size of both blocks.
 
     Returns:
-        crossovers: {block: {tokens: union density}}; of neighbouring batch sizes the lowest counts, since a layer that runs sparse
-        for nothing loses more than one that runs dense for nothing. measured: {block: {tokens: {"dense_us", "sparse_us": {density:
-        us}, "crossover"}}}, medians.
+        crossovers: {block: {tokens: union density}}; of neighbouring batch sizes the lowest counts, since a
+            layer that runs sparse for nothing loses more than one that runs dense for nothing. measured:
+            {block: {tokens: {"dense_us", "sparse_us": {density: us}, "crossover"}}}, medians.
     """
     torch.manual_seed(0)
     layers = _Layers(key, model.hidden_size // model.num_heads, device, max(tokens))
@@ -208,17 +267,41 @@ def measure(
             times = {name: statistics.median(values) for name, values in timer(runs, layers.number).items()}
             sparse = {real[name]: times[name] for name in real}
             at = crossover(times["dense"], list(sparse.items()))
-            measured[block][size] = {"dense_us": times["dense"], "sparse_us": {f"{d:.4g}": us for d, us in sparse.items()}, "crossover": at}
-            progress(f"{block:9} {size:3} tokens: dense {times['dense']:8.1f} us, as fast at density {at:.2f}")
-    return {"crossovers": {block: _cautious({size: row["crossover"] for size, row in rows.items()}) for block, rows in measured.items()}, "measured": measured}
+            measured[block][size] = {
+                "dense_us": times["dense"],
+                "sparse_us": {f"{d:.4g}": us for d, us in sparse.items()},
+                "crossover": at,
+            }
+            progress(
+                f"{block:9} {size:3} tokens: dense {times['dense']:8.1f} us, as fast at density {at:.2f}"
+            )
+    return {
+        "crossovers": {
+            block: _cautious({size: row["crossover"] for size, row in rows.items()})
+            for block, rows in measured.items()
+        },
+        "measured": measured,
+    }
 
 
 def _cautious(crossovers: dict[int, float]) -> dict[int, float]:
     sizes = sorted(crossovers)
-    return {size: round(min(crossovers[s] for s in sizes[max(0, i - 1) : i + 2]), 3) for i, size in enumerate(sizes)}
+    return {
+        size: round(min(crossovers[s] for s in sizes[max(0, i - 1) : i + 2]), 3)
+        for i, size in enumerate(sizes)
+    }
 
 
-def run(directory: str, *, device: str, dtype: str, tp: int, tokens: Sequence[int], rounds: int, progress: Callable[[str], None]) -> Path:
+def run(
+    directory: str,
+    *,
+    device: str,
+    dtype: str,
+    tp: int,
+    tokens: Sequence[int],
+    rounds: int,
+    progress: Callable[[str], None],
+) -> Path:
     """Measure for an artifact and keep the result beside it.
 
     Raises:
@@ -229,6 +312,8 @@ def run(directory: str, *, device: str, dtype: str, tp: int, tokens: Sequence[in
     if model.ffn_dim % tp or model.num_heads % tp:
         raise ValueError(f"--tp {tp} does not divide {model.num_heads} heads and {model.ffn_dim} neurons")
     key = Key.of(loaded, place, getattr(torch, dtype), tp)
-    progress(f"{key.device}, {key.kernels}, {key.dtype}" + (f", {key.threads} threads" if key.threads else ""))
+    progress(
+        f"{key.device}, {key.kernels}, {key.dtype}" + (f", {key.threads} threads" if key.threads else "")
+    )
     measured = measure(key, model, place, tokens=tokens, rounds=rounds, progress=progress)
     return save(directory, key, measured, {"vllm-dejavu": __version__, "torch": torch.__version__})

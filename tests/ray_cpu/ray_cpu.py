@@ -1,8 +1,11 @@
-"""A platform plugin of vLLM for tests: its CPU platform, whose workers Ray may place on what the cluster calls GPUs.
+"""A platform plugin of vLLM for tests: its CPU platform, whose workers Ray may place on what the cluster
+calls GPUs.
 
-vLLM refuses Ray on a CPU because that platform names no resource of Ray's. With this directory on PYTHONPATH and
-DEJAVU_TEST_RAY_CPU=1 vLLM finds the entry point in every process, Ray's actors too; the cluster needs `num_gpus`.
+vLLM refuses Ray on a CPU because that platform names no resource of Ray's. With this directory on PYTHONPATH
+and DEJAVU_TEST_RAY_CPU=1 vLLM finds the entry point in every process, Ray's actors too; the cluster needs
+`num_gpus`.
 """
+
 import os
 
 from vllm.platforms.cpu import CpuPlatform
