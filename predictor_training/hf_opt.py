@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, OPTForCausalLM
 from transformers.modeling_utils import load_state_dict
 
-from vllm_dejavu import support
 from vllm_dejavu.artifact import ModelSpec, WeightsFingerprint
+from vllm_dejavu.families import family_of, geometry_of
 from vllm_dejavu.predictor import gate_input
 
 
@@ -92,8 +92,8 @@ class OptModel:
             raise ValueError(f"Model {name}: no such directory, and not a hub id (ORG/NAME).")
         self.name = name
         self.config = AutoConfig.from_pretrained(name)
-        support.map_architecture(self.config.architectures or [])
-        support.check_hf_config(self.config)
+        self.geometry = geometry_of(self.config)
+        self.names = family_of(self.config.architectures).names
         spread = (
             {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory}
             if device == "auto"

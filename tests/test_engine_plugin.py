@@ -96,7 +96,7 @@ class TestRefusedModels:
         shutil.copytree(model, tmp_path, dirs_exist_ok=True)
         edit_json(tmp_path / "config.json", lambda c: c.update(activation_function="gelu"))
         error = refusal(tmp_path, {"mode": "dense"})
-        assert "needs activation_function='relu'" in error and "'gelu'" in error
+        assert "needs an activation that is exactly 0" in error and "'gelu'" in error
 
     def test_quantized_checkpoint(self, model, artifact, tmp_path):
         shutil.copytree(model, tmp_path, dirs_exist_ok=True)

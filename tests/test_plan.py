@@ -413,7 +413,7 @@ def test_a_model_the_hub_does_not_give(capsys):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"activation_function": "gelu"}, "activation_function='relu'"),
+        ({"activation_function": "gelu"}, "needs an activation that is exactly 0"),
         ({"architectures": ["LlamaForCausalLM"]}, "supports the architectures"),
         ({"ffn_dim": 512}, "ffn_dim = 4 x hidden_size"),
     ],

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from vllm_dejavu import auto
 from vllm_dejavu.config import LOOKAHEADS
+from vllm_dejavu.families import family_of
 
 FORMAT = "vllm-dejavu-predictor"
 FORMAT_VERSION = 2
@@ -60,16 +61,22 @@ class ModelSpec:
 
     @classmethod
     def from_hf_config(cls, config: Any, name: str, fingerprint: str = "") -> ModelSpec:
-        """Geometry of a transformers `OPTConfig`."""
+        """Of a transformers configuration.
+
+        Raises:
+            ValueError: its architecture is not supported.
+        """
+        family = family_of(config.architectures)
+        geometry = family.geometry(config)
         return cls(
             name=name,
-            architecture="OPTForCausalLM",
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            ffn_dim=config.ffn_dim,
-            num_heads=config.num_attention_heads,
-            activation=config.activation_function,
-            layer_norm="pre" if config.do_layer_norm_before else "post",
+            architecture=family.architecture,
+            num_layers=geometry.num_layers,
+            hidden_size=geometry.hidden_size,
+            ffn_dim=geometry.ffn_dim,
+            num_heads=geometry.num_heads,
+            activation=geometry.activation,
+            layer_norm=geometry.norm,
             fingerprint=fingerprint,
         )
 

@@ -32,6 +32,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_dejavu import artifact, metrics, ops, quantization, support, tune
 from vllm_dejavu.compat import LayerNorm
 from vllm_dejavu.config import DejaVuConfig
+from vllm_dejavu.families import geometry_of
 from vllm_dejavu.kernels import cpu
 from vllm_dejavu.layers import DejaVuMLP, DejaVuSelfAttention, Recorder
 from vllm_dejavu.predictor import gate_input
@@ -303,7 +304,7 @@ class DejaVuOPTForCausalLM(nn.Module, SupportsPP):
         model_config = vllm_config.model_config
         self.config = config = model_config.hf_config
         self.settings = settings = DejaVuConfig.from_vllm_config(vllm_config)
-        support.check_hf_config(config)
+        geometry_of(config)
         support.check_engine(vllm_config, settings)
         self.load_format = vllm_config.load_config.load_format
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dejavu import artifact, roofline, support
+from vllm_dejavu import artifact, roofline
 from vllm_dejavu.artifact import DTYPES, GateSpec, Manifest, ModelSpec
+from vllm_dejavu.families import geometry_of
 from vllm_dejavu.roofline import DENSE_LAUNCHES, DEVICES, GEOMETRIES, Account, Device, Geometry, Workload
 
 Layers = Sequence[dict[str, GateSpec]]
@@ -215,8 +216,7 @@ def find_model(model: str) -> tuple[Geometry, ModelSpec]:
                 f"Model {model}: no such directory, and the hub gave no config ({e}). Known without the hub:"
                 f" {sizes}."
             ) from e
-    support.map_architecture(config.architectures or [])
-    support.check_hf_config(config)
+    geometry_of(config)
     if config.ffn_dim != 4 * config.hidden_size:
         raise ValueError(
             f"Model {model} has ffn_dim {config.ffn_dim} and hidden_size {config.hidden_size}; the roofline"

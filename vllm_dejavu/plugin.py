@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Any
 
-from vllm_dejavu.support import ARCHITECTURES, map_architecture
+from vllm_dejavu.families import FAMILIES, family_of, geometry_of
 
 MODEL_IMPL = "dejavu"
 _MARK = "_dejavu_wrapped"
@@ -25,9 +25,10 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    for name in ARCHITECTURES.values():
+    for family in FAMILIES:
+        name = family.serving_architecture
         if name not in ModelRegistry.models:
-            ModelRegistry.register_model(name, f"vllm_dejavu.model:{name}")
+            ModelRegistry.register_model(name, family.serving)
         MODELS_CONFIG_MAP[name] = EngineConfig
     registry_cls = type(ModelRegistry)
     for method in ("inspect_model_cls", "resolve_model_cls"):
@@ -40,7 +41,7 @@ def _wrap(original: Any) -> Any:
     @functools.wraps(original)
     def wrapped(self: Any, architectures: str | list[str], model_config: Any) -> Any:
         if getattr(model_config, "model_impl", None) == MODEL_IMPL:
-            architectures = [map_architecture(architectures)]
+            architectures = [family_of(architectures).serving_architecture]
         return original(self, architectures, model_config)
 
     setattr(wrapped, _MARK, True)
@@ -68,7 +69,7 @@ class EngineConfig:
 
         settings = DejaVuConfig.from_vllm_config(vllm_config)
         model = vllm_config.model_config
-        support.check_hf_config(model.hf_config)
+        geometry_of(model.hf_config)
         digest = ""
         if settings.mode != "dense" or settings.predictor is not None:
             directory = artifact.resolve(settings.predictor, model.model, model.revision)

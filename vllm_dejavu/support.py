@@ -13,41 +13,6 @@ from vllm_dejavu.config import DIGEST_KEY, SETTINGS_KEY, DejaVuConfig
 
 logger = logging.getLogger("vllm.dejavu")
 
-ARCHITECTURES = {"OPTForCausalLM": "DejaVuOPTForCausalLM"}
-
-
-def map_architecture(architectures: str | list[str]) -> str:
-    """Our class for a model's architecture.
-
-    Raises:
-        ValueError: `--model-impl dejavu` with an architecture we do not support.
-    """
-    if isinstance(architectures, str):
-        architectures = [architectures]
-    for architecture in architectures or []:
-        if architecture in ARCHITECTURES:
-            return ARCHITECTURES[architecture]
-        if architecture in ARCHITECTURES.values():
-            return architecture
-    raise ValueError(
-        f"model_impl='dejavu' supports the architectures {sorted(ARCHITECTURES)}, this model has"
-        f" {architectures}. Serve it without --model-impl dejavu."
-    )
-
-
-def check_hf_config(config: Any) -> None:
-    """Refuse OPT variants whose MLP is not sparse.
-
-    Raises:
-        ValueError: the activation is not ReLU.
-    """
-    if config.activation_function != "relu":
-        raise ValueError(
-            "model_impl='dejavu' needs activation_function='relu', this model has"
-            f" {config.activation_function!r}: other activations are never exactly 0, so no neuron could be"
-            " skipped without error. Serve it without --model-impl dejavu."
-        )
-
 
 def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
     """Refuse engine features the sparse path cannot honour; called in the front end and again in every
