@@ -81,7 +81,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=["vllm_dejavu", "vllm_dejavu.kernels", "vllm_dejavu.predictor_training"],
+    packages=[
+        "vllm_dejavu",
+        "vllm_dejavu.models",
+        "vllm_dejavu.kernels",
+        "vllm_dejavu.predictor_training",
+    ],
+    package_data={"vllm_dejavu.kernels": ["tables/*.json"]},
     package_dir={
         "vllm_dejavu.kernels": "kernels",
         "vllm_dejavu.predictor_training": "predictor_training",

@@ -30,9 +30,10 @@ from common import ROOT, Table, median, number, percentile, pyplot, read_rows
 from plots import finish, scale
 from tqdm import tqdm
 
-from vllm_dejavu import artifact
+from vllm_dejavu import artifact, locate
 from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.kernels import reference
+from vllm_dejavu.manifest import check_fingerprint, check_model
 from vllm_dejavu.predictor_training import data
 from vllm_dejavu.predictor_training.calibrate import BATCH_SIZES, Gate, Key
 from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel, Resumable
@@ -239,10 +240,10 @@ def study(args: argparse.Namespace) -> Table:
     Raises:
         ValueError: text, artifact and model do not fit each other or the batch sizes.
     """
-    loaded = artifact.load(artifact.resolve(args.predictor, args.model))
+    loaded = artifact.load(locate.resolve(args.predictor, args.model))
     opt = OptModel(args.model, args.device)
-    artifact.check_model(loaded.manifest, opt.spec)
-    artifact.check_fingerprint(loaded.manifest, opt.spec.fingerprint, args.model)
+    check_model(loaded.manifest, opt.spec)
+    check_fingerprint(loaded.manifest, opt.spec.fingerprint, args.model)
     seq_len = min(args.seq_len, opt.config.max_position_embeddings)
     documents = data.tokenize(data.read_documents(str(args.data)), opt.tokenizer())
     tokens, owner = windows_of(documents, seq_len, opt.bos, args.tokens, args.seed)

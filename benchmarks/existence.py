@@ -38,6 +38,7 @@ import torch
 
 from vllm_dejavu import artifact
 from vllm_dejavu.kernels import cpu
+from vllm_dejavu.manifest import check_fingerprint, check_model
 from vllm_dejavu.predictor import Predictor
 from vllm_dejavu.predictor_training import data, forms
 from vllm_dejavu.predictor_training.calibrate import quantile
@@ -386,8 +387,8 @@ def trained_predictor(study: Study, part: str) -> artifact.Artifact | None:
         )
         return None
     loaded = artifact.load(directory)
-    artifact.check_model(loaded.manifest, study.opt.spec)
-    artifact.check_fingerprint(loaded.manifest, study.opt.spec.fingerprint, study.name)
+    check_model(loaded.manifest, study.opt.spec)
+    check_fingerprint(loaded.manifest, study.opt.spec.fingerprint, study.name)
     return loaded
 
 

@@ -47,7 +47,8 @@ from safetensors.torch import save_file
 from transformers import OPTConfig
 
 from vllm_dejavu import artifact
-from vllm_dejavu.artifact import Artifact, GateSpec, ModelSpec, WeightsFingerprint
+from vllm_dejavu.artifact import Artifact, WeightsFingerprint
+from vllm_dejavu.manifest import GateSpec, ModelSpec, check_fingerprint, check_model
 from vllm_dejavu.predictor_training import hf_opt
 from vllm_dejavu.roofline import GEOMETRIES, Geometry
 
@@ -176,8 +177,8 @@ def inflate(
     loaded = None
     if (model_dir / "dejavu").is_dir():
         loaded = artifact.load(model_dir / "dejavu")
-        artifact.check_model(loaded.manifest, ModelSpec.from_hf_config(config, str(model_dir)))
-        artifact.check_fingerprint(loaded.manifest, hf_opt.fingerprint(str(model_dir)), str(model_dir))
+        check_model(loaded.manifest, ModelSpec.from_hf_config(config, str(model_dir)))
+        check_fingerprint(loaded.manifest, hf_opt.fingerprint(str(model_dir)), str(model_dir))
 
     copies = Copies.draw(config, factor, seed)
     digest = WeightsFingerprint()

@@ -46,9 +46,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_dejavu import artifact, metrics, selection
+from vllm_dejavu import artifact, locate, metrics, selection
 from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.kernels import reference
+from vllm_dejavu.manifest import check_fingerprint, check_model
 from vllm_dejavu.predictor import state_name
 from vllm_dejavu.predictor_training import data, evaluate, forms
 from vllm_dejavu.predictor_training.calibrate import Gate, Key, make_head_gate, make_mlp_gate, quantile
@@ -576,9 +577,9 @@ class Study:
     def __init__(self, args: argparse.Namespace):
         self.args, self.output = args, Path(args.output)
         self.opt = OptModel(args.model, device=args.device)
-        self.loaded = artifact.load(artifact.resolve(args.predictor, args.model))
-        artifact.check_model(self.loaded.manifest, self.opt.spec)
-        artifact.check_fingerprint(self.loaded.manifest, self.opt.spec.fingerprint, args.model)
+        self.loaded = artifact.load(locate.resolve(args.predictor, args.model))
+        check_model(self.loaded.manifest, self.opt.spec)
+        check_fingerprint(self.loaded.manifest, self.opt.spec.fingerprint, args.model)
         self.tokenizer = self.opt.tokenizer()
         # The engine wants room for one new token; the same windows are scored everywhere.
         self.seq_len = min(2048, self.opt.config.max_position_embeddings) - 1
@@ -660,7 +661,7 @@ class Study:
         return {
             "model": shown(args.model),
             "fingerprint": self.opt.spec.fingerprint,
-            "artifact": shown(str(artifact.resolve(args.predictor, args.model))),
+            "artifact": shown(str(locate.resolve(args.predictor, args.model))),
             "artifact_digest": self.loaded.digest,
             "seq_len": self.seq_len,
             "seed": args.seed,

@@ -30,7 +30,8 @@ import torch
 from common import TINY, geometry
 
 from vllm_dejavu import artifact
-from vllm_dejavu.artifact import DTYPES, GateSpec, Manifest, ModelSpec
+from vllm_dejavu.artifact import DTYPES
+from vllm_dejavu.manifest import GateSpec, Manifest, ModelSpec
 from vllm_dejavu.predictor import quantize
 from vllm_dejavu.roofline import GEOMETRIES, Geometry, preset_densities
 

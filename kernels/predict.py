@@ -11,15 +11,14 @@ sort.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_dejavu.kernels import launch, tiles
-from vllm_dejavu.kernels.launch import check, check_matrix
-from vllm_dejavu.kernels.reference import SEGMENT
+from vllm_dejavu.kernels import checks, primitives, tables
+from vllm_dejavu.kernels.checks import check, check_matrix
+from vllm_dejavu.kernels.interface import SEGMENT, Call, Linear, LowRank, Rider, Selection
+from vllm_dejavu.kernels.workspace import Workspace, workspace_for
 
 
 @triton.jit
@@ -55,7 +54,7 @@ def _score_block(
     tokens = token_block * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask, token_mask = rows < units, tokens < num_tokens
     k_start = split * span
-    result = tiles.row_products(
+    result = primitives.row_products(
         w_ptr,
         hidden,
         rows,
@@ -79,7 +78,9 @@ def _score_block(
     if SPLITS > 1:
         size = tl.full([], 1, tl.int64) * num_tokens * units
         tl.store(partial_ptr + split * size + offsets, result, mask=mask)
-        last = tiles.arrive(counter_ptr + (blocks_before + block) * tl.num_programs(2) + token_block, SPLITS)
+        last = primitives.arrive(
+            counter_ptr + (blocks_before + block) * tl.num_programs(2) + token_block, SPLITS
+        )
         if last:
             # in the order of the splits, whoever came last: the sum is the same every time
             result = tl.load(partial_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
@@ -215,7 +216,7 @@ def _up_select_kernel(
     for start in range(0, num_tokens, BLOCK_T):
         tokens = start + tl.arange(0, BLOCK_T)
         token_mask = tokens < num_tokens
-        scores = tiles.row_products(
+        scores = primitives.row_products(
             up_ptr,
             rank,
             neurons,
@@ -247,28 +248,28 @@ def _up_select_kernel(
     tl.store(ids_ptr + neurons, tl.zeros([SEGMENT], tl.int32) + ffn, mask=inside & (place >= number))
     tl.store(counts_ptr + segment, number)
     if COUNT:
-        tiles.count(counters_ptr, 2, tl.sum(selected, 0))
-        tiles.count(counters_ptr, 3, number)
+        primitives.count(counters_ptr, primitives.SELECTED, tl.sum(selected, 0))
+        primitives.count(counters_ptr, primitives.READ, number)
         if segment == 0:
-            tiles.count_rows(counters_ptr, row_lens_ptr, num_tokens, BLOCK_T)
+            primitives.count_rows(counters_ptr, row_lens_ptr, num_tokens, BLOCK_T)
 
 
 def _launch_down(
     x: torch.Tensor,
     down: torch.Tensor | None,
-    heads: tuple | None,
+    rider: Rider | None,
     row_lens: torch.Tensor,
-    workspace: launch.Workspace,
-) -> tuple:
+    workspace: Workspace,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(down-projection [num_tokens, rank] fp32 in scratch memory or None, head scores [num_tokens, heads] or
     None).
     """
     num_tokens, hidden = x.shape
     rank = 0 if down is None else down.shape[0]
-    head_x, head_weight, head_bias = (x, x, row_lens) if heads is None else heads
-    units = 0 if heads is None else head_weight.shape[0]
-    t = launch.tile("down", num_tokens, x.dtype)
-    splits = launch.down_grid(num_tokens, rank, units, hidden, x.device)
+    head_x, (head_weight, head_bias) = (x, (x, row_lens)) if rider is None else rider
+    units = 0 if rider is None else head_weight.shape[0]
+    t = tables.tile("down", num_tokens, x.dtype)
+    splits = tables.down_grid(num_tokens, rank, units, hidden, x.device)
     span = triton.cdiv(triton.cdiv(hidden, splits), t.k) * t.k
     splits = -(-hidden // span)
     rank_blocks, token_blocks = -(-rank // t.n), -(-num_tokens // t.tokens)
@@ -305,8 +306,8 @@ def _launch_down(
         BLOCK_T=t.tokens,
         BLOCK_K=t.k,
         DOT=t.dot,
-        PRECISION=launch.precision(x.dtype, x.dtype if down is None else down.dtype),
-        HEAD_PRECISION=launch.precision(x.dtype, head_weight.dtype),
+        PRECISION=checks.precision(x.dtype, x.dtype if down is None else down.dtype),
+        HEAD_PRECISION=checks.precision(x.dtype, head_weight.dtype),
         STAGES=t.stages,
         num_warps=t.warps,
     )
@@ -320,56 +321,47 @@ def _check_scored(x: torch.Tensor, weight: torch.Tensor, name: str, row_lens: to
     check_matrix("row_lens", row_lens, (x.shape[0],), torch.int32)
 
 
-def score_heads(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, row_lens: torch.Tensor, workspace: Any = None
-) -> torch.Tensor:
+def score_heads(x: torch.Tensor, predictor: Linear, call: Call) -> torch.Tensor:
     """See `reference.score_heads`. One launch.
 
     Raises:
         ValueError: on shape, dtype or stride mismatch.
     """
-    _check_scored(x, weight, "weight", row_lens)
-    check_matrix("bias", bias, (weight.shape[0],), torch.float32)
-    return _launch_down(x, None, (x, weight, bias), row_lens, launch.workspace_for(workspace, x.device))[1]
+    _check_scored(x, predictor.weight, "weight", call.row_lens)
+    check_matrix("bias", predictor.bias, (predictor.weight.shape[0],), torch.float32)
+    workspace = workspace_for(call.workspace, x.device)
+    return _launch_down(x, None, Rider(x, predictor), call.row_lens, workspace)[1]
 
 
 def select_neurons(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    bias: torch.Tensor,
-    row_lens: torch.Tensor,
-    with_row_mask: bool = False,
-    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    counters: torch.Tensor | None = None,
-    workspace: Any = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, predictor: LowRank, call: Call, with_mask: bool = False, rider: Rider | None = None
+) -> tuple[Selection, torch.Tensor | None]:
     """See `reference.select_neurons`. Two launches.
 
     Raises:
         ValueError: on shape, dtype or stride mismatch.
     """
+    (down, up, bias), (row_lens, counters, workspace) = predictor, call
     _check_scored(x, down, "down", row_lens)
     (num_tokens, _), (ffn, rank) = x.shape, up.shape
     check_matrix("up", up, (None, down.shape[0]))
     check(up.is_contiguous(), "up contiguous", up.stride())
     check_matrix("bias", bias, (ffn,), torch.float32)
-    if heads is not None:
-        _check_scored(heads[0], heads[1], "head weight", row_lens)
-        check_matrix("head bias", heads[2], (heads[1].shape[0],), torch.float32)
+    if rider is not None:
+        _check_scored(rider.x, rider.predictor.weight, "head weight", row_lens)
+        check_matrix("head bias", rider.predictor.bias, (rider.predictor.weight.shape[0],), torch.float32)
         check(
-            heads[0].shape == x.shape and heads[0].dtype == x.dtype,
+            rider.x.shape == x.shape and rider.x.dtype == x.dtype,
             f"head input like x {list(x.shape)}",
-            list(heads[0].shape),
+            list(rider.x.shape),
         )
-    launch.check_counters(counters)
-    workspace = launch.workspace_for(workspace, x.device)
-    projected, head_scores = _launch_down(x, down, heads, row_lens, workspace)
+    checks.check_counters(counters)
+    projected, head_scores = _launch_down(x, down, rider, row_lens, workspace_for(workspace, x.device))
     segments = -(-ffn // SEGMENT)
     ids = torch.empty(ffn, dtype=torch.int32, device=x.device)
     counts = torch.empty(segments, dtype=torch.int32, device=x.device)
-    mask = torch.empty(num_tokens if with_row_mask else 0, ffn, dtype=torch.bool, device=x.device)
-    t = launch.tile("up", num_tokens)
+    mask = torch.empty(num_tokens, ffn, dtype=torch.bool, device=x.device) if with_mask else None
+    t = tables.tile("up", num_tokens)
     _up_select_kernel[(segments,)](
         projected,
         up,
@@ -377,19 +369,19 @@ def select_neurons(
         row_lens,
         ids,
         counts,
-        mask.view(torch.int8) if with_row_mask else ids,
+        ids if mask is None else mask.view(torch.int8),
         ids if counters is None else counters,
         ffn,
         rank,
         num_tokens,
         SEGMENT=SEGMENT,
-        ROW_MASK=with_row_mask,
+        ROW_MASK=with_mask,
         COUNT=counters is not None,
         BLOCK_T=t.tokens,
         BLOCK_K=t.k,
         DOT=t.dot,
-        PRECISION=launch.precision_of_projected(x.dtype, up.dtype),
+        PRECISION=checks.precision_of_projected(x.dtype, up.dtype),
         STAGES=t.stages,
         num_warps=t.warps,
     )
-    return ids, counts, mask, head_scores
+    return Selection(ids, counts, mask), head_scores

@@ -6,14 +6,13 @@ the cache stays complete. Without skipping these, they bound the gain on large m
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_dejavu.kernels import launch, tiles
-from vllm_dejavu.kernels.launch import check, check_matrix
+from vllm_dejavu.kernels import checks, primitives, tables
+from vllm_dejavu.kernels.checks import check, check_matrix
+from vllm_dejavu.kernels.interface import Call, Rows
 
 
 @triton.jit
@@ -61,12 +60,12 @@ def _qkv_kernel(
         needed = (number > 0).to(tl.int32)
         if COUNT:
             if (block == 0) & (token_block == 0):
-                tiles.count(counters_ptr, 2, number)
-                tiles.count(counters_ptr, 3, needed)
+                primitives.count(counters_ptr, primitives.SELECTED, number)
+                primitives.count(counters_ptr, primitives.READ, needed)
                 if head == 0:
-                    tiles.count_rows(counters_ptr, row_lens_ptr, num_tokens, BLOCK_T)
+                    primitives.count_rows(counters_ptr, row_lens_ptr, num_tokens, BLOCK_T)
     # an unselected head's loop has no iterations: its weights are not read, its Q is 0
-    result = tiles.row_products(
+    result = primitives.row_products(
         w_ptr,
         hidden,
         rows,
@@ -137,8 +136,8 @@ def _out_proj_kernel(
             w_rows + columns[None, :], mask=row_mask[:, None] & (d < HEAD_SIZE * needed)[None, :], other=0.0
         )
         a = tl.load(attn_rows + columns[None, :], mask=(score > 0)[:, None] & inside[None, :], other=0.0)
-        acc = tiles.multiply_add(acc, w, a, DOT, PRECISION)
-    result = tiles.finish(acc, DOT)
+        acc = primitives.multiply_add(acc, w, a, DOT, PRECISION)
+    result = primitives.finish(acc, DOT)
     offsets = tokens.to(tl.int64)[None, :] * hidden + rows[:, None]
     tl.store(
         out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :]
@@ -146,20 +145,14 @@ def _out_proj_kernel(
 
 
 def sparse_qkv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    head_scores: torch.Tensor,
-    row_lens: torch.Tensor,
-    head_size: int,
-    counters: torch.Tensor | None = None,
-    workspace: Any = None,
+    x: torch.Tensor, qkv: Rows, head_scores: torch.Tensor, head_size: int, call: Call
 ) -> torch.Tensor:
     """See `reference.sparse_qkv`.
 
     Raises:
         ValueError: on shape, dtype or stride mismatch.
     """
+    (weight, bias), (row_lens, counters, _) = qkv, call
     (num_tokens, hidden), out_size = x.shape, weight.shape[0]
     check_matrix("x", x, (None, None))
     check_matrix("weight", weight, (None, hidden), x.dtype)
@@ -175,11 +168,11 @@ def sparse_qkv(
         f"weight with rows for Q of {heads} heads, and as many for K as for V",
         list(weight.shape),
     )
-    launch.check_bias("bias", bias, out_size)
-    launch.check_counters(counters)
+    checks.check_bias("bias", bias, out_size)
+    checks.check_counters(counters)
     _check_scores(head_scores, num_tokens, heads)
     check_matrix("row_lens", row_lens, (num_tokens,), torch.int32)
-    t = launch.tile("qkv", num_tokens, x.dtype)
+    t = tables.tile("qkv", num_tokens, x.dtype)
     blocks = -(-head_size // t.n)
     out = torch.empty(num_tokens, out_size, dtype=x.dtype, device=x.device)
     _qkv_kernel[(out_size // head_size * blocks, -(-num_tokens // t.tokens))](
@@ -203,7 +196,7 @@ def sparse_qkv(
         BLOCK_T=t.tokens,
         BLOCK_K=t.k,
         DOT=t.dot,
-        PRECISION=launch.precision(x.dtype),
+        PRECISION=checks.precision(x.dtype),
         STAGES=t.stages,
         num_warps=t.warps,
     )
@@ -211,11 +204,7 @@ def sparse_qkv(
 
 
 def sparse_out_proj(
-    attn: torch.Tensor,
-    weight: torch.Tensor,
-    head_scores: torch.Tensor,
-    output: torch.Tensor | None = None,
-    workspace: Any = None,
+    attn: torch.Tensor, out: Rows, head_scores: torch.Tensor, output: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `reference.sparse_out_proj`.
 
@@ -223,7 +212,7 @@ def sparse_out_proj(
         ValueError: on shape, dtype or stride mismatch.
     """
     num_tokens, heads, head_size = attn.shape
-    hidden = weight.shape[0]
+    weight, hidden = out.weight, out.weight.shape[0]
     check(attn.stride(2) == 1 and attn.stride(1) == head_size, "attn with heads side by side", attn.stride())
     check_matrix("weight", weight, (None, heads * head_size), attn.dtype)
     check(weight.is_contiguous(), "weight contiguous", weight.stride())
@@ -232,7 +221,7 @@ def sparse_out_proj(
         output = torch.empty(num_tokens, hidden, dtype=attn.dtype, device=attn.device)
     check_matrix("output", output, (num_tokens, hidden), attn.dtype)
     check(output.is_contiguous(), "output contiguous", output.stride())
-    t = launch.tile("out_proj", num_tokens, attn.dtype)
+    t = tables.tile("out_proj", num_tokens, attn.dtype)
     _out_proj_kernel[(-(-hidden // t.n), -(-num_tokens // t.tokens))](
         attn,
         attn.stride(0),
@@ -247,7 +236,7 @@ def sparse_out_proj(
         BLOCK_N=t.n,
         BLOCK_T=t.tokens,
         DOT=t.dot,
-        PRECISION=launch.precision(attn.dtype),
+        PRECISION=checks.precision(attn.dtype),
         STAGES=t.stages,
         num_warps=t.warps,
     )

@@ -11,14 +11,14 @@ whose kernel needs a contiguous cache and equal lengths.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_dejavu.kernels import launch, tiles
-from vllm_dejavu.kernels.launch import check, check_matrix
+from vllm_dejavu.kernels import primitives, tables
+from vllm_dejavu.kernels.checks import check, check_matrix
+from vllm_dejavu.kernels.interface import Cache, Call
+from vllm_dejavu.kernels.workspace import workspace_for
 
 # Finite, so that the difference of two untouched maxima is 0 and not NaN.
 _LOWEST = tl.constexpr(-1e38)
@@ -104,7 +104,7 @@ def _attention_kernel(
                 tl.store(mine + split * (HEAD_SIZE + 2) + d, result, mask=d_mask)
                 tl.store(mine + split * (HEAD_SIZE + 2) + HEAD_SIZE, maximum)
                 tl.store(mine + split * (HEAD_SIZE + 2) + HEAD_SIZE + 1, total)
-                last = tiles.arrive(semaphore_ptr + row_head, live)
+                last = primitives.arrive(semaphore_ptr + row_head, live)
                 if last:
                     s = tl.arange(0, SPLITS_POW2)
                     parts = mine + s * (HEAD_SIZE + 2)
@@ -127,20 +127,14 @@ def _attention_kernel(
 
 
 def paged_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    head_scores: torch.Tensor,
-    max_model_len: int | None = None,
-    workspace: Any = None,
+    query: torch.Tensor, cache: Cache, scale: float, head_scores: torch.Tensor, call: Call
 ) -> torch.Tensor:
     """See `reference.paged_attention`. One launch.
 
     Raises:
         ValueError: on shape, dtype or stride mismatch.
     """
+    kv_cache, block_table, seq_lens, max_model_len = cache
     num_tokens, heads, head_size = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
     check(query.stride(2) == 1, "query contiguous in its last dimension", query.stride())
@@ -165,14 +159,14 @@ def paged_attention(
     )
     check_matrix("head_scores", head_scores, (num_tokens, heads), torch.float32)
     check(head_scores.is_contiguous(), "head_scores contiguous", head_scores.stride())
-    workspace = launch.workspace_for(workspace, query.device)
+    workspace = workspace_for(call.workspace, query.device)
     longest = block_table.shape[1] * block_size
-    splits = launch.attention_splits(
+    splits = tables.attention_splits(
         num_tokens, heads, longest if max_model_len is None else min(max_model_len, longest), query.device
     )
     out = torch.empty(num_tokens, heads, head_size, dtype=query.dtype, device=query.device)
     partials = workspace.take("attention", num_tokens, heads, splits, head_size + 2) if splits > 1 else out
-    t = launch.tile("attention", num_tokens)
+    t = tables.tile("attention", num_tokens)
     _attention_kernel[(splits, heads, num_tokens)](
         query,
         query.stride(0),

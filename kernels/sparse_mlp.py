@@ -13,15 +13,14 @@ are ours.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_dejavu.kernels import launch, tiles
-from vllm_dejavu.kernels.launch import check, check_matrix
-from vllm_dejavu.kernels.reference import SEGMENT
+from vllm_dejavu.kernels import checks, primitives, reference, tables
+from vllm_dejavu.kernels.checks import check, check_matrix
+from vllm_dejavu.kernels.interface import SEGMENT, Call, Mlp, Selection
+from vllm_dejavu.kernels.workspace import workspace_for
 
 
 @triton.jit
@@ -75,7 +74,7 @@ def _fc1_kernel(
         before = ends[None, :] <= position[:, None]
         place = position - tl.max(tl.where(before, ends[None, :], 0), 1)
         neurons = tl.load(ids_ptr + tl.sum(before.to(tl.int32), 1) * SEGMENT + place, mask=mask, other=0)
-        h = tiles.row_products(
+        h = primitives.row_products(
             w_ptr,
             hidden,
             neurons,
@@ -158,7 +157,7 @@ def _fc2_kernel(
             other=0.0,
         )
         if DOT:
-            acc = tiles.dot(tl.trans(h), w, acc, PRECISION)
+            acc = primitives.dot(tl.trans(h), w, acc, PRECISION)
         else:
             acc += h.to(tl.float32)[:, :, None] * w.to(tl.float32)[:, None, :]
     if DOT:
@@ -182,14 +181,14 @@ def _fc2_kernel(
                     )
                     alive |= tl.max((h > 0).to(tl.int32), 1)
                 survived += alive
-            tiles.count(counters_ptr, 4, tl.sum(survived, 0))
+            primitives.count(counters_ptr, primitives.SURVIVED, tl.sum(survived, 0))
     offsets = tokens.to(tl.int64)[:, None] * hidden + columns[None, :]
     mask = token_mask[:, None] & column_mask[None, :]
     last = True
     if SPLITS > 1:
         size = tl.full([], 1, tl.int64) * num_tokens * hidden
         tl.store(partial_ptr + split * size + offsets, result, mask=mask)
-        last = tiles.arrive(semaphore_ptr + tile * tl.num_programs(2) + token_block, SPLITS)
+        last = primitives.arrive(semaphore_ptr + tile * tl.num_programs(2) + token_block, SPLITS)
         if last:
             result = tl.load(partial_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             for s in range(1, SPLITS):
@@ -201,47 +200,41 @@ def _fc2_kernel(
 
 
 def sparse_mlp(
-    x: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor | None,
-    fc2_weight_t: torch.Tensor,
-    neuron_ids: torch.Tensor,
-    counts: torch.Tensor,
-    row_lens: torch.Tensor,
-    row_mask: torch.Tensor | None = None,
-    activation: str = "relu",
-    counters: torch.Tensor | None = None,
-    workspace: Any = None,
+    x: torch.Tensor, mlp: Mlp, selection: Selection | None = None, call: Call | None = None
 ) -> torch.Tensor:
-    """See `reference.sparse_mlp`. Activations are rounded to the dtype of x between fc1 and fc2. Two
-    launches.
+    """See `reference.sparse_mlp`; without a selection, PyTorch's own products. Activations are rounded to the
+    dtype of x between fc1 and fc2. Two launches.
 
     Raises:
         ValueError: on shape, dtype or stride mismatch, or another activation than ReLU.
     """
+    if selection is None:
+        return reference.sparse_mlp(x, mlp)
+    (fc1_weight, fc1_bias), fc2_weight_t = mlp.up, mlp.down.weight
+    (neuron_ids, counts, row_mask), (row_lens, counters, workspace) = selection, call
     (num_tokens, hidden), ffn = x.shape, fc1_weight.shape[0]
     segments = -(-ffn // SEGMENT)
-    check(activation == "relu", "activation 'relu'", activation)
+    check(mlp.activation == "relu", "activation 'relu'", mlp.activation)
     check_matrix("x", x, (None, None))
     for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight_t", fc2_weight_t)):
         check_matrix(name, weight, (ffn, hidden), x.dtype)
         check(weight.is_contiguous(), f"{name} contiguous", weight.stride())
-    launch.check_bias("fc1_bias", fc1_bias, ffn)
-    launch.check_counters(counters)
+    checks.check_bias("fc1_bias", fc1_bias, ffn)
+    checks.check_counters(counters)
     check_matrix("neuron_ids", neuron_ids, (ffn,), torch.int32)
     check_matrix("counts", counts, (segments,), torch.int32)
     check_matrix("row_lens", row_lens, (num_tokens,), torch.int32)
     if row_mask is not None:
         check_matrix("row_mask", row_mask, (num_tokens, ffn), torch.bool)
         check(row_mask.is_contiguous(), "row_mask contiguous", row_mask.stride())
-    workspace = launch.workspace_for(workspace, x.device)
-    t = launch.tile("fc1", num_tokens, x.dtype)
-    stride_h = launch.padded_tokens(num_tokens)
+    workspace = workspace_for(workspace, x.device)
+    t = tables.tile("fc1", num_tokens, x.dtype)
+    stride_h = tables.padded_tokens(num_tokens)
     h = workspace.take("activations", ffn, stride_h, dtype=x.dtype)
     end = -(-ffn // 16) * 16  # aligned for wide loads; the entry after the list is its length
     neuron_list = torch.empty(end + 1, dtype=torch.int32, device=x.device)
     total = neuron_list[end:]
-    _fc1_kernel[(t.per_sm * launch.num_sms(x.device), -(-num_tokens // t.tokens))](
+    _fc1_kernel[(t.per_sm * tables.num_sms(x.device), -(-num_tokens // t.tokens))](
         x,
         x.stride(0),
         fc1_weight,
@@ -266,12 +259,12 @@ def sparse_mlp(
         BLOCK_T=t.tokens,
         BLOCK_K=t.k,
         DOT=t.dot,
-        PRECISION=launch.precision(x.dtype),
+        PRECISION=checks.precision(x.dtype),
         STAGES=t.stages,
         num_warps=t.warps,
     )
-    t = launch.tile("fc2", num_tokens, x.dtype)
-    splits, token_blocks = launch.fc2_grid(num_tokens, hidden, x.device), -(-num_tokens // t.tokens)
+    t = tables.tile("fc2", num_tokens, x.dtype)
+    splits, token_blocks = tables.fc2_grid(num_tokens, hidden, x.device), -(-num_tokens // t.tokens)
     out = torch.empty(num_tokens, hidden, dtype=x.dtype, device=x.device)
     partials = workspace.take("fc2_partials", splits, num_tokens, hidden) if splits > 1 else out
     column_tiles = -(-hidden // t.k)
@@ -293,7 +286,7 @@ def sparse_mlp(
         BLOCK_T=t.tokens,
         BLOCK_H=t.k,
         DOT=t.dot,
-        PRECISION=launch.precision(x.dtype),
+        PRECISION=checks.precision(x.dtype),
         STAGES=t.stages,
         num_warps=t.warps,
     )

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vllm_dejavu.artifact import DTYPES, GateSpec
+from vllm_dejavu.artifact import DTYPES
 from vllm_dejavu.kernels import reference
+from vllm_dejavu.manifest import GateSpec
 from vllm_dejavu.predictor import Predictor, quantize
 from vllm_dejavu.predictor_training.collect import layer_lookahead
 from vllm_dejavu.predictor_training.forms import FittedMlp

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from vllm_dejavu import artifact, metrics, quantization
+from vllm_dejavu import artifact, locate, metrics, quantization
 from vllm_dejavu.config import BLOCKS, MODES, WEIGHT_BITS
+from vllm_dejavu.manifest import ModelSpec, check_model
 from vllm_dejavu.predictor_training import data
 from vllm_dejavu.predictor_training.pipeline import say, versions
 
@@ -85,7 +86,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
             raise IsADirectoryError(f"--json {json_path} is a directory: name a file.")
     # Before the dense pass, not after it: a bad artifact must not cost the time that pass takes.
     needs_artifact = config.mode != "dense" or config.predictor is not None
-    loaded = artifact.load(artifact.resolve(config.predictor, config.model)) if needs_artifact else None
+    loaded = artifact.load(locate.resolve(config.predictor, config.model)) if needs_artifact else None
     from transformers import AutoConfig, AutoTokenizer
 
     hf_config = AutoConfig.from_pretrained(config.model)
@@ -93,7 +94,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     seq_len = min(2048, hf_config.max_position_embeddings) - 1  # the engine wants room for one new token
     texts = [t for source in config.data for t in data.read_documents(source, config.field)]
     if loaded is not None:
-        artifact.check_model(loaded.manifest, artifact.ModelSpec.from_hf_config(hf_config, config.model))
+        check_model(loaded.manifest, ModelSpec.from_hf_config(hf_config, config.model))
     tokens = data.tokenize(texts, AutoTokenizer.from_pretrained(config.model))
     # With --max-tokens the windows are drawn from the whole text: the first ones may all be of one document.
     windows = data.pack(

@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, OPTForCausalLM
 from transformers.modeling_utils import load_state_dict
 
-from vllm_dejavu.artifact import ModelSpec, WeightsFingerprint
+from vllm_dejavu.artifact import WeightsFingerprint
 from vllm_dejavu.families import family_of, geometry_of
+from vllm_dejavu.manifest import ModelSpec
 from vllm_dejavu.predictor import gate_input
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import vllm_dejavu
 from vllm_dejavu import artifact
 from vllm_dejavu.config import LOOKAHEADS
+from vllm_dejavu.manifest import Manifest
 from vllm_dejavu.predictor_training import collect, data, forms, labels, report, samples
 from vllm_dejavu.predictor_training.calibrate import Calibrator, describe
 from vllm_dejavu.predictor_training.collect import Collector, Moments, Request
@@ -331,7 +332,7 @@ def run(
     specs, described = describe(opt, gates, valid.tokens, config.dtype, config.batch, config.seed)
     for (layer, block), spec in specs.items():
         log.write("gate", layer=layer, block=block, **dataclasses.asdict(spec))
-    manifest = artifact.Manifest(
+    manifest = Manifest(
         model=opt.spec,
         layers=tuple({b: specs[i, b] for b in ("mlp", "attention")} for i in range(len(opt.layers))),
         training={

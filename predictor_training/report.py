@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_dejavu.artifact import Artifact, Manifest
+from vllm_dejavu.artifact import Artifact
+from vllm_dejavu.manifest import Manifest
 from vllm_dejavu.predictor_training.calibrate import SCORE_BINS
 
 LIBRARY = "vllm-dejavu"

@@ -6,17 +6,17 @@ rows of neurons that came out negative. Selections and counts are compared exact
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from kernel_flat import Flat
+from kernel_flat import flat_reference as reference
 from kernel_inputs import DENSITIES, DENSITY_IDS, NAN, poison, row_lens_of, scores_of
 from kernel_inputs import rand as cpu_rand
 from kernel_inputs import rand_mask as cpu_rand_mask
 from tolerances import DTYPE_IDS, DTYPES, assert_close
 
-from vllm_dejavu.kernels import reference
 from vllm_dejavu.predictor import quantize
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -38,10 +38,10 @@ class Checks:
     name.
 
     Attributes:
-        kernels: a module (or what looks like one) with the functions of `reference`.
+        kernels: a `Flat`, or what has the functions of one.
     """
 
-    kernels: ModuleType | Any
+    kernels: Flat | Any
     device: torch.device
 
     def rand(self, *shape, **options):

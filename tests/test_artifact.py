@@ -21,16 +21,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vllm_dejavu import artifact
-from vllm_dejavu.artifact import (
+from vllm_dejavu import artifact, locate
+from vllm_dejavu.artifact import WeightsFingerprint
+from vllm_dejavu.inspection import artifact_table
+from vllm_dejavu.manifest import (
     MANIFEST_FILE,
     TENSORS_FILE,
     ArtifactError,
     GateSpec,
     ModelSpec,
-    WeightsFingerprint,
+    check_fingerprint,
+    check_model,
 )
-from vllm_dejavu.inspection import artifact_table
 
 DOCS = Path(__file__).parent.parent / "docs" / "artifact.md"
 
@@ -284,15 +286,15 @@ def test_another_geometry_is_refused(original, key):
     value = getattr(manifest.model, key)
     other = dataclasses.replace(manifest.model, name="other", **{key: value * 2})
     with pytest.raises(ArtifactError, match=f"{key}=.*other has {key}=.*Retrain"):
-        artifact.check_model(manifest, other)
-    artifact.check_model(manifest, manifest.model)
+        check_model(manifest, other)
+    check_model(manifest, manifest.model)
 
 
 def test_other_weights_are_refused(original):
     manifest = artifact.load(original).manifest
     with pytest.raises(ArtifactError, match="sha256:00.*retrain"):
-        artifact.check_fingerprint(manifest, "sha256:00", "other")
-    artifact.check_fingerprint(manifest, manifest.model.fingerprint, "same")
+        check_fingerprint(manifest, "sha256:00", "other")
+    check_fingerprint(manifest, manifest.model.fingerprint, "same")
 
 
 class Killed(BaseException):
@@ -489,12 +491,12 @@ class TestFingerprint:
 class TestResolve:
     def test_beside_the_model(self, tmp_path):
         with pytest.raises(ArtifactError, match=r"looked for .*dejavu.json.*--output"):
-            artifact.resolve(None, str(tmp_path))
+            locate.resolve(None, str(tmp_path))
         (tmp_path / "dejavu").mkdir()
-        assert artifact.resolve(None, str(tmp_path)) == tmp_path / "dejavu"
+        assert locate.resolve(None, str(tmp_path)) == tmp_path / "dejavu"
 
     def test_a_directory(self, tmp_path):
-        assert artifact.resolve(str(tmp_path), "any/model") == tmp_path
+        assert locate.resolve(str(tmp_path), "any/model") == tmp_path
 
     @pytest.mark.parametrize(
         "name",
@@ -504,7 +506,7 @@ class TestResolve:
     def test_no_such_directory_and_no_hub_id(self, name):
         """Bug: a name longer than any file system takes ended in an OSError."""
         with pytest.raises(ArtifactError, match="no such directory, and not a hub id"):
-            artifact.resolve(name, "model")
+            locate.resolve(name, "model")
 
     def test_hub(self, tmp_path, monkeypatch):
         import huggingface_hub
@@ -516,8 +518,8 @@ class TestResolve:
             return str(tmp_path)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        assert artifact.resolve("org/name", "any/model", "main") == tmp_path
-        assert artifact.resolve(None, "org/model", "v1") == tmp_path / "dejavu"
+        assert locate.resolve("org/name", "any/model", "main") == tmp_path
+        assert locate.resolve(None, "org/model", "v1") == tmp_path / "dejavu"
         assert asked == [
             ("org/name", None, ["dejavu.json", "predictors.safetensors"]),
             ("org/model", "v1", ["dejavu/dejavu.json", "dejavu/predictors.safetensors"]),
@@ -528,7 +530,7 @@ class TestResolve:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
         with pytest.raises(ArtifactError, match="the hub gave none .*offline"):
-            artifact.resolve("org/name", "any/model")
+            locate.resolve("org/name", "any/model")
 
 
 JUNK = st.sampled_from(
@@ -655,4 +657,4 @@ def test_the_documented_example_writes_a_loadable_artifact(model_dir, tmp_path):
     documented_code("write")(str(tmp_path / "made"), dataclasses.asdict(spec))
     loaded = artifact.load(tmp_path / "made")
     assert loaded.manifest.layers[0]["mlp"].sparse and not loaded.manifest.layers[1]["mlp"].sparse
-    artifact.check_model(loaded.manifest, spec)
+    check_model(loaded.manifest, spec)

@@ -6,8 +6,9 @@ import pytest
 import tiny
 from engine import engine, generate, metrics_of, random_prompt
 
-from vllm_dejavu import artifact, auto
+from vllm_dejavu import artifact, auto, locate
 from vllm_dejavu.config import DejaVuConfig
+from vllm_dejavu.manifest import MANIFEST_FILE
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_second_start_reads_the_cache(model, monkeypatch):
     first = auto.resolve(str(model))
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("built again"))
     assert auto.resolve(str(model)) == first
-    assert artifact.resolve("auto", str(model)) == first
+    assert locate.resolve("auto", str(model)) == first
 
 
 def test_other_weights_have_an_artifact_of_their_own(model, tmp_path):
@@ -61,11 +62,11 @@ def test_failure_names_the_command_and_leaves_no_artifact(tmp_path):
     (broken / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(RuntimeError, match="vllm_dejavu.cli train"):
         auto.resolve(str(broken))
-    assert not (auto.cache_directory() / auto._key(broken) / artifact.MANIFEST_FILE).exists()
+    assert not (auto.cache_directory() / auto._key(broken) / MANIFEST_FILE).exists()
 
 
 def test_banner_says_what_it_was_made_from(model):
-    from vllm_dejavu.model import _origin
+    from vllm_dejavu.models.base import _origin
 
     manifest = artifact.load(auto.resolve(str(model))).manifest
     assert "text that the model wrote itself" in _origin(manifest)

@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import inflate  # noqa: E402
 
+from vllm_dejavu.manifest import TENSORS_FILE, ArtifactError, ModelSpec, check_fingerprint, check_model  # noqa: E402
 from vllm_dejavu.roofline import GEOMETRIES, Geometry  # noqa: E402
 
 SEED = 5
@@ -241,11 +242,11 @@ def test_artifact_is_that_of_the_new_weights(pair):
         artifact.load(pair.original / "dejavu").manifest,
     )
     found = hf_opt.fingerprint(str(pair.inflated))
-    spec = artifact.ModelSpec.from_hf_config(OPTConfig.from_pretrained(pair.inflated), "inflated", found)
-    artifact.check_model(loaded.manifest, spec)
-    artifact.check_fingerprint(loaded.manifest, found, "inflated")
-    with pytest.raises(artifact.ArtifactError, match="weights of"):
-        artifact.check_fingerprint(loaded.manifest, hf_opt.fingerprint(str(pair.original)), "the original")
+    spec = ModelSpec.from_hf_config(OPTConfig.from_pretrained(pair.inflated), "inflated", found)
+    check_model(loaded.manifest, spec)
+    check_fingerprint(loaded.manifest, found, "inflated")
+    with pytest.raises(ArtifactError, match="weights of"):
+        check_fingerprint(loaded.manifest, hf_opt.fingerprint(str(pair.original)), "the original")
     for gates, wide in zip(original.layers, loaded.manifest.layers, strict=True):
         for block in BLOCKS:
             assert replace(wide[block], threshold=gates[block].threshold) == gates[block]
@@ -257,9 +258,7 @@ def test_artifact_is_that_of_the_new_weights(pair):
 
 def test_predictor_weights_are_copied_as_stored(pair):
     """int8 integers stay integers: no gate's weights are scaled, in any dtype."""
-    original, inflated = (
-        load_file(d / "dejavu" / artifact.TENSORS_FILE) for d in (pair.original, pair.inflated)
-    )
+    original, inflated = (load_file(d / "dejavu" / TENSORS_FILE) for d in (pair.original, pair.inflated))
     assert original.keys() == inflated.keys()
     for name in (n for n in original if n.endswith(("down", "up", "weight"))):
         assert inflated[name].dtype == original[name].dtype
@@ -361,9 +360,9 @@ def test_older_names_of_tensors(tmp_path, prefix):
 
     path = model / "model.safetensors"
     expected = logits(model)
-    path.rename(model / artifact.TENSORS_FILE)
+    path.rename(model / TENSORS_FILE)
     rewrite_tensors(model, rename)
-    (model / artifact.TENSORS_FILE).rename(path)
+    (model / TENSORS_FILE).rename(path)
     wide = inflate.inflate(model, tmp_path / "wide", 2, torch.float32)
     assert "lm_head.weight" not in load_file(wide / "model.safetensors")
     assert relative_rms(logits(wide), expected) < TOLERANCE
@@ -429,7 +428,7 @@ class TestRefusals:
         """Widened, it would get the new weights' fingerprint, and nobody would notice any more."""
         model = make_opt(tmp_path / "opt")
         make_artifact(model / "dejavu", make_opt(tmp_path / "other", seed=1))
-        with pytest.raises(artifact.ArtifactError, match="trained on the weights"):
+        with pytest.raises(ArtifactError, match="trained on the weights"):
             inflate.inflate(model, tmp_path / "wide", 2)
         assert not (tmp_path / "wide").exists()
 

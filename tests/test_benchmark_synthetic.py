@@ -18,6 +18,7 @@ import synthetic  # noqa: E402
 from common import percentile  # noqa: E402
 from profile_step import kernels_of, launches_per_layer, summarize  # noqa: E402
 
+from vllm_dejavu.manifest import ModelSpec, check_model  # noqa: E402
 from vllm_dejavu.roofline import Geometry  # noqa: E402
 
 SMALL = Geometry("small", hidden=256, num_heads=8, num_layers=2, vocab=64, positions=66)
@@ -48,9 +49,7 @@ def written(tmp_path_factory):
 def test_artifact_loads_and_fits_its_model(written):
     directory, path = written
     loaded = artifact.load(path)
-    artifact.check_model(
-        loaded.manifest, artifact.ModelSpec.from_hf_config(OPTConfig.from_pretrained(directory), "small")
-    )
+    check_model(loaded.manifest, ModelSpec.from_hf_config(OPTConfig.from_pretrained(directory), "small"))
     assert loaded.manifest.calibration["synthetic"] is True
     assert [layer["attention"].lookahead for layer in loaded.manifest.layers] == ["self", "previous"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
-from vllm_dejavu import ops, support
+from vllm_dejavu import engine, steps
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def heard(caplog, monkeypatch):
 
 def sizes_after(sizes, max_num_seqs, mode=CUDAGraphMode.FULL_AND_PIECEWISE):
     compilation = SimpleNamespace(cudagraph_capture_sizes=list(sizes), cudagraph_mode=mode)
-    support.add_capture_size(
+    engine.add_capture_size(
         SimpleNamespace(
             compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs)
         )
@@ -81,8 +81,8 @@ def test_a_step_knows_that_it_is_captured(monkeypatch, mode, capturing, expected
     context = SimpleNamespace(
         attn_metadata={"attn": metadata}, additional_kwargs={}, cudagraph_runtime_mode=mode
     )
-    monkeypatch.setattr(ops, "get_forward_context", lambda: context)
+    monkeypatch.setattr(steps, "get_forward_context", lambda: context)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    step = ops.current_step("attn", "decode")
+    step = steps.current_step("attn", "decode")
     assert step.sparse and step.in_graph == expected

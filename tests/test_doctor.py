@@ -43,7 +43,7 @@ def test_plugin_not_allowed_by_vllm_plugins():
 
 
 @pytest.mark.parametrize(
-    "module", ["vllm_dejavu.plugin", pytest.param("vllm_dejavu.model", marks=pytest.mark.on_demand)]
+    "module", ["vllm_dejavu.plugin", pytest.param("vllm_dejavu.models.opt", marks=pytest.mark.on_demand)]
 )
 def test_broken_plugin_is_reported_with_its_error(tmp_path, module):
     """vLLM only logs a plugin that fails to import, and goes on with its own OPT."""

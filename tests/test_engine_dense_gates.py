@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from engine import engine, metrics_of, random_prompt, run_requests
 
-from vllm_dejavu import ops
-from vllm_dejavu.artifact import GateSpec
+from vllm_dejavu.gate import _largest_batch, _of_size
 from vllm_dejavu.kernels import cpu, gpu, reference
-from vllm_dejavu.layers import _largest_batch, _of_size
+from vllm_dejavu.kernels.interface import implementation
+from vllm_dejavu.manifest import GateSpec
 
 ARRIVALS = {0: {name: random_prompt(5 + i) for i, name in enumerate("abc")}}
 
@@ -86,7 +86,7 @@ def test_no_more_tokens_than_the_kernels_are_made_for(crossover, measured, cap, 
 
 def test_the_cap_needs_no_calibrated_unions():
     assert _largest_batch(PLAIN, None, {}, 64) == 64
-    assert (reference.LARGEST_BATCH, cpu.LARGEST_BATCH, gpu.LARGEST_BATCH) == (None, None, 64)
+    assert tuple(module.KERNELS.largest_batch for module in (reference, cpu, gpu)) == (None, None, 64)
 
 
 def test_batches_of_64_are_sparse_and_of_65_dense(opt, predictors, monkeypatch):
@@ -94,8 +94,8 @@ def test_batches_of_64_are_sparse_and_of_65_dense(opt, predictors, monkeypatch):
 
     Bug: a step in which every block ran dense was counted as a sparse one.
     """
-    monkeypatch.setattr(ops.implementation("cpu"), "LARGEST_BATCH", 64)
-    monkeypatch.setattr(ops.implementation("cpu"), "CROSSOVERS", {})
+    monkeypatch.setattr(implementation("cpu"), "largest_batch", 64)
+    monkeypatch.setattr(implementation("cpu"), "crossovers", {})
     model = opt()
     with engine(model, dejavu={"predictor": predictors(model)}, max_num_seqs=65) as llm:
         for number, counted_as in ((64, "sparse"), (65, "above_crossover")):
@@ -127,7 +127,7 @@ def test_crossovers_are_those_of_the_next_smaller_hidden_size_measured(hidden, e
 @pytest.mark.parametrize("kernels", [reference, cpu, gpu], ids=["reference", "native", "triton"])
 def test_measured_crossovers_are_densities_by_block_size_and_batch(kernels):
     """A typing error there would silently make layers dense."""
-    for block, sizes in kernels.CROSSOVERS.items():
+    for block, sizes in kernels.KERNELS.crossovers.items():
         assert block in ("mlp", "attention") and all(isinstance(hidden, int) for hidden in sizes)
         for table in sizes.values():
             assert list(table) == sorted(table)
@@ -141,8 +141,8 @@ def test_a_gate_takes_the_crossovers_of_its_block_and_hidden_size(opt, predictor
         model, union_density={str(batch): {"mean": d, "upper": d} for batch, d in UNION.items()}
     )
     monkeypatch.setattr(
-        ops.implementation("cpu"),
-        "CROSSOVERS",
+        implementation("cpu"),
+        "crossovers",
         {"mlp": {768: {2: 0.15}, 2048: {}}, "attention": {2048: {8: 0.4}}},
     )
     with engine(model, dejavu={"predictor": artifact}) as llm:

@@ -13,9 +13,11 @@ from engine import engine, greedy, metrics_of, model_of, random_prompt
 from prometheus_client import REGISTRY
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-from vllm_dejavu import control, metrics, monitoring, ops, support
-from vllm_dejavu.layers import LONG_PASS, SAMPLED_ROWS, DejaVuSelfAttention
+from vllm_dejavu import control, metrics, monitoring, warm_up
+from vllm_dejavu.attention import GatedAttention
+from vllm_dejavu.recall import LONG_PASS, SAMPLED_ROWS
 from vllm_dejavu.selection import head_contributions, head_grams
+from vllm_dejavu.steps import Step
 
 
 def tokens_of(llm, prompt, max_tokens=12):
@@ -32,13 +34,14 @@ def test_sampled_recall_is_prediction_against_truth(opt, predictors, monkeypatch
     """Counted from the modules' own inputs, by other code than the ops'."""
     model, length = opt(), 100
     attention_outputs, inputs = {}, {}
-    project = DejaVuSelfAttention.project
+    stock_attention = GatedAttention.stock_attention
 
-    def spy(self, impl, attn, output):
+    def spy(self, *args):
+        attn = stock_attention(self, *args)
         attention_outputs.setdefault(self.gate.layer, attn.clone())
-        project(self, impl, attn, output)
+        return attn
 
-    monkeypatch.setattr(DejaVuSelfAttention, "project", spy)
+    monkeypatch.setattr(GatedAttention, "stock_attention", spy)
     with engine(model, dejavu={"predictor": predictors(model), "sample_recall": 1}) as llm:
         attention_outputs.clear()  # of warm-up, in vLLM 0.26
         layers = list(model_of(llm).model.decoder.local_layers())
@@ -92,7 +95,7 @@ def test_nothing_is_sampled_in_graphs(opt, predictors, monkeypatch):
     rows of padding as well.
     """
     model = opt()
-    monkeypatch.setattr(ops.Step, "in_graph", property(lambda _: True, lambda *_: None))
+    monkeypatch.setattr(Step, "in_graph", property(lambda _: True, lambda *_: None))
     with engine(model, dejavu={"predictor": predictors(model), "sample_recall": 1}) as llm:
         tokens_of(llm, random_prompt(100), max_tokens=2)
         assert {g["sampled_rows"] for g in gate_counts(llm).values()} == {0}
@@ -182,7 +185,7 @@ def test_after_warm_up_counts_are_zero_and_later_stages_have_buffers(monkeypatch
             done.append("dummy")
 
     for _ in range(2):  # a second model in the same process wraps nothing twice
-        support.complete_warm_up()
+        warm_up.complete_warm_up()
     ours = SimpleNamespace(reset_metrics=lambda: done.append("reset"))
     assert Worker(ours, intermediate_tensors=None).compile_or_warm_up_model() == "seconds"
     assert done == (["warm", "reset"] if first else ["warm", "dummy", "reset"])

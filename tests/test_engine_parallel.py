@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from tolerances import relative_rms
 
 from vllm_dejavu import artifact
-from vllm_dejavu.artifact import GateSpec
+from vllm_dejavu.manifest import GateSpec
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="made for workers on a CPU: here they would share a GPU"

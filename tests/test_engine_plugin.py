@@ -60,7 +60,7 @@ class TestWhoGetsOurClass:
     def test_model_impl_dejavu_is_ours(self, model, artifact):
         with engine(model, dejavu={"predictor": artifact}) as llm:
             assert llm.model_config.architecture == "DejaVuOPTForCausalLM"
-            assert type(model_of(llm)).__module__ == "vllm_dejavu.model"
+            assert type(model_of(llm)).__module__ == "vllm_dejavu.models.opt"
             # a changed artifact must change vLLM's compile-cache key
             settings = llm.llm_engine.vllm_config.additional_config["dejavu"]
             assert settings["artifact_digest"] == artifacts.load(artifact).digest

@@ -80,8 +80,10 @@ class TestGivenTheSameInputs:
                 )
                 positions = torch.arange(len(x))
                 with set_forward_context({layer.self_attn.attention_name: metadata}, config), torch.no_grad():
-                    (ids, counts, mask, _), _ = layer.mlp.choose(x, positions)
-                    return mask, reference.listed(ids, counts), layer.self_attn.choose(x, positions)
+                    mlp, attention = layer.mlp, layer.self_attn
+                    chosen = mlp.choose(x, positions, mlp.call(mlp.sparse_step(len(x)), x))
+                    call = attention.call(attention.sparse_step(len(x)), x)
+                    return chosen.mask, reference.listed(chosen), attention.choose(x, positions, call)
 
             yield call
 

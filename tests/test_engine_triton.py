@@ -15,8 +15,10 @@ from vllm.platforms import current_platform
 from vllm.v1.attention import selector
 
 from vllm_dejavu import ops
-from vllm_dejavu.kernels import gpu, reference
-from vllm_dejavu.kernels.launch import Workspace
+from vllm_dejavu.kernels import interface
+from vllm_dejavu.kernels.gpu import KERNELS as TRITON
+from vllm_dejavu.kernels.reference import KERNELS as REFERENCE
+from vllm_dejavu.kernels.workspace import Workspace
 
 # Small: under the interpreter a sparse step of one layer takes about 0.3 s.
 MODEL = {"layers": 2, "tied": False}
@@ -35,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def paged(monkeypatch):
-    """use(module): the engine's kernels, over a cache in the GPU layout."""
+    """use(kernels): the engine's kernels, over a cache in the GPU layout."""
     monkeypatch.setattr(
         type(current_platform),
         "get_attn_backend_cls",
@@ -44,16 +46,16 @@ def paged(monkeypatch):
     selector._cached_get_attn_backend.cache_clear()
     calls = {}
 
-    def use(module):
-        class Counted:
-            """The module, counting what is called."""
+    def use(kernels):
+        class Counted(type(kernels)):
+            """The kernels, counting what is called."""
 
-            def __getattr__(self, name):
+            def __getattribute__(self, name):
                 calls[name] = calls.get(name, 0) + 1
-                return getattr(module, name)
+                return super().__getattribute__(name)
 
         counted = Counted()
-        monkeypatch.setattr(ops, "implementation", lambda device_type: counted)
+        monkeypatch.setattr(interface, "implementation", lambda device_type: counted)
         return calls
 
     yield use
@@ -103,7 +105,7 @@ def test_a_request_arriving_midway(variant, gates, settings, paged, opt, predict
     """Sparse steps read the cache through the paged kernel; tokens and selections are the replay's, counts
     exact.
     """
-    calls = paged(gpu)
+    calls = paged(TRITON)
     model = opt(**{**MODEL, **variant})
     artifact = predictors(model, **gates)
     steps, tokens, counted = record(model, artifact, ARRIVALS, TOKENS, settings)
@@ -130,7 +132,7 @@ def test_preemption_and_prefix_hits(paged, opt, predictors):
     """Blocks change hands: 5 blocks for three growing requests, one of which starts from another's cached
     block.
     """
-    paged(gpu)
+    paged(TRITON)
     model = opt(**MODEL)
     artifact = predictors(model, attention="previous")
     arrivals = {0: {"a": TWICE[:33], "b": random_prompt(61)}, 2: {"c": TWICE[:32] + random_prompt(3)}}
@@ -148,7 +150,7 @@ def test_the_reference_kernels_give_the_same_tokens_over_the_same_cache(paged, o
     model = opt(**MODEL)
     artifact = predictors(model)
     results = []
-    for module in (gpu, reference):
+    for module in (TRITON, REFERENCE):
         paged(module)
         _, tokens, counted = record(model, artifact, ARRIVALS, TOKENS)
         results.append((tokens, counted["steps"], counted["layers"]))
@@ -207,7 +209,7 @@ def test_a_sparse_layer_takes_seven_launches_of_ours(paged, opt, predictors, mon
             with Inside():
                 return getattr(ops, f"_{name}")(*args, **(kwargs or {}))
 
-    paged(gpu)
+    paged(TRITON)
     model = opt(**{**MODEL, "layers": 3})
     with engine(
         model, dejavu={"predictor": predictors(model, attention="previous")}, num_gpu_blocks_override=16

@@ -27,8 +27,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dejavu import artifact
-from vllm_dejavu.artifact import MANIFEST_FILE, RECORDS, TENSORS_FILE, ArtifactError, GateSpec
 from vllm_dejavu.config import DIGEST_KEY, DejaVuConfig
+from vllm_dejavu.manifest import MANIFEST_FILE, RECORDS, TENSORS_FILE, ArtifactError, GateSpec, Manifest
 
 FIELDS = sorted(f.name for f in dataclasses.fields(DejaVuConfig))
 DEFAULTS = json.loads(json.dumps(dataclasses.asdict(DejaVuConfig())))
@@ -220,7 +220,7 @@ def address_space_limit(more_bytes: int):
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def written(manifest: artifact.Manifest, raw: dict) -> None:
+def written(manifest: Manifest, raw: dict) -> None:
     """Asserts that a manifest is what its JSON says, nothing lost and nothing made up, and can be computed
     with.
 

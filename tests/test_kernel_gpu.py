@@ -14,12 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HANG_S
+from kernel_flat import Flat
+from kernel_flat import flat_reference as reference
 from kernel_inputs import NAN, rand
 from tolerances import assert_close
 
-from vllm_dejavu.kernels import gpu, launch, reference
+from vllm_dejavu.kernels import tables
+from vllm_dejavu.kernels.gpu import KERNELS
+from vllm_dejavu.kernels.workspace import Workspace
 
 pytestmark = pytest.mark.gpu
+gpu = Flat(KERNELS)
 
 HIDDEN, FFN, RANK, HEADS, HEAD_SIZE, BLOCK_SIZE, MAX_LEN = 1024, 4096, 128, 16, 64, 16, 1024
 QKV = 3 * HEADS * HEAD_SIZE
@@ -82,9 +87,7 @@ class Layer:
         )
         self.seq_lens = torch.zeros(tokens, dtype=torch.int32, device="cuda")
         self.counters = torch.zeros(5, dtype=torch.int64, device="cuda")
-        self.workspace = launch.Workspace.for_model(
-            self.x.device, DTYPE, tokens, ffn=FFN, head_size=HEAD_SIZE
-        )
+        self.workspace = Workspace.for_model(self.x.device, DTYPE, tokens, ffn=FFN, head_size=HEAD_SIZE)
         self.fill(tokens, seed=0)
 
     def fill(self, valid, seed):
@@ -266,9 +269,9 @@ def test_a_kernel_gives_the_same_bits_a_hundred_times(tokens, name):
 def test_some_sizes_here_are_cut_in_pieces():
     """The tests above mean little where nothing is merged."""
     device = torch.device("cuda", torch.cuda.current_device())
-    assert launch.attention_splits(1, HEADS, MAX_LEN, device) > 1
-    assert launch.down_grid(8, RANK, HEADS, HIDDEN, device) > 1
-    assert launch.fc2_grid(8, HIDDEN, device) > 1
+    assert tables.attention_splits(1, HEADS, MAX_LEN, device) > 1
+    assert tables.down_grid(8, RANK, HEADS, HIDDEN, device) > 1
+    assert tables.fc2_grid(8, HIDDEN, device) > 1
 
 
 def test_one_graph_serves_every_number_of_valid_rows():
@@ -336,8 +339,7 @@ def test_selection_on_a_stream_of_its_own():
 
 SANITIZED = """
 import torch
-from test_kernel_gpu import Layer, compare
-from vllm_dejavu.kernels import gpu, reference
+from test_kernel_gpu import Layer, compare, gpu, reference
 
 for tokens in (1, 8):
     layer = Layer(tokens)

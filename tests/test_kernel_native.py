@@ -31,10 +31,13 @@ from kernel_checks import (
     same_bits,
     wider_strides,
 )
+from kernel_flat import Flat
+from kernel_flat import flat_reference as reference
 from kernel_inputs import NAN, scores_of
 from tolerances import DTYPE_IDS, DTYPES, assert_close
 
-from vllm_dejavu.kernels import cpu, reference
+from vllm_dejavu.kernels import cpu
+from vllm_dejavu.kernels.interface import implementation
 
 EXACT = "TEST_CPU_LIBRARY" in os.environ
 if EXACT:
@@ -96,8 +99,11 @@ FUNCTIONS = (
     "sparse_out_proj",
 )
 WRAPPED = (*FUNCTIONS, "mask_heads", "prepare_weight")
+native = Flat(cpu.KERNELS)
 kernels = (
-    SimpleNamespace(**{name: with_exact_inputs(getattr(cpu, name)) for name in WRAPPED}) if EXACT else cpu
+    SimpleNamespace(**{name: with_exact_inputs(getattr(native, name)) for name in WRAPPED})
+    if EXACT
+    else native
 )
 checks = Checks(kernels, CPU)
 rand = checks.rand
@@ -427,14 +433,14 @@ def test_dense_passes_are_counted(lens):
         torch.tensor(lens, dtype=torch.int32),
     )
     ours, theirs = torch.arange(7), torch.arange(7)
-    cpu.count_dense(ours, once, per_row, row_lens)
+    native.count_dense(ours, once, per_row, row_lens)
     reference.count_dense(theirs, once, per_row, row_lens)
     rows = sum(n > 0 for n in lens)
     assert ours.tolist() == theirs.tolist() == [1, 1 + rows, 2 + 300 * rows, 303, 304, 5, 6]
     with pytest.raises(
         RuntimeError, match=r"per_row must be a contiguous CPU tensor \[7\] of Long, got \[6\]"
     ):
-        cpu.count_dense(ours, once, per_row[:6], row_lens)
+        native.count_dense(ours, once, per_row[:6], row_lens)
 
 
 def test_prepare_weight_changes_nothing():
@@ -1017,7 +1023,7 @@ def test_a_broken_activation_shows(tokens, dtype, isa):
         rand(96, 64, seed=2, fan_in=96, dtype=dtype),
     )
     x[-1, 3] = NAN
-    out = cpu.dense_mlp(x, fc1, None, fc2)
+    out = native.dense_mlp(x, fc1, None, fc2)
     assert out[-1].isnan().all() and not out[:-1].isnan().any()
 
 
@@ -1057,7 +1063,8 @@ def test_the_environment_names_the_instruction_set(name):
     set.
     """
     done = python(
-        "import torch; print(cpu.linear(torch.ones(1, 3), torch.ones(1, 3)).item(), cpu.isa())",
+        "import torch; from vllm_dejavu.kernels.interface import Rows;"
+        " print(cpu.KERNELS.linear(torch.ones(1, 3), Rows(torch.ones(1, 3))).item(), cpu.isa())",
         VLLM_DEJAVU_CPU_ISA=name,
     )
     if name in ISAS:
@@ -1083,19 +1090,17 @@ def test_a_library_that_cannot_be_loaded_is_an_error_with_its_remedy(tmp_path, m
 
 
 def test_without_the_library_the_reference_runs(tmp_path, monkeypatch):
-    from vllm_dejavu import ops
-
-    assert ops.implementation("cpu") is cpu
+    assert implementation("cpu") is cpu.KERNELS
     try:
         monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.so")
         cpu.available.cache_clear()
-        ops.implementation.cache_clear()
-        assert ops.implementation("cpu") is reference
+        implementation.cache_clear()
+        assert implementation("cpu") is reference.kernels
     finally:
         monkeypatch.undo()
         cpu.available.cache_clear()
-        ops.implementation.cache_clear()
-    assert ops.implementation("cpu") is cpu
+        implementation.cache_clear()
+    assert implementation("cpu") is cpu.KERNELS
 
 
 def test_one_openmp_library_serves_all():
@@ -1103,7 +1108,7 @@ def test_one_openmp_library_serves_all():
     code = """
 import torch
 torch.set_num_threads(2)
-cpu.dense_mlp(torch.ones(20, 64), torch.ones(300, 64), None, torch.ones(300, 64))
+torch.ops.dejavu_cpu.dense_mlp(torch.ones(20, 64), torch.ones(300, 64), None, torch.ones(300, 64))
 names = "libgomp", "libiomp", "libomp"
 print(*{line.split()[-1] for line in open("/proc/self/maps") if any(n in line for n in names)})
 """

@@ -8,6 +8,7 @@ import torch
 from fuzz import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_flat import flat_reference as reference
 from kernel_inputs import (
     DENSITIES,
     DENSITY_IDS,
@@ -20,8 +21,6 @@ from kernel_inputs import (
     scores_of,
 )
 from tolerances import DTYPE_IDS, DTYPES, assert_close
-
-from vllm_dejavu.kernels import reference
 
 FUZZ = fuzz(80)
 

@@ -7,8 +7,6 @@ keep scores off 0.
 
 import contextlib
 import inspect
-import re
-from pathlib import Path
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -30,12 +28,16 @@ from kernel_checks import (
     same_bits,
     wider_strides,
 )
+from kernel_flat import Flat
+from kernel_flat import flat_reference as reference
 from kernel_inputs import DENSITIES, NAN, paged_cache, scores_of
 from kernel_inputs import rand as cpu_rand
 from kernel_inputs import rand_mask as cpu_rand_mask
 from tolerances import DTYPE_IDS, DTYPES, assert_close
 
-from vllm_dejavu.kernels import cpu, gpu, launch, predict, reference, sparse_attention, sparse_mlp
+from vllm_dejavu.kernels import cpu, gpu, predict, primitives, sparse_attention, sparse_mlp, tables
+from vllm_dejavu.kernels.interface import COUNTERS, Kernels
+from vllm_dejavu.kernels.workspace import Workspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # No shrinking: it takes minutes under the interpreter, and the sizes are small already.
@@ -49,14 +51,15 @@ some_tokens_and_dtypes = pytest.mark.parametrize(
     ("tokens", "dtype"), SOME, ids=[f"{n}-tokens-{DTYPE_IDS[DTYPES.index(dtype)]}" for n, dtype in SOME]
 )
 
-checks = Checks(gpu, DEVICE)
+triton_kernels = Flat(gpu.KERNELS)
+checks = Checks(triton_kernels, DEVICE)
 rand = checks.rand
 
 
 def multiprocessors(number):
     """Grids as on a chip of this size; None: as they are."""
     return (
-        contextlib.nullcontext() if number is None else patch.object(launch, "num_sms", lambda device: number)
+        contextlib.nullcontext() if number is None else patch.object(tables, "num_sms", lambda device: number)
     )
 
 
@@ -127,10 +130,10 @@ def test_fp16_and_int8_predictors_serve_every_model(tokens, predictor, dtype):
 )
 def test_down_projection_cut_in_pieces(tokens, heads, dtype):
     """On a large chip the hidden size is divided too; the last piece is shorter."""
-    hidden = 7 * launch.tile("down", tokens).k + 3
+    hidden = 7 * tables.tile("down", tokens).k + 3
     for sms in (12, 132):
         with multiprocessors(sms):
-            assert launch.down_grid(tokens, 20, heads, hidden, DEVICE) == (
+            assert tables.down_grid(tokens, 20, heads, hidden, DEVICE) == (
                 2 if sms == 12 and tokens == 70 else 3
             )
             checks.select_neurons(tokens, hidden=hidden, rank=20, ffn=40, heads=heads, dtype=dtype)
@@ -318,10 +321,10 @@ def check_attention(
         if splits is not None:
             longest = table.shape[1] * block_size
             assert (
-                launch.attention_splits(tokens, heads, min(max_model_len or longest, longest), DEVICE)
+                tables.attention_splits(tokens, heads, min(max_model_len or longest, longest), DEVICE)
                 == splits
             )
-        out = gpu.paged_attention(*args, workspace)
+        out = triton_kernels.paged_attention(*args, workspace)
     assert out.dtype == dtype and out[~read].eq(0).all()
     assert_close(out, reference.paged_attention(*args))
 
@@ -373,7 +376,7 @@ def test_paged_attention_of_cut_sequences(sms, splits, max_model_len):
 @every_dtype
 def test_paged_attention_of_cut_sequences_for_every_dtype(dtype):
     """The interpreter's own number of multiprocessors already cuts one long sequence."""
-    splits = launch.attention_splits(1, 2, 23 * 16, DEVICE)
+    splits = tables.attention_splits(1, 2, 23 * 16, DEVICE)
     assert splits > 1
     check_attention([350], dtype, heads=2, kv_heads=1, density=1.0, head_size=80, splits=splits)
 
@@ -382,8 +385,8 @@ def test_paged_attention_divides_the_live_length():
     """Each sequence is cut in whole steps as evenly as goes; only the pieces it needs are written."""
     lengths = [300, 64, 65, 32, 0]
     with multiprocessors(100):
-        workspace = launch.Workspace.for_model(DEVICE, torch.float32, len(lengths), ffn=1, head_size=32)
-        splits = launch.attention_splits(len(lengths), 1, 20 * 16, DEVICE)
+        workspace = Workspace.for_model(DEVICE, torch.float32, len(lengths), ffn=1, head_size=32)
+        splits = tables.attention_splits(len(lengths), 1, 20 * 16, DEVICE)
         partials = workspace.take("attention", len(lengths), splits, 32 + 2).fill_(NAN)
         check_attention(lengths, heads=1, kv_heads=1, density=1.0, workspace=workspace, splits=5)
     # of 64 tokens; 32 each; 32 each; one piece alone is not merged, so not written
@@ -403,7 +406,7 @@ def test_paged_attention_of_one_score_far_above_all_others():
         )
         one = torch.ones(1, 1, device=DEVICE)
         with multiprocessors(3):
-            out = gpu.paged_attention(
+            out = triton_kernels.paged_attention(
                 torch.full((1, 1, 32), 100.0, device=DEVICE),
                 cache,
                 table,
@@ -454,7 +457,7 @@ KERNELS = ["score_heads", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_
 
 
 def run(name, tokens, workspace):
-    out = getattr(gpu, name)(**checks.arguments(name, tokens), workspace=workspace)
+    out = getattr(triton_kernels, name)(**checks.arguments(name, tokens), workspace=workspace)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -463,8 +466,8 @@ def test_the_workspace_changes_no_bit(name):
     """None, the model's (full of NaN, used twice) and one that is too small give the same; semaphores are 0
     again.
     """
-    model = launch.Workspace.for_model(DEVICE, torch.float32, 6, ffn=300, head_size=16)
-    small = launch.Workspace(DEVICE, dict.fromkeys(model._buffers, 5), torch.float32)
+    model = Workspace.for_model(DEVICE, torch.float32, 6, ffn=300, head_size=16)
+    small = Workspace(DEVICE, dict.fromkeys(model._buffers, 5), torch.float32)
     with multiprocessors(12):  # enough that all are cut in pieces
         for tokens in (2, 6):
             expected = run(name, tokens, None)
@@ -485,7 +488,7 @@ def test_the_models_workspace_holds_every_request(sms, dtype):
     workspace, taken = None, []
 
     def take(name, *shape, **options):
-        taken.append((name, shape, launch.Workspace.take(workspace, name, *shape, **options)))
+        taken.append((name, shape, Workspace.take(workspace, name, *shape, **options)))
         return taken[-1][2]
 
     kernels = [
@@ -498,11 +501,12 @@ def test_the_models_workspace_holds_every_request(sms, dtype):
     with multiprocessors(sms), contextlib.ExitStack() as stack:
         for module, kernel in kernels:
             stack.enter_context(patch.object(module, kernel, MagicMock()))
-        workspace = launch.Workspace.for_model(DEVICE, dtype, 70, ffn=300, head_size=16)
+        workspace = Workspace.for_model(DEVICE, dtype, 70, ffn=300, head_size=16)
         own = {buffer.data_ptr() for buffer in workspace._buffers.values()}
         for tokens in TOKENS:
             for name in ("score_heads", "select_neurons", "sparse_mlp", "paged_attention"):
-                getattr(gpu, name)(**checks.arguments(name, tokens, dtype), workspace=MagicMock(take=take))
+                arguments = checks.arguments(name, tokens, dtype)
+                getattr(triton_kernels, name)(**arguments, workspace=MagicMock(take=take))
     assert not [(name, shape) for name, shape, tensor in taken if tensor.data_ptr() not in own]
     if sms == 24:
         assert {name for name, *_ in taken} == {
@@ -516,7 +520,7 @@ def test_the_models_workspace_holds_every_request(sms, dtype):
 
 
 def test_a_larger_workspace_request_gets_memory_of_its_own():
-    workspace = launch.Workspace(DEVICE, {"down": 6})
+    workspace = Workspace(DEVICE, {"down": 6})
     assert workspace.take("down", 2, 3).data_ptr() == workspace.take("down", 5).data_ptr()
     assert workspace.take("down", 7).data_ptr() != workspace.take("down", 6).data_ptr()
     assert not workspace.semaphores("fc2", workspace.SEMAPHORES + 1).any()
@@ -526,34 +530,22 @@ def test_a_larger_workspace_request_gets_memory_of_its_own():
 # The interface
 
 
-def test_both_implementations_have_the_same_signatures():
-    """Whatever gpu and cpu offer, reference has, with the same parameters in the same order; and they offer
-    the same.
-    """
-    assert set(gpu.__all__) == set(cpu.__all__)
-    for kernels in (gpu, cpu):
-        for name in kernels.__all__:
-            ours, truth = getattr(kernels, name), getattr(reference, name)
-            if callable(ours):
-                assert inspect.signature(ours) == inspect.signature(truth), name
-            else:
-                assert type(ours) is type(truth) or name == "LARGEST_BATCH" and type(ours) is int
-        assert kernels.ACTIVATIONS is reference.ACTIVATIONS
+PARTS = [name for name in Kernels.__annotations__ if name.islower() and name not in vars(Kernels)]
 
 
-def test_every_implementation_has_what_the_package_calls():
-    """Each name that vllm_dejavu takes from the implementation of a device."""
-    sources = "".join(
-        p.read_text(encoding="utf-8") for p in (Path(__file__).parent.parent / "vllm_dejavu").glob("*.py")
-    )
-    names = set(re.findall(r"(?<!\.)\bimpl\.(\w+)", sources)) | set(
-        re.findall(r"\bimplementation\([^()]*\)\.(\w+)", sources)
-    )
-    assert (
-        {"dense_mlp", "linear", "select_neurons", "sparse_mlp", "sparse_qkv", "sparse_out_proj"}
-        <= names
-        <= set(cpu.__all__)
-    )
+@pytest.mark.parametrize("kernels", [gpu.KERNELS, cpu.KERNELS], ids=["triton", "native"])
+def test_every_implementation_is_called_alike(kernels):
+    """Each part that `Kernels` declares, with the reference's parameters in the reference's order."""
+    parts = [name for name in PARTS if name != "name"]
+    assert {"score_heads", "select_neurons", "sparse_mlp", "sparse_qkv", "paged_attention"} <= set(parts)
+    for name in parts:
+        ours, truth = getattr(kernels, name), getattr(reference.kernels, name)
+        assert inspect.signature(ours) == inspect.signature(truth), name
+
+
+def test_counters_have_the_same_places():
+    places = [getattr(primitives, name.upper()).value for name in COUNTERS]
+    assert places == list(range(len(COUNTERS)))
 
 
 REFUSED = [
@@ -608,5 +600,5 @@ def test_wrong_arguments_are_refused_by_name(name, argument, change, message):
     """A wrong shape, dtype or stride is a ValueError that says what was expected and what came."""
     arguments = checks.arguments(name)
     with pytest.raises(ValueError, match=f"expected .*{message}") as error:
-        getattr(gpu, name)(**{**arguments, argument: change(arguments.get(argument))})
+        getattr(triton_kernels, name)(**{**arguments, argument: change(arguments.get(argument))})
     assert ", got " in str(error.value)

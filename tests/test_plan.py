@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_dejavu import artifact, cli, plan
-from vllm_dejavu.artifact import GateSpec, ModelSpec
+from vllm_dejavu.manifest import MANIFEST_FILE, GateSpec, ModelSpec
 from vllm_dejavu.predictor_training import calibrate, collect, forms, pipeline
 from vllm_dejavu.roofline import DENSE_LAUNCHES, DEVICES, GEOMETRIES, Device, Geometry, Workload, account
 
@@ -446,7 +446,7 @@ def test_a_damaged_artifact_is_not_passed_over(tmp_path, capsys):
     model = edited(tmp_path)
     assert "no artifact at" in predicted(model)["densities"]["from"]
     (tmp_path / "dejavu").mkdir()
-    (tmp_path / "dejavu" / artifact.MANIFEST_FILE).write_text("{", encoding="utf-8")
+    (tmp_path / "dejavu" / MANIFEST_FILE).write_text("{", encoding="utf-8")
     assert "cannot be read as JSON" in refused([model, "--gpu", "h100"], capsys)
 
 

@@ -33,7 +33,7 @@ from serving import (
 from tiny import VOCAB, make_artifact, make_opt
 from transformers import OPTForCausalLM
 
-from vllm_dejavu import artifact
+from vllm_dejavu.manifest import TENSORS_FILE
 
 sys.path.insert(0, str(SCRIPTS))
 from server import API_SERVER, Server, ServerError, group_members  # noqa: E402
@@ -163,7 +163,7 @@ def missing(tmp_path: Path, model: Path) -> tuple[Path, str]:
 def half_replaced(tmp_path: Path, model: Path) -> tuple[Path, str]:
     """The copy of another artifact stopped between its two files."""
     path = make_artifact(tmp_path / "artifact", model, seed=1)
-    shutil.copy(make_artifact(tmp_path / "other", model, seed=2) / artifact.TENSORS_FILE, path)
+    shutil.copy(make_artifact(tmp_path / "other", model, seed=2) / TENSORS_FILE, path)
     return path, f"{re.escape(str(path))}.*The two files are not of the same artifact"
 
 
@@ -208,7 +208,8 @@ def test_demo_leaves_no_server_behind(tmp_path, number):
 
 
 OWNER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell starts without
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from server import Server

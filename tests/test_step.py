@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
-from vllm_dejavu import ops
+from vllm_dejavu import steps
 
 EAGER, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 CPU = torch.device("cpu")
@@ -14,9 +14,11 @@ CPU = torch.device("cpu")
 
 def step_of(monkeypatch, metadata, mode=EAGER, apply_to="decode"):
     context = SimpleNamespace(attn_metadata=metadata, cudagraph_runtime_mode=mode, additional_kwargs={})
-    monkeypatch.setattr(ops, "get_forward_context", lambda: context)
-    step = ops.current_step("layer", apply_to)
-    assert ops.current_step("layer", apply_to) is step or step is None or step.metadata is None  # once a pass
+    monkeypatch.setattr(steps, "get_forward_context", lambda: context)
+    step = steps.current_step("layer", apply_to)
+    assert (
+        steps.current_step("layer", apply_to) is step or step is None or step.metadata is None
+    )  # once a pass
     return step
 
 
@@ -49,10 +51,10 @@ def test_rows_that_hold_a_token():
     mixed = SimpleNamespace(
         max_query_len=4, seq_lens=torch.tensor([5, 3], dtype=torch.int32), num_actual_tokens=5
     )
-    step = ops.Step("sparse", decode)
+    step = steps.Step("sparse", decode)
     for num_tokens, expected in ((2, [5, 3]), (1, [5]), (4, [5, 3, 0, 0])):  # another number: made again
         assert (
             step.row_lens(num_tokens, CPU).tolist() == expected
             and step.row_lens(num_tokens, CPU).dtype == torch.int32
         )
-    assert ops.Step("sparse", mixed).row_lens(7, CPU).tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert steps.Step("sparse", mixed).row_lens(7, CPU).tolist() == [1, 1, 1, 1, 1, 0, 0]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_dejavu import artifact, cli
+from vllm_dejavu.manifest import ArtifactError
 from vllm_dejavu.predictor_training import calibrate, collect, data, pipeline, samples
 from vllm_dejavu.predictor_training.pipeline import TrainConfig
 
@@ -157,7 +158,7 @@ def test_interrupted_run_leaves_no_artifact_and_resumes_to_the_same(
             m.setattr(artifact.os, "rename", lambda *a: kill())
         with pytest.raises(Killed):
             pipeline.run(config(model, text, output))
-    with pytest.raises(artifact.ArtifactError):
+    with pytest.raises(ArtifactError):
         artifact.load(output)
     assert not output.exists() and (tmp_path / "artifact.run").is_dir()
 
@@ -264,7 +265,7 @@ def test_cli_reports_errors_in_one_line(model, tmp_path, capsys):
 def test_an_existing_artifact_is_not_overwritten_unasked(trained, model, text):
     _, output = trained
     before = (output / "dejavu.json").read_bytes()
-    with pytest.raises(artifact.ArtifactError, match="--overwrite"):
+    with pytest.raises(ArtifactError, match="--overwrite"):
         pipeline.run(config(model, text, output))
     assert (output / "dejavu.json").read_bytes() == before
 

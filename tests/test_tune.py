@@ -11,8 +11,9 @@ import pytest
 import torch
 from engine import engine, model_of
 
-from vllm_dejavu import artifact, cli, ops, tune
-from vllm_dejavu.artifact import ArtifactError
+from vllm_dejavu import artifact, cli, tune
+from vllm_dejavu.kernels.interface import implementation
+from vllm_dejavu.manifest import MANIFEST_FILE, TENSORS_FILE, ArtifactError
 
 CPU = torch.device("cpu")
 TABLE = {"mlp": {1: 0.6, 2: 0.2}, "attention": {1: 0.0}}
@@ -30,7 +31,7 @@ def place(made, tmp_path):
     """A copy of the artifact that a test may add to."""
     copy = tmp_path / "artifact"
     copy.mkdir()
-    for file in (artifact.MANIFEST_FILE, artifact.TENSORS_FILE):
+    for file in (MANIFEST_FILE, TENSORS_FILE):
         (copy / file).write_bytes((made[1] / file).read_bytes())
     return copy
 
@@ -105,7 +106,7 @@ def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch):
     should.
     """
     layers, results = tune._Layers(key_of(made[1]), 32, CPU, 4), []
-    for side in ("dense_mlp", "sparse_mlp", "linear", "sparse_qkv"):
+    for side in ("sparse_mlp", "linear", "sparse_qkv"):
         inner = getattr(layers.impl, side)
         monkeypatch.setattr(
             layers.impl, side, lambda *args, inner=inner, **options: results.append(inner(*args, **options))
@@ -114,8 +115,8 @@ def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch):
         runs, real = getattr(layers, block)(4, [1.0])
         assert real == {full: 1.0}
         runs["dense"](1), runs[full](1)
-    dense_mlp, sparse_mlp, qkv, out, sparse_qkv = results
-    assert torch.allclose(dense_mlp, sparse_mlp, atol=1e-4) and torch.allclose(qkv, sparse_qkv, atol=1e-4)
+    dense, sparse, qkv, out, sparse_qkv = results
+    assert torch.allclose(dense, sparse, atol=1e-4) and torch.allclose(qkv, sparse_qkv, atol=1e-4)
     assert min(result.abs().max() for result in results) > 0.1
 
 
@@ -201,7 +202,7 @@ def test_an_engine_takes_what_was_measured_here(made, place):
     ("largest", "expected"), [(2, 64), (96, 96)], ids=["measured-below-the-cap", "measured-beyond-it"]
 )
 def test_the_cap_gives_way_to_larger_batches_that_were_measured(made, place, monkeypatch, largest, expected):
-    monkeypatch.setattr(ops.implementation("cpu"), "LARGEST_BATCH", 64)
+    monkeypatch.setattr(implementation("cpu"), "largest_batch", 64)
     with engine(made[0], dejavu={"predictor": place}) as llm:
         threads = torch.get_num_threads()  # of the worker, which is this process
     never = {1: 1.0, largest: 1.0}

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from vllm_dejavu import artifact
-from vllm_dejavu.artifact import DTYPES, GateSpec, Manifest, ModelSpec, WeightsFingerprint
+from vllm_dejavu.artifact import DTYPES, WeightsFingerprint
+from vllm_dejavu.manifest import TENSORS_FILE, GateSpec, Manifest, ModelSpec
 from vllm_dejavu.predictor_training import calibrate
 
 VOCAB = 256
@@ -137,7 +138,7 @@ def make_artifact(
 
 def rewrite_tensors(directory: Path, edit) -> None:
     """Damage an artifact's tensors in place: edit(dict) -> None."""
-    path = Path(directory) / artifact.TENSORS_FILE
+    path = Path(directory) / TENSORS_FILE
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)

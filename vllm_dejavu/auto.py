@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vllm_dejavu.manifest import MANIFEST_FILE
+
 logger = logging.getLogger("vllm.dejavu")
 
 AUTO = "auto"
@@ -46,14 +48,12 @@ def resolve(model: str, revision: str | None = None) -> Path:
     """
     from filelock import FileLock
 
-    from vllm_dejavu import artifact
-
     source = _model_directory(model, revision)
     target = cache_directory() / _key(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Workers of one host may all come here first.
     with FileLock(f"{target}.lock"):
-        if not (target / artifact.MANIFEST_FILE).is_file():
+        if not (target / MANIFEST_FILE).is_file():
             _build(source, target)
         else:
             logger.info("dejavu: predictor 'auto' for %s, made earlier: %s", model, target)

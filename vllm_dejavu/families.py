@@ -99,7 +99,7 @@ def _opt(config: Any) -> Geometry:
 FAMILIES = (
     Family(
         architecture="OPTForCausalLM",
-        serving="vllm_dejavu.model:DejaVuOPTForCausalLM",
+        serving="vllm_dejavu.models.opt:DejaVuOPTForCausalLM",
         names=Names(
             layers="model.decoder.layers",
             qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

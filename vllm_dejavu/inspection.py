@@ -140,10 +140,9 @@ config = types.SimpleNamespace(**config)
 print("DEJAVU-DEVICE", device)
 cls, _ = ModelRegistry.resolve_model_cls(["OPTForCausalLM"], config)
 print("DEJAVU-CLASS", cls.__name__)
-from vllm_dejavu import ops
-from vllm_dejavu.kernels import cpu
-kernels = ops.implementation("cuda" if torch.cuda.is_available() else current_platform.device_type)
-print("DEJAVU-KERNELS", kernels.describe() if kernels is not ops.reference else cpu.MISSING)
+from vllm_dejavu.kernels import cpu, interface, reference
+kernels = interface.implementation("cuda" if torch.cuda.is_available() else current_platform.device_type)
+print("DEJAVU-KERNELS", kernels.describe() if kernels is not reference.KERNELS else cpu.MISSING)
 """
 
 

@@ -14,9 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dejavu import artifact, roofline
-from vllm_dejavu.artifact import DTYPES, GateSpec, Manifest, ModelSpec
+from vllm_dejavu import artifact, locate, roofline
+from vllm_dejavu.artifact import DTYPES
 from vllm_dejavu.families import geometry_of
+from vllm_dejavu.manifest import (
+    MANIFEST_FILE,
+    ArtifactError,
+    GateSpec,
+    Manifest,
+    ModelSpec,
+    check_model,
+    gate_tensors,
+)
 from vllm_dejavu.roofline import DENSE_LAUNCHES, DEVICES, GEOMETRIES, Account, Device, Geometry, Workload
 
 Layers = Sequence[dict[str, GateSpec]]
@@ -240,20 +249,20 @@ def find_artifact(model: str, predictor: str | None, spec: ModelSpec) -> tuple[M
         ArtifactError: the one named is missing, damaged, or of another geometry.
     """
     if predictor is not None:
-        directory = artifact.resolve(predictor, model)
+        directory = locate.resolve(predictor, model)
     elif Path(model).is_dir():
         directory = Path(model) / "dejavu"
     elif "/" in model:
         try:
-            directory = artifact.resolve(None, model)
-        except artifact.ArtifactError:
+            directory = locate.resolve(None, model)
+        except ArtifactError:
             return None, f"no artifact found at {model}/dejavu"
     else:
         return None, "no artifact named"
-    if predictor is None and not (directory / artifact.MANIFEST_FILE).is_file():
+    if predictor is None and not (directory / MANIFEST_FILE).is_file():
         return None, f"no artifact at {model}/dejavu"
     manifest, _ = artifact.load_manifest(directory)
-    artifact.check_model(manifest, spec)
+    check_model(manifest, spec)
     return manifest, f"artifact {predictor or directory}, calibrated"
 
 
@@ -420,7 +429,7 @@ def predictor_bytes(layers: Layers, spec: ModelSpec, tp: int = 1) -> int:
     total = 0
     for layer in layers:
         for block, gate in layer.items():
-            for name, (dtype, shape) in artifact.gate_tensors(gate, block, spec).items():
+            for name, (dtype, shape) in gate_tensors(gate, block, spec).items():
                 total += math.prod(shape) * dtype.itemsize // (1 if name == "down" else tp)
     return total
 

@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Any
 
-from vllm_dejavu.families import FAMILIES, family_of, geometry_of
+from vllm_dejavu.families import FAMILIES, family_of
 
 MODEL_IMPL = "dejavu"
 _MARK = "_dejavu_wrapped"
@@ -62,26 +62,8 @@ class EngineConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        import dataclasses
+        """vLLM's hook for the whole configuration."""
+        from vllm_dejavu import engine, monitoring
 
-        from vllm_dejavu import artifact, auto, support
-        from vllm_dejavu.config import DejaVuConfig
-
-        settings = DejaVuConfig.from_vllm_config(vllm_config)
-        model = vllm_config.model_config
-        geometry_of(model.hf_config)
-        digest = ""
-        if settings.mode != "dense" or settings.predictor is not None:
-            directory = artifact.resolve(settings.predictor, model.model, model.revision)
-            loaded = artifact.load(directory)
-            artifact.check_model(
-                loaded.manifest, artifact.ModelSpec.from_hf_config(model.hf_config, model.model)
-            )
-            digest = loaded.digest
-            if settings.predictor == auto.AUTO:  # made once, here; workers read it
-                settings = dataclasses.replace(settings, predictor=str(directory))
-        support.update_engine(vllm_config, settings, digest)
-        support.check_engine(vllm_config, settings)
-        from vllm_dejavu import monitoring
-
+        engine.settle(vllm_config, in_worker=False)
         monitoring.install()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 
 from vllm_dejavu.kernels import reference
+from vllm_dejavu.kernels.interface import Linear, LowRank
 
 
 def state_name(block: str, lookahead: str) -> str:
@@ -121,6 +122,11 @@ class Predictor(torch.nn.Module):
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden] -> [num_tokens, units], fp32."""
+        return reference.scores(x, self.weights)
+
+    @property
+    def weights(self) -> LowRank | Linear:
+        """As kernels take them."""
         if self.low_rank:
-            return reference.low_rank_scores(x, self.down, self.up, self.bias)
-        return reference.linear_scores(x, self.weight, self.bias)
+            return LowRank(self.down, self.up, self.bias)
+        return Linear(self.weight, self.bias)

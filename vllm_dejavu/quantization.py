@@ -95,15 +95,18 @@ def quantize_model(model: torch.nn.Module, bits: int) -> int:
     return count
 
 
-def check_model(config: Any, bits: int) -> None:
-    """Refuse a transformers `OPTConfig` whose weights cannot be cut into groups, before any of them is read.
+def check_model(sizes: Any, bits: int) -> None:
+    """Refuse a model whose weights cannot be cut into groups, before any of them is read.
+
+    Args:
+        sizes: with `hidden_size` and `ffn_dim`.
 
     Raises:
         ValueError: naming the size.
     """
     if bits < 16:
-        _check_inputs(config.hidden_size, "hidden_size", bits)
-        _check_inputs(config.ffn_dim, "ffn_dim", bits)
+        _check_inputs(sizes.hidden_size, "hidden_size", bits)
+        _check_inputs(sizes.ffn_dim, "ffn_dim", bits)
 
 
 def check_load_format(load_format: Any, bits: int) -> None:

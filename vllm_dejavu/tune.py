@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
-from vllm_dejavu import __version__, artifact, ops
-from vllm_dejavu.artifact import Artifact, ArtifactError, ModelSpec
+from vllm_dejavu import __version__, artifact
+from vllm_dejavu.artifact import Artifact
 from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.kernels import reference
+from vllm_dejavu.kernels.interface import Call, Linear, LowRank, Mlp, Rows, Selection, implementation
+from vllm_dejavu.manifest import ArtifactError, ModelSpec
 from vllm_dejavu.timing import Timer, cpu_model, crossover
 
 DIRECTORY = "tuned"  # in the artifact's
@@ -64,7 +66,7 @@ class Key:
         cuda = device.type == "cuda"
         return cls(
             torch.cuda.get_device_name(device) if cuda else cpu_model(),
-            ops.implementation(device.type).describe(),
+            implementation(device.type).describe(),
             0 if cuda else torch.get_num_threads(),
             str(dtype).removeprefix("torch."),
             model.hidden_size,
@@ -130,7 +132,7 @@ class _Layers:
 
     def __init__(self, key: Key, head_dim: int, device: torch.device, tokens: int):
         self.key, self.head_dim, self.device = key, head_dim, device
-        self.impl = ops.implementation(device.type)
+        self.impl = implementation(device.type)
         self.dtype = getattr(torch, key.dtype)
         width = key.heads * head_dim
         layer_bytes = (2 * key.hidden * key.ffn + 4 * key.hidden * width) * self.dtype.itemsize
@@ -155,7 +157,7 @@ class _Layers:
         self.bias, self.head_bias = torch.zeros(key.ffn, device=device), torch.zeros(key.heads, device=device)
         self.workspace = None
         if device.type == "cuda":
-            from vllm_dejavu.kernels.launch import Workspace
+            from vllm_dejavu.kernels.workspace import Workspace
 
             self.workspace = Workspace.for_model(
                 device, self.dtype, num_tokens=tokens, ffn=key.ffn, head_size=head_dim
@@ -173,22 +175,21 @@ class _Layers:
     ) -> tuple[dict[str, Callable[[int], Any]], dict[str, float]]:
         """What runs by name, and the densities that lists of that name really have."""
         impl, x, lens = self.impl, self._inputs(tokens, self.key.hidden), self._lens(tokens)
-        runs: dict[str, Callable[[int], Any]] = {
-            "dense": lambda i: impl.dense_mlp(x, self.fc1[i], self.fc1_bias, self.fc2_t[i])
-        }
+        call = Call(lens, None, self.workspace)
+        mlps = [
+            Mlp(Rows(up, self.fc1_bias), Rows(down)) for up, down in zip(self.fc1, self.fc2_t, strict=True)
+        ]
+        runs: dict[str, Callable[[int], Any]] = {"dense": lambda i: impl.sparse_mlp(x, mlps[i])}
         real = {}
         for density in densities:
-            ids, counts = (
-                t.to(self.device) for t in reference.compact_union(torch.rand(1, self.key.ffn) < density)
-            )
+            drawn = reference.compact_union(torch.rand(1, self.key.ffn) < density)
+            chosen = Selection(drawn.ids.to(self.device), drawn.counts.to(self.device))
 
-            def sparse(i: int, ids: torch.Tensor = ids, counts: torch.Tensor = counts) -> None:
-                impl.select_neurons(x, self.down, self.up, self.bias, lens, workspace=self.workspace)
-                impl.sparse_mlp(
-                    x, self.fc1[i], self.fc1_bias, self.fc2_t[i], ids, counts, lens, workspace=self.workspace
-                )
+            def sparse(i: int, chosen: Selection = chosen) -> None:
+                impl.select_neurons(x, LowRank(self.down, self.up, self.bias), call)
+                impl.sparse_mlp(x, mlps[i], chosen, call)
 
-            runs[f"{density}"], real[f"{density}"] = sparse, int(counts.sum()) / self.key.ffn
+            runs[f"{density}"], real[f"{density}"] = sparse, int(chosen.counts.sum()) / self.key.ffn
         return runs, real
 
     def attention(
@@ -203,12 +204,14 @@ class _Layers:
             self._inputs(tokens, self.key.hidden),
             self._lens(tokens),
         )
+        call = Call(lens, None, self.workspace)
+        qkvs, outs = [Rows(weight, self.qkv_bias) for weight in self.qkv], [Rows(out) for out in self.out]
         attn = self._inputs(tokens, heads * self.head_dim).view(tokens, heads, self.head_dim)
         output = torch.empty(tokens, self.key.hidden, dtype=self.dtype, device=self.device)
 
         def dense(i: int) -> None:
-            impl.linear(x, self.qkv[i], self.qkv_bias)
-            impl.linear(attn.flatten(1), self.out[i], None, output)
+            impl.linear(x, qkvs[i])
+            impl.linear(attn.flatten(1), outs[i], output)
 
         runs: dict[str, Callable[[int], Any]] = {"dense": dense}
         real = {}
@@ -220,14 +223,12 @@ class _Layers:
             )
 
             def sparse(i: int, scores: torch.Tensor = scores) -> None:
-                impl.score_heads(x, self.head_weight, self.head_bias, lens, self.workspace)
-                impl.sparse_qkv(
-                    x, self.qkv[i], self.qkv_bias, scores, lens, self.head_dim, workspace=self.workspace
-                )
+                impl.score_heads(x, Linear(self.head_weight, self.head_bias), call)
+                impl.sparse_qkv(x, qkvs[i], scores, self.head_dim, call)
                 # Without a paged kernel of ours, heads that only other rows selected are computed and
                 # dropped.
                 selected = impl.mask_heads(attn, scores) if self.device.type == "cpu" else attn
-                impl.sparse_out_proj(selected, self.out[i], scores, output, self.workspace)
+                impl.sparse_out_proj(selected, outs[i], scores, output)
 
             runs[f"{number}"], real[f"{number}"] = sparse, number / heads
         return runs, real
@@ -258,7 +259,7 @@ def measure(
             {block: {tokens: {"dense_us", "sparse_us": {density: us}, "crossover"}}}, medians.
     """
     torch.manual_seed(0)
-    layers = _Layers(key, model.hidden_size // model.num_heads, device, max(tokens))
+    layers = _Layers(key, model.head_size, device, max(tokens))
     timer = Timer(device, rounds)
     measured: dict[str, dict[int, dict[str, Any]]] = {block: {} for block in BLOCKS}
     for block in BLOCKS:

@@ -104,9 +104,13 @@ def arrive(counter_ptr, total):
     return last
 
 
+# Places of a gate's counters: `interface.COUNTERS`, which a test compares.
+STEPS, ROWS, SELECTED, READ, SURVIVED = (tl.constexpr(place) for place in range(5))
+
+
 @triton.jit
 def count(counters_ptr, index: tl.constexpr, amount):
-    """Add to one of a gate's int64 counters (`reference.COUNTERS`); integers, so the order does not
+    """Add to one of a gate's int64 counters (`interface.COUNTERS`); integers, so the order does not
     matter.
     """
     tl.atomic_add(counters_ptr + index, amount.to(tl.int64), sem="relaxed")
@@ -121,5 +125,5 @@ def count_rows(counters_ptr, row_lens_ptr, num_tokens, BLOCK_T: tl.constexpr):
         rows += tl.sum(
             (tl.load(row_lens_ptr + tokens, mask=tokens < num_tokens, other=0) > 0).to(tl.int32), 0
         )
-    count(counters_ptr, 0, tl.full([], 1, tl.int32))
-    count(counters_ptr, 1, rows)
+    count(counters_ptr, STEPS, tl.full([], 1, tl.int32))
+    count(counters_ptr, ROWS, rows)

@@ -1,17 +1,58 @@
-"""What the sparse model can run with, and what it changes in vLLM's engine: refusals, with reason and remedy,
-in one place.
+"""One engine settled: what it may not be asked for, what follows from its settings, and its artifact.
+
+The front end does it once, before any worker starts, so that what is wrong is a plain error there and not one
+in a worker's log; each worker does it again, for harnesses that start workers alone.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dejavu.config import DIGEST_KEY, SETTINGS_KEY, DejaVuConfig
+from vllm_dejavu.families import geometry_of
+
+if TYPE_CHECKING:  # torch is not imported to register the plugin
+    from vllm_dejavu.artifact import Artifact
 
 logger = logging.getLogger("vllm.dejavu")
+
+
+class Settled(NamedTuple):
+    """The settings, with the artifact that they name: verified, None in mode `dense` without one."""
+
+    settings: DejaVuConfig
+    loaded: Artifact | None
+    directory: Path | None
+
+
+def settle(vllm_config: Any, *, in_worker: bool) -> Settled:
+    """Check and complete an engine's configuration; in the front end before anything of it is used.
+
+    Raises:
+        ValueError: a setting, an option of vLLM's or a model that is not supported.
+        ArtifactError: no artifact, or not this model's.
+    """
+    from vllm_dejavu import artifact, auto, locate
+    from vllm_dejavu.manifest import ModelSpec, check_model
+
+    settings, model = DejaVuConfig.from_vllm_config(vllm_config), vllm_config.model_config
+    geometry_of(model.hf_config)
+    if in_worker:  # where a scheduler counts on the configuration as it is
+        check_engine(vllm_config, settings)
+    loaded = directory = None
+    if settings.mode != "dense" or settings.predictor is not None:
+        directory = locate.resolve(settings.predictor, model.model, model.revision)
+        loaded = artifact.load(directory)
+        check_model(loaded.manifest, ModelSpec.from_hf_config(model.hf_config, model.model))
+        if settings.predictor == auto.AUTO:  # made once, in the front end; workers read it
+            settings = replace(settings, predictor=str(directory))
+    update_engine(vllm_config, settings, "" if loaded is None else loaded.digest)
+    if not in_worker:
+        check_engine(vllm_config, settings)
+    return Settled(settings, loaded, directory)
 
 
 def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
@@ -26,7 +67,8 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
     from vllm_dejavu import quantization
 
     quantization.check_load_format(vllm_config.load_config.load_format, settings.weight_bits)
-    quantization.check_model(vllm_config.model_config.hf_config, settings.weight_bits)
+    geometry = geometry_of(vllm_config.model_config.hf_config)
+    quantization.check_model(geometry, settings.weight_bits)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
 
     def refuse(option: str, value: Any, why: str) -> None:
@@ -67,12 +109,12 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
             cache.kv_offloading_size,
             "offloaded blocks are found again by keys that do not hold mode and artifact.",
         )
-    heads, ranks = model.hf_config.num_attention_heads, parallel.tensor_parallel_size
-    if heads % ranks or model.hf_config.ffn_dim % ranks:
+    ranks = parallel.tensor_parallel_size
+    if geometry.num_heads % ranks or geometry.ffn_dim % ranks:
         refuse(
             "tensor_parallel_size",
             ranks,
-            f"{heads} heads and {model.hf_config.ffn_dim} neurons cannot be split evenly.",
+            f"{geometry.num_heads} heads and {geometry.ffn_dim} neurons cannot be split evenly.",
         )
     # Only reached in a worker whose front end did not run `update_engine`: its scheduler already counts on
     # the cache.
@@ -145,42 +187,3 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
         logger.info("dejavu: attention backend TRITON_ATTN (FlashInfer's cache layout is not supported)")
     if settings.apply_to == "all" or settings.measure or settings.mode in ("oracle", "random", "static"):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-
-
-def complete_warm_up() -> None:
-    """Have vLLM's workers of this process do after warming up what the model needs; called in a worker,
-    before that.
-
-    Our counters are set to 0: GPU workers warm up with metadata. And a later pipeline stage gets the buffers
-    for what comes from the stage
-    before: vLLM makes them in its first dummy pass, which its CPU worker leaves out in eager mode, so that
-        the first request kills it (0.32).
-    """
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    classes = [WorkerBase]
-    for cls in classes:
-        classes += cls.__subclasses__()
-        original = vars(cls).get("compile_or_warm_up_model")
-        if cls is not WorkerBase and original is not None and not hasattr(original, "dejavu_completes"):
-            cls.compile_or_warm_up_model = _completed(original)
-
-
-def _completed(warm_up: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(warm_up)
-    def wrapped(self: Any) -> Any:
-        result = warm_up(self)
-        reset = getattr(self.model_runner.get_model(), "reset_metrics", None)
-        if reset is not None:
-            from vllm.distributed import get_pp_group
-
-            if (
-                not get_pp_group().is_first_rank
-                and getattr(self.model_runner, "intermediate_tensors", True) is None
-            ):
-                self.execute_dummy_batch()
-            reset()
-        return result
-
-    wrapped.dejavu_completes = True  # type: ignore[attr-defined]
-    return wrapped

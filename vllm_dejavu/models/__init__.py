@@ -1,0 +1,3 @@
+"""The served models: one file a family, of its norms, residuals, positions and names; what they share in
+`base`.
+"""
