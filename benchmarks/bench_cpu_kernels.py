@@ -23,6 +23,8 @@ from common import Table, geometry, median, percentile, print_rows
 
 from vllm_dejavu import timing
 from vllm_dejavu.kernels import cpu, reference
+from vllm_dejavu.kernels.cpu import KERNELS as NATIVE
+from vllm_dejavu.kernels.interface import Call, Linear, LowRank, Mlp, Rows
 from vllm_dejavu.roofline import GEOMETRIES
 from vllm_dejavu.timing import Timer
 
@@ -57,7 +59,7 @@ class Layers:
             made = []
             for _ in range(layers):
                 weight = torch.empty(rows, columns, dtype=dtype)
-                cpu.prepare_weight(weight)
+                NATIVE.prepare_weight(weight)
                 made.append(weight.copy_(torch.randn(rows, columns) * fan_in**-0.5))
             return made
 
@@ -78,7 +80,9 @@ class Layers:
 
 def mlp_rows(weights: Layers, x: torch.Tensor, layers: int, number: int) -> list[dict[str, Any]]:
     tokens, ffn = x.shape[0], weights.fc1[0].shape[0]
-    lens = torch.ones(tokens, dtype=torch.int32)
+    call = Call(torch.ones(tokens, dtype=torch.int32))
+    pairs = zip(weights.fc1, weights.fc2_t, strict=True)
+    mlps = [Mlp(Rows(fc1, weights.fc1_bias), Rows(fc2_t)) for fc1, fc2_t in pairs]
     lists = {d: reference.compact_union(torch.rand(1, ffn) < d) for d in DENSITIES}
 
     def stock(i: int) -> torch.Tensor:
@@ -87,15 +91,13 @@ def mlp_rows(weights: Layers, x: torch.Tensor, layers: int, number: int) -> list
         )
 
     def select(i: int) -> Any:
-        return cpu.select_neurons(x, weights.down, weights.up, weights.bias, lens)
+        return NATIVE.select_neurons(x, LowRank(weights.down, weights.up, weights.bias), call)
 
     def sparse(density: float) -> Callable[[int], Any]:
-        return lambda i: cpu.sparse_mlp(
-            x, weights.fc1[i], weights.fc1_bias, weights.fc2_t[i], *lists[density], lens
-        )
+        return lambda i: NATIVE.sparse_mlp(x, mlps[i], lists[density], call)
 
     sides: dict[str, Callable[[int], Any]] = {"stock": stock, "select": select}
-    sides["dense"] = lambda i: cpu.dense_mlp(x, weights.fc1[i], weights.fc1_bias, weights.fc2_t[i])
+    sides["dense"] = lambda i: NATIVE.sparse_mlp(x, mlps[i])
     if tokens <= 64:
         sides |= {f"sparse {d}": sparse(d) for d in DENSITIES}
     times = rounds(sides, layers, number)
@@ -122,7 +124,7 @@ def mlp_rows(weights: Layers, x: torch.Tensor, layers: int, number: int) -> list
     )
     stock_gbps = rows[0]["gbps"]
     for d in DENSITIES if tokens <= 64 else ():
-        ms, read = median(times[f"sparse {d}"]), int(lists[d][1].sum()) / ffn
+        ms, read = median(times[f"sparse {d}"]), int(lists[d].counts.sum()) / ffn
         rows.append(
             {
                 "block": "mlp",
@@ -142,9 +144,13 @@ def projection_rows(
     weights: Layers, x: torch.Tensor, heads: int, layers: int, number: int
 ) -> list[dict[str, Any]]:
     tokens, hidden = x.shape
-    lens, size = torch.ones(tokens, dtype=torch.int32), hidden // heads
+    call, size = Call(torch.ones(tokens, dtype=torch.int32)), hidden // heads
     attn, out = x.view(tokens, heads, size), torch.empty_like(x)
     predictor, bias = torch.randint(-127, 128, (heads, hidden), dtype=torch.int8), torch.zeros(heads)
+
+    def qkv(i: int) -> Rows:
+        return Rows(weights.qkv[i], weights.qkv_bias)
+
     rows = []
     for density in (0.5, 1.0) if tokens <= 64 else (1.0,):
         scores = (
@@ -158,20 +164,20 @@ def projection_rows(
                 weights.mm(weights.packed_out[i], x, None),
             ),
             "dense": lambda i: (
-                cpu.linear(x, weights.qkv[i], weights.qkv_bias),
-                cpu.linear(x, weights.out[i]),
+                NATIVE.linear(x, qkv(i)),
+                NATIVE.linear(x, Rows(weights.out[i])),
             ),
         }
         if tokens <= 64:
             # what a dense attention block does not do: scores, and zeros for the heads of a row that others
             # selected
             sides["select"] = lambda i, s=scores: (
-                cpu.score_heads(x, predictor, bias, lens),
-                cpu.mask_heads(attn, s),
+                NATIVE.score_heads(x, Linear(predictor, bias), call),
+                NATIVE.mask_heads(attn, s),
             )
             sides["sparse"] = lambda i, s=scores: (
-                cpu.sparse_qkv(x, weights.qkv[i], weights.qkv_bias, s, lens, size),
-                cpu.sparse_out_proj(attn, weights.out[i], s, out),
+                NATIVE.sparse_qkv(x, qkv(i), s, size, call),
+                NATIVE.sparse_out_proj(attn, Rows(weights.out[i]), s, out),
             )
         times = rounds(sides, layers, number)
         whole = weights.qkv[0].nbytes + weights.out[0].nbytes

@@ -38,8 +38,11 @@ import triton.language as tl
 from common import Budget, Table, geometry, median, model_line, percentile, print_rows, provenance
 from synthetic import ALWAYS_POSITIVE, rank_of
 
-from vllm_dejavu.kernels import gpu, reference
-from vllm_dejavu.kernels.launch import Workspace, num_sms
+from vllm_dejavu.kernels import reference
+from vllm_dejavu.kernels.gpu import KERNELS as TRITON
+from vllm_dejavu.kernels.interface import Cache, Call, Kernels, Linear, LowRank, Mlp, Rider, Rows
+from vllm_dejavu.kernels.tables import num_sms
+from vllm_dejavu.kernels.workspace import Workspace
 from vllm_dejavu.roofline import GEOMETRIES, Geometry, preset_densities
 from vllm_dejavu.timing import Timer
 
@@ -92,8 +95,7 @@ def _gather_kernel(
     tl.store(out_ptr + place, tl.sum(acc, 1), mask=inside)
 
 
-# --- timing
-# ----------------------------------------------------------------------------------------------------
+# Timing
 
 
 class Reader:
@@ -127,8 +129,7 @@ class Reader:
         return {"read " + "x".join(map(str, shape)): make(*shape) for shape in READS}
 
 
-# --- operations
-# ----------------------------------------------------------------------------------------------------
+# Operations
 
 
 @dataclass
@@ -189,6 +190,7 @@ class Bench:
         self.workspace = None
         if device.type == "cuda":
             self.workspace = Workspace.for_model(device, self.dtype, max(64, batch), g.ffn, g.head_size)
+        self.call = Call(self.row_lens, None, self.workspace)
 
     def randn(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
         return (
@@ -231,18 +233,16 @@ class Bench:
         bias = torch.full((g.ffn,), float(torch.special.ndtri(torch.tensor(each))), device=self.device)
         head_bias = torch.zeros(g.num_heads, device=self.device)
 
-        def call(module: Any, i: int) -> tuple:
-            rider = (x, heads[i], head_bias)
-            return module.select_neurons(
-                x, down[i], up[i], bias, self.row_lens, False, rider, None, self.workspace
-            )
+        def call(kernels: Kernels, i: int) -> tuple:
+            predictor, rider = LowRank(down[i], up[i], bias), Rider(x, Linear(heads[i], head_bias))
+            return kernels.select_neurons(x, predictor, self.call, rider=rider)
 
         def check(i: int) -> tuple[float, float]:
             marks = []
-            for module in (gpu, reference):
-                ids, counts, _, scores = call(module, i)
+            for kernels in (TRITON, reference.KERNELS):
+                selection, scores = call(kernels, i)
                 mark = torch.zeros(g.ffn, dtype=torch.bool, device=self.device)
-                mark[reference.listed(ids, counts)] = True
+                mark[reference.listed(selection)] = True
                 marks.append((mark, scores))
             (a, a_scores), (b, b_scores) = marks
             # a score within rounding of 0 may fall on either side
@@ -253,7 +253,7 @@ class Bench:
 
         return Operation(
             "select",
-            lambda i: call(gpu, i),
+            lambda i: call(TRITON, i),
             num_bytes,
             copies,
             check,
@@ -272,12 +272,10 @@ class Bench:
         fc2_t = [self.randn(g.ffn, g.hidden, std=g.ffn**-0.5) for _ in range(copies)]
         bias = torch.full((g.ffn,), ALWAYS_POSITIVE, dtype=self.dtype, device=self.device)
         lists = [reference.compact_union(self.rand_mask(g.ffn, self.mlp_density)) for _ in range(copies)]
-        number = sum(int(counts.sum()) for _, counts in lists) / copies
+        number = sum(int(selection.counts.sum()) for selection in lists) / copies
 
-        def call(module: Any, i: int) -> torch.Tensor:
-            return module.sparse_mlp(
-                x, fc1[i], bias, fc2_t[i], *lists[i], self.row_lens, None, "relu", None, self.workspace
-            )
+        def call(kernels: Kernels, i: int) -> torch.Tensor:
+            return kernels.sparse_mlp(x, Mlp(Rows(fc1[i], bias), Rows(fc2_t[i])), lists[i], self.call)
 
         def dense(i: int) -> None:
             # the same memory, read as vLLM's [hidden, ffn]
@@ -286,7 +284,7 @@ class Bench:
         self.parts = (fc2_t, lists)
         return Operation(
             "mlp",
-            lambda i: call(gpu, i),
+            lambda i: call(TRITON, i),
             2 * number * g.hidden * self.size,
             copies,
             self._checked(call),
@@ -299,7 +297,7 @@ class Bench:
         the plain one.
         """
         g, (fc2_t, lists) = self.g, self.parts
-        ids = [reference.listed(*entry).int() for entry in lists]
+        ids = [reference.listed(selection).int() for selection in lists]
         out = torch.empty(g.ffn, device=self.device)
         num_bytes = sum(i.numel() for i in ids) / len(ids) * g.hidden * self.size
 
@@ -330,15 +328,13 @@ class Bench:
         x, bias = self.randn(self.batch, g.hidden), self.randn(3 * g.hidden)
         weight = [self.randn(3 * g.hidden, g.hidden, std=g.hidden**-0.5) for _ in range(copies)]
 
-        def call(module: Any, i: int) -> torch.Tensor:
-            return module.sparse_qkv(
-                x, weight[i], bias, scores[i], self.row_lens, g.head_size, None, self.workspace
-            )
+        def call(kernels: Kernels, i: int) -> torch.Tensor:
+            return kernels.sparse_qkv(x, Rows(weight[i], bias), scores[i], g.head_size, self.call)
 
         square = g.hidden**2 * self.size
         return Operation(
             "qkv",
-            lambda i: call(gpu, i),
+            lambda i: call(TRITON, i),
             (2 + number) * square,
             copies,
             self._checked(call),
@@ -355,15 +351,14 @@ class Bench:
         weight = [self.randn(g.hidden, g.hidden, std=g.hidden**-0.5) for _ in range(copies)]
         out = torch.empty(self.batch, g.hidden, dtype=self.dtype, device=self.device)
 
-        def call(module: Any, i: int) -> torch.Tensor:
-            return module.sparse_out_proj(
-                attn[i], weight[i], scores[i], out if module is gpu else None, self.workspace
-            )
+        def call(kernels: Kernels, i: int) -> torch.Tensor:
+            output = out if kernels is TRITON else None
+            return kernels.sparse_out_proj(attn[i], Rows(weight[i]), scores[i], output)
 
         square = g.hidden**2 * self.size
         return Operation(
             "out_proj",
-            lambda i: call(gpu, i),
+            lambda i: call(TRITON, i),
             number * square,
             copies,
             self._checked(call),
@@ -392,14 +387,13 @@ class Bench:
         lens = torch.full((batch,), context, dtype=torch.int32, device=self.device)
         query, scale = self.randn(batch, g.num_heads, g.head_size), g.head_size**-0.5
 
-        def call(module: Any, i: int) -> torch.Tensor:
-            return module.paged_attention(
-                query, caches[i], tables[i], lens, scale, scores[i], context, self.workspace
-            )
+        def call(kernels: Kernels, i: int) -> torch.Tensor:
+            cache = Cache(caches[i], tables[i], lens, context)
+            return kernels.paged_attention(query, cache, scale, scores[i], self.call)
 
         operation = Operation(
             f"attention {context}",
-            lambda i: call(gpu, i),
+            lambda i: call(TRITON, i),
             num_bytes,
             copies,
             self._checked(call),
@@ -447,7 +441,7 @@ class Bench:
         return scores, sum(float((s > 0).any(0).float().mean()) for s in scores) / len(scores)
 
     def _checked(self, call: Callable[[Any, int], torch.Tensor]) -> Callable[[int], tuple[float, float]]:
-        return lambda i: (relative_rms(call(gpu, i), call(reference, i)), TOLERANCE[self.dtype])
+        return lambda i: (relative_rms(call(TRITON, i), call(reference.KERNELS, i)), TOLERANCE[self.dtype])
 
 
 def layer_of(parts: list[Operation]) -> Operation:

@@ -37,8 +37,19 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from vllm_dejavu.kernels import launch, predict, projections, sparse_attention, sparse_mlp
-from vllm_dejavu.kernels.reference import COUNTERS, SEGMENT
+from vllm_dejavu.kernels import predict, projections, sparse_attention, sparse_mlp, tables
+from vllm_dejavu.kernels.interface import (
+    COUNTERS,
+    SEGMENT,
+    Cache,
+    Call,
+    Linear,
+    LowRank,
+    Mlp,
+    Rider,
+    Rows,
+    Selection,
+)
 
 # {name: (target, multiprocessors)}: grids, and with them the number of splits, follow from the chip.
 ARCHS = {
@@ -118,21 +129,16 @@ def _select(
     model: Model, tokens: int, dtype: torch.dtype, heads: bool = True, predictor: torch.dtype = FP16
 ) -> None:
     x, row_lens = empty(tokens, model.hidden, dtype=dtype), empty(tokens, dtype=torch.int32)
-    scored = (
-        (x, empty(model.heads, model.hidden, dtype=predictor), empty(model.heads, dtype=FP32))
-        if heads
-        else None
-    )
-    predict.select_neurons(
-        x,
+    rider = None
+    if heads:
+        weight = empty(model.heads, model.hidden, dtype=predictor)
+        rider = Rider(x, Linear(weight, empty(model.heads, dtype=FP32)))
+    neurons = LowRank(
         empty(model.rank, model.hidden, dtype=predictor),
         empty(model.ffn, model.rank, dtype=predictor),
         empty(model.ffn, dtype=FP32),
-        row_lens,
-        with_row_mask=True,
-        heads=scored,
-        counters=_counters(),
     )
+    predict.select_neurons(x, neurons, Call(row_lens, _counters()), with_mask=True, rider=rider)
 
 
 def _select_int8(model: Model, tokens: int, dtype: torch.dtype) -> None:
@@ -142,23 +148,22 @@ def _select_int8(model: Model, tokens: int, dtype: torch.dtype) -> None:
 
 def _score_heads(model: Model, tokens: int, dtype: torch.dtype) -> None:
     x, row_lens = empty(tokens, model.hidden, dtype=dtype), empty(tokens, dtype=torch.int32)
-    predict.score_heads(
-        x, empty(model.heads, model.hidden, dtype=FP16), empty(model.heads, dtype=FP32), row_lens
-    )
+    heads = Linear(empty(model.heads, model.hidden, dtype=FP16), empty(model.heads, dtype=FP32))
+    predict.score_heads(x, heads, Call(row_lens))
 
 
 def _mlp(model: Model, tokens: int, dtype: torch.dtype) -> None:
     weight = empty(model.ffn, model.hidden, dtype=dtype)
-    sparse_mlp.sparse_mlp(
-        empty(tokens, model.hidden, dtype=dtype),
-        weight,
-        empty(model.ffn, dtype=dtype),
-        weight,
+    selection = Selection(
         empty(model.ffn, dtype=torch.int32),
         empty(-(-model.ffn // SEGMENT), dtype=torch.int32),
-        empty(tokens, dtype=torch.int32),
-        row_mask=empty(tokens, model.ffn, dtype=torch.bool),
-        counters=_counters(),
+        empty(tokens, model.ffn, dtype=torch.bool),
+    )
+    sparse_mlp.sparse_mlp(
+        empty(tokens, model.hidden, dtype=dtype),
+        Mlp(Rows(weight, empty(model.ffn, dtype=dtype)), Rows(weight)),
+        selection,
+        Call(empty(tokens, dtype=torch.int32), _counters()),
     )
 
 
@@ -167,30 +172,33 @@ def _project(model: Model, tokens: int, dtype: torch.dtype) -> None:
     head_size = model.hidden // model.heads
     projections.sparse_qkv(
         empty(tokens, model.hidden, dtype=dtype),
-        empty(size, model.hidden, dtype=dtype),
-        empty(size, dtype=dtype),
+        Rows(empty(size, model.hidden, dtype=dtype), empty(size, dtype=dtype)),
         scores,
-        empty(tokens, dtype=torch.int32),
         head_size,
-        counters=_counters(),
+        Call(empty(tokens, dtype=torch.int32), _counters()),
     )
     projections.sparse_out_proj(
         empty(tokens, model.heads, head_size, dtype=dtype),
-        empty(model.hidden, model.hidden, dtype=dtype),
+        Rows(empty(model.hidden, model.hidden, dtype=dtype)),
         scores,
     )
 
 
 def _attend(head_size: int, tokens: int, dtype: torch.dtype, heads: int = 32) -> None:
     qkv = empty(tokens, 3 * heads * head_size, dtype=dtype)
-    sparse_attention.paged_attention(
-        qkv[:, : heads * head_size].view(tokens, heads, head_size),
+    lens = empty(tokens, dtype=torch.int32)
+    cache = Cache(
         empty(1000, heads, BLOCK_SIZE, 2 * head_size, dtype=dtype),
         empty(tokens, MAX_LEN // BLOCK_SIZE, dtype=torch.int32),
-        empty(tokens, dtype=torch.int32),
+        lens,
+        MAX_LEN,
+    )
+    sparse_attention.paged_attention(
+        qkv[:, : heads * head_size].view(tokens, heads, head_size),
+        cache,
         head_size**-0.5,
         empty(tokens, heads, dtype=FP32),
-        MAX_LEN,
+        Call(lens),
     )
 
 
@@ -198,7 +206,7 @@ def configs(dtypes: tuple[torch.dtype, ...] = (FP16, BF16, FP32)) -> Iterator[Co
     """Every tile bucket, full and with a number of tokens that is no multiple of 16 (Triton compiles those
     apart).
     """
-    sizes = sorted({n for kernel in launch.KERNELS for n in launch.buckets(kernel)})
+    sizes = sorted({n for kernel in tables.tiles() for n in tables.buckets(kernel)})
     odd = [n - 8 for n in sizes if n > 8]
     calls = (
         ("", _select, ("_down_kernel", "_up_select_kernel")),
@@ -242,7 +250,7 @@ class _Recorder:
 def record(config: Config, sms: int) -> dict[str, _Recorder]:
     """{kernel: its launch} of one wrapper call on a chip of so many multiprocessors."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launch, "num_sms", lambda device: sms))
+        stack.enter_context(mock.patch.object(tables, "num_sms", lambda device: sms))
         recorders = {name: _Recorder(getattr(module, name)) for name, module in MODULES.items()}
         for name, module in MODULES.items():
             stack.enter_context(mock.patch.object(module, name, recorders[name]))
