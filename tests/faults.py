@@ -41,6 +41,14 @@ class Fault:
         return self.file.endswith((".cpp", ".h"))
 
 
+STEPS = ("test_step.py", "test_engine_selection.py", "test_engine_metrics.py", "test_engine_replay.py")
+BLOCKS = (
+    "test_engine_dense_gates.py",
+    "test_engine_metrics.py",
+    "test_engine_selection.py",
+    "test_engine_replay.py",
+)
+MODELS = ("test_engine_metrics.py", "test_engine_parity.py", "test_engine_plugin.py")
 # Which test files should notice a change of a file; what is drawn from a file takes them all.
 TESTS_OF = {
     "kernels/csrc/ops.cpp": ("test_kernel_native.py",),
@@ -48,33 +56,28 @@ TESTS_OF = {
     "kernels/csrc/common.h": ("test_kernel_native.py",),
     "kernels/csrc/avx512_bf16.cpp": ("test_kernel_native.py",),
     "kernels/reference.py": ("test_kernel_reference.py",),
-    "kernels/tiles.py": ("test_kernel_triton.py",),
-    "kernels/launch.py": ("test_kernel_triton.py",),
+    "kernels/primitives.py": ("test_kernel_triton.py",),
+    "kernels/tables.py": ("test_kernel_triton.py",),
+    "kernels/workspace.py": ("test_kernel_triton.py",),
+    "kernels/checks.py": ("test_kernel_triton.py",),
     "kernels/predict.py": ("test_kernel_triton.py",),
     "kernels/projections.py": ("test_kernel_triton.py",),
     "kernels/sparse_attention.py": ("test_kernel_triton.py",),
     "kernels/sparse_mlp.py": ("test_kernel_triton.py",),
-    "vllm_dejavu/ops.py": (
-        "test_step.py",
-        "test_engine_selection.py",
-        "test_engine_metrics.py",
-        "test_engine_replay.py",
+    **dict.fromkeys(("vllm_dejavu/steps.py", "vllm_dejavu/ops.py"), STEPS),
+    **dict.fromkeys(
+        [f"vllm_dejavu/{name}.py" for name in ("gate", "recall", "blocks", "mlp", "attention")], BLOCKS
     ),
-    "vllm_dejavu/layers.py": (
-        "test_engine_dense_gates.py",
-        "test_engine_metrics.py",
-        "test_engine_selection.py",
-        "test_engine_replay.py",
-    ),
-    "vllm_dejavu/model.py": ("test_engine_metrics.py", "test_engine_parity.py", "test_engine_plugin.py"),
+    **dict.fromkeys(("vllm_dejavu/models/base.py", "vllm_dejavu/models/opt.py"), MODELS),
     "vllm_dejavu/metrics.py": ("test_selection.py", "test_engine_metrics.py"),
     "vllm_dejavu/monitoring.py": ("test_engine_metrics.py",),
     "vllm_dejavu/selection.py": ("test_selection.py", "test_engine_selection.py"),
     "vllm_dejavu/predictor.py": ("test_selection.py", "test_training_forms.py"),
     "vllm_dejavu/artifact.py": ("test_artifact.py", "test_engine_dense_gates.py"),
+    "vllm_dejavu/manifest.py": ("test_artifact.py", "test_engine_dense_gates.py"),
     "vllm_dejavu/tune.py": ("test_tune.py",),
     "vllm_dejavu/config.py": ("test_config.py",),
-    "vllm_dejavu/support.py": ("test_capture_sizes.py", "test_engine_plugin.py", "test_engine_metrics.py"),
+    "vllm_dejavu/engine.py": ("test_capture_sizes.py", "test_engine_plugin.py", "test_engine_metrics.py"),
     "vllm_dejavu/quantization.py": ("test_quantization.py",),
     "predictor_training/calibrate.py": ("test_training_fit.py", "test_training_calibrate.py"),
     "predictor_training/collect.py": ("test_training_fit.py", "test_training_samples.py"),
@@ -167,19 +170,19 @@ NATIVE = [
 TRITON = [
     picked(
         "triton-columns-not-masked",
-        "kernels/tiles.py",
+        "kernels/primitives.py",
         "mask=row_mask[:, None] & (kk < k_end)[None, :]",
         "mask=row_mask[:, None]",
     ),
     picked(
         "triton-semaphore-not-reset",
-        "kernels/tiles.py",
+        "kernels/primitives.py",
         "tl.store(counter_ptr, 0)",
         "tl.store(counter_ptr, 1)",
     ),
     picked(
         "triton-no-fence",
-        "kernels/tiles.py",
+        "kernels/primitives.py",
         'sem="acq_rel"',
         'sem="relaxed"',
         "test_kernel_gpu.py",
@@ -245,11 +248,11 @@ REFERENCE = [
 SPARSE_IF = '"sparse" if apply_to == "all" or metadata.max_query_len == 1 else "prefill_or_mixed"'
 
 SERVING = [
-    picked("always-dense", "vllm_dejavu/ops.py", f"reason = {SPARSE_IF}", 'reason = "prefill_or_mixed"'),
-    picked("always-sparse", "vllm_dejavu/ops.py", f"reason = {SPARSE_IF}", 'reason = "sparse"'),
+    picked("always-dense", "vllm_dejavu/steps.py", f"reason = {SPARSE_IF}", 'reason = "prefill_or_mixed"'),
+    picked("always-sparse", "vllm_dejavu/steps.py", f"reason = {SPARSE_IF}", 'reason = "sparse"'),
     picked(
         "piecewise-graphs-sparse",
-        "vllm_dejavu/ops.py",
+        "vllm_dejavu/steps.py",
         "context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE",
         "False",
         "test_step.py",
@@ -257,7 +260,7 @@ SERVING = [
     ),
     picked(
         "padding-counts-as-a-row",
-        "vllm_dejavu/ops.py",
+        "vllm_dejavu/steps.py",
         "< self.metadata.num_actual_tokens",
         "<= self.metadata.num_actual_tokens",
         "test_step.py",
@@ -266,33 +269,33 @@ SERVING = [
     ),
     picked(
         "rider-reads-another-state",
-        "vllm_dejavu/layers.py",
-        "else (previous, rider.gate",
-        "else (gate_input, rider.gate",
+        "vllm_dejavu/mlp.py",
+        "else Rider(previous, rider",
+        "else Rider(gate_input, rider",
         "test_engine_replay.py",
     ),
     picked(
         "crossover-upside-down",
-        "vllm_dejavu/layers.py",
+        "vllm_dejavu/gate.py",
         "spec.density_at(tokens) > limit(tokens)",
         "spec.density_at(tokens) < limit(tokens)",
     ),
     picked(
         "dense-switch-never-back",
-        "vllm_dejavu/layers.py",
+        "vllm_dejavu/gate.py",
         "self.predictor.bias.copy_(self.calibrated_bias)",
         "pass",
     ),
     picked(
         "rows-not-masked",
-        "vllm_dejavu/layers.py",
-        "row_mask if self.settings.masks_rows else None",
-        "None",
+        "kernels/interface.py",
+        "selection if asked.row_exact else selection._replace(mask=None)",
+        "selection._replace(mask=None)",
         "test_engine_selection.py",
     ),
     picked(
         "gates-not-reset",
-        "vllm_dejavu/model.py",
+        "vllm_dejavu/models/base.py",
         "(self.step_counters, *(g.counters for g in self.gates))",
         "(self.step_counters,)",
     ),
@@ -304,7 +307,7 @@ METRICS = [
     ),
     picked(
         "recall-is-one",
-        "vllm_dejavu/layers.py",
+        "vllm_dejavu/gate.py",
         "active.sum(), (active & mask).sum()",
         "active.sum(), active.sum()",
         "test_engine_selection.py",
@@ -341,7 +344,7 @@ ARTIFACT = [
     ),
     picked(
         "fingerprint-not-compared",
-        "vllm_dejavu/artifact.py",
+        "vllm_dejavu/manifest.py",
         "if manifest.model.fingerprint != found:",
         "if not found:",
     ),
@@ -350,14 +353,14 @@ ARTIFACT = [
 REFUSALS = [
     picked(
         "lora-not-refused",
-        "vllm_dejavu/support.py",
+        "vllm_dejavu/engine.py",
         "if vllm_config.lora_config is not None:",
         "if False:",
         "test_engine_plugin.py",
     ),
     picked(
         "largest-batch-not-captured",
-        "vllm_dejavu/support.py",
+        "vllm_dejavu/engine.py",
         "elif largest not in sizes:",
         "elif largest in sizes:",
     ),
