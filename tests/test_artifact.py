@@ -69,12 +69,53 @@ def test_round_trip(original, tmp_path):
     assert again.gate(1, "attention") == (loaded.manifest.layers[1]["attention"], {})
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_both_versions_are_read_and_the_second_is_written(copy, version):
-    assert json.loads((copy / MANIFEST_FILE).read_text())["format_version"] == 2
-    before = artifact.load(copy)
-    edit_manifest(copy, lambda m: m.update(format_version=version))
-    assert artifact.load(copy).manifest == before.manifest
+OLD = Path(__file__).parent / "artifacts"  # by the code that wrote version 2, the first without int8
+
+
+@pytest.mark.parametrize(("version", "dtype"), [(1, torch.float16), (2, torch.int8)], ids=["1", "2"])
+def test_artifacts_of_older_versions_are_read(tmp_path, version, dtype):
+    """Files as they were written then; saved again, they are of the version that is written now."""
+    place = OLD / f"version-{version}"
+    assert json.loads((place / MANIFEST_FILE).read_text())["format_version"] == version
+    loaded = artifact.load(place)
+    model, (first, second) = loaded.manifest.model, loaded.manifest.layers
+    assert (model.num_heads, model.num_kv_heads, model.head_size, model.gated) == (4, 4, 8, False)
+    assert first["mlp"].sparse and not first["attention"].sparse and second["attention"].sparse
+    assert first["mlp"].density_at(8) == 0.5 and first["mlp"].recall == 0.9
+    assert second["mlp"].oracle_density == 0.3 and second["attention"].threshold == 0.25
+    assert loaded.gate(0, "mlp")[1]["up"].dtype == loaded.gate(1, "attention")[1]["weight"].dtype == dtype
+    again = artifact.save(tmp_path / "again", loaded.manifest, loaded.tensors)
+    assert json.loads((tmp_path / "again" / MANIFEST_FILE).read_text())["format_version"] == 3
+    assert again.manifest == loaded.manifest
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in loaded.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda m: m["layers"][0].pop("mlp"), r"layers\[0\] should be .* keys", id="no-mlp"),
+        pytest.param(lambda m: m["model"].update(num_kv_heads=4), "model.num_kv_heads", id="a-key-of-3"),
+        pytest.param(
+            lambda m: m["model"].pop("num_heads"), "model.num_heads should be present", id="no-heads"
+        ),
+    ],
+)
+def test_older_versions_are_checked_by_their_own_rules(tmp_path, change, message):
+    place = tmp_path / "copy"
+    shutil.copytree(OLD / "version-2", place)
+    edit_manifest(place, change)
+    with pytest.raises(ArtifactError, match=message):
+        artifact.load(place)
+
+
+def test_a_layer_may_lack_a_block(copy, tmp_path):
+    """As in hybrid models: no gate, sparse or dense, and no tensors."""
+    loaded = artifact.load(copy)
+    layers = ({"attention": loaded.manifest.layers[0]["attention"]}, *loaded.manifest.layers[1:])
+    tensors = {name: t for name, t in loaded.tensors.items() if not name.startswith("layers.0.mlp.")}
+    saved = artifact.save(tmp_path / "saved", dataclasses.replace(loaded.manifest, layers=layers), tensors)
+    assert list(artifact.load(tmp_path / "saved").manifest.layers[0]) == ["attention"]
+    assert saved.manifest.layers == layers
 
 
 def test_an_int8_artifact_round_trips(model_dir, tmp_path):
@@ -189,16 +230,16 @@ def test_damage_is_refused(copy, damage, message):
             lambda m: m.update(format="other"), "format should be 'vllm-dejavu-predictor'", id="format"
         ),
         pytest.param(
-            lambda m: m.update(format_version=3), "expected format_version 1 or 2, found 3", id="version"
+            lambda m: m.update(format_version=4), "expected format_version 1, 2 or 3, found 4", id="version"
         ),
         pytest.param(
             lambda m: m.update(format_version=True),
-            "expected format_version 1 or 2, found True",
+            "expected format_version 1, 2 or 3, found True",
             id="version-bool",
         ),
         pytest.param(
             lambda m: m.update(format_version=2.0),
-            "expected format_version 1 or 2, found 2.0",
+            "expected format_version 1, 2 or 3, found 2.0",
             id="version-float",
         ),
         pytest.param(lambda m: m.pop("model"), "model should be", id="no-model"),
@@ -206,7 +247,9 @@ def test_damage_is_refused(copy, damage, message):
         pytest.param(lambda m: m["model"].update(ffn_dim=-1), "model.ffn_dim", id="negative-ffn"),
         pytest.param(lambda m: m["model"].update(surprise=1), "model.surprise", id="unknown-key"),
         pytest.param(lambda m: m["layers"].pop(), "a list of 3 layers", id="too-few-layers"),
-        pytest.param(lambda m: m["layers"][0].pop("mlp"), r"layers\[0\]", id="no-mlp"),
+        pytest.param(lambda m: m["layers"][0].update(moe={}), r"layers\[0\]", id="unknown-block"),
+        pytest.param(lambda m: m["model"].update(num_kv_heads=3), "a divisor of", id="kv-heads"),
+        pytest.param(lambda m: m["model"].update(gated="no"), "true or false", id="gated"),
         pytest.param(
             lambda m: m["layers"][0]["mlp"].update(state="maybe"),
             r"layers\[0\].mlp.state.*'maybe'",

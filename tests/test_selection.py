@@ -77,7 +77,7 @@ def test_the_rule_is_score_above_zero_on_valid_rows(rows, units, seed):
         [s > 0 and v for s in row] for row, v in zip(scores.tolist(), valid.tolist(), strict=True)
     ]
     expected = [u for u in range(units) if any(row[u] for row in mask.tolist())]
-    assert reference.listed(*reference.compact_union(mask)).tolist() == expected
+    assert reference.listed(reference.compact_union(mask)).tolist() == expected
 
 
 class TestGateInput:

@@ -190,9 +190,10 @@ class Manifest:
             raise reader.error("format", top.get("format"), repr(FORMAT))
         version = top.get("format_version")
         if type(version) is not int or version not in READABLE_VERSIONS:
+            readable = f"{', '.join(map(str, READABLE_VERSIONS[:-1]))} or {READABLE_VERSIONS[-1]}"
             raise ArtifactError(
-                f"{source}: expected format_version {' or '.join(map(str, READABLE_VERSIONS))}, found"
-                f" {version!r}. Install the vllm-dejavu version that wrote it, or train again."
+                f"{source}: expected format_version {readable}, found {version!r}. Install the vllm-dejavu"
+                " version that wrote it, or train again."
             )
         reader.keys(
             top,
