@@ -25,7 +25,7 @@ from vllm_dejavu import timing
 from vllm_dejavu.kernels import cpu, reference
 from vllm_dejavu.kernels.cpu import KERNELS as NATIVE
 from vllm_dejavu.kernels.interface import Call, Linear, LowRank, Mlp, Rows
-from vllm_dejavu.roofline import GEOMETRIES
+from vllm_dejavu.published import GEOMETRIES
 from vllm_dejavu.timing import Timer
 
 DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -223,10 +223,10 @@ def main() -> None:
         raise SystemExit("The native CPU kernels are not built; see setup.py.")
     torch.manual_seed(0)
     g = geometry(args.geometry)
-    weights = Layers(g.hidden, g.ffn, args.rank, args.layers, DTYPES[args.dtype])
+    weights = Layers(g.hidden_size, g.ffn_dim, args.rank, args.layers, DTYPES[args.dtype])
     table = Table(args.output / f"kernels-{args.geometry}-{args.dtype}.csv")
     for tokens in args.tokens:
-        x = torch.randn(tokens, g.hidden).to(DTYPES[args.dtype])
+        x = torch.randn(tokens, g.hidden_size).to(DTYPES[args.dtype])
         number = max(5, min(args.rounds, 4 * args.rounds * 64 // (64 + tokens)))
         rows = mlp_rows(weights, x, args.layers, number) + projection_rows(
             weights, x, g.num_heads, args.layers, number

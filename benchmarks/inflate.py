@@ -48,9 +48,10 @@ from transformers import OPTConfig
 
 from vllm_dejavu import artifact
 from vllm_dejavu.artifact import Artifact, WeightsFingerprint
+from vllm_dejavu.families import Geometry
 from vllm_dejavu.manifest import GateSpec, ModelSpec, check_fingerprint, check_model
 from vllm_dejavu.predictor_training import hf_opt
-from vllm_dejavu.roofline import GEOMETRIES, Geometry
+from vllm_dejavu.published import GEOMETRIES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT_MODEL = ROOT / "examples" / "opt-books-7m"
@@ -124,22 +125,22 @@ def factor_for(config: OPTConfig, target: Geometry) -> int:
     Raises:
         ValueError: the geometry is no multiple of the model, in hidden size, heads or neurons.
     """
-    factor, rest = divmod(target.hidden, config.hidden_size)
+    factor, rest = divmod(target.hidden_size, config.hidden_size)
     if rest or not factor:
         raise ValueError(
-            f"{target.name} has hidden size {target.hidden}, which is no multiple of the model's"
+            f"The geometry has hidden size {target.hidden_size}, which is no multiple of the model's"
             f" {config.hidden_size}. Name another geometry."
         )
     head_size = config.hidden_size // config.num_attention_heads
     if head_size != target.head_size:
         raise ValueError(
-            f"{target.name} has heads of {target.head_size}, the model of {head_size}; heads are copied,"
+            f"The geometry has heads of {target.head_size}, the model of {head_size}; heads are copied,"
             f" never made larger. Name another geometry, or pass --factor {factor} for this width with"
             f" {factor * config.num_attention_heads} heads of {head_size}."
         )
-    if factor * config.ffn_dim != target.ffn:
+    if factor * config.ffn_dim != target.ffn_dim:
         raise ValueError(
-            f"{target.name} has {target.ffn} neurons a layer, the model widened to its hidden size"
+            f"The geometry has {target.ffn_dim} neurons a layer, the model widened to its hidden size"
             f" {factor * config.ffn_dim}: the ratio of ffn to hidden size stays. Pass --factor {factor} for"
             " this width with that many neurons."
         )

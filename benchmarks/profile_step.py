@@ -23,10 +23,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench_engine import build_llm, drive, environment, prepare
 from common import Table, geometry, median, print_rows
+from engine_drive import build_llm, drive
+from engine_models import prepare
+from engine_side import environment
 
-from vllm_dejavu.roofline import GEOMETRIES
+from vllm_dejavu.published import GEOMETRIES
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace that run on the GPU
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 import csv
 import sys
 
+import tables
+
+from vllm_dejavu import markdown
+
 HEADER = (
     "model",
     "batch",
@@ -26,7 +30,7 @@ HEADER = (
 
 def line(row: dict[str, str]) -> tuple[str, ...]:
     def number(key: str, form: str) -> str:
-        return format(float(row[key]), form) if row.get(key) else "-"
+        return tables.cell(float(row[key]) if row.get(key) else None, form)
 
     name = f"OPT-{row['geometry'].upper()}, synthetic" if row["synthetic"] == "True" else row["geometry"]
     speedup = (
@@ -54,8 +58,7 @@ def line(row: dict[str, str]) -> tuple[str, ...]:
 def main() -> None:
     with open(sys.argv[1], newline="", encoding="utf-8") as file:
         rows = [line(row) for row in csv.DictReader(file) if row.get("speedup")]
-    for cells in (HEADER, ("---",) * len(HEADER), *rows):
-        print("| " + " | ".join(cells) + " |")
+    print("\n".join(markdown.table(HEADER, rows, tables.SPACED)))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,15 @@ from typing import Any
 
 import numpy
 import torch
-from common import TINY, geometry
+from common import geometry, geometry_name
+from synthetic_rates import Rates, fit_rates, target
 
 from vllm_dejavu import artifact
 from vllm_dejavu.artifact import DTYPES
+from vllm_dejavu.families import Geometry
 from vllm_dejavu.manifest import GateSpec, Manifest, ModelSpec
 from vllm_dejavu.predictor import quantize
-from vllm_dejavu.roofline import GEOMETRIES, Geometry, preset_densities
+from vllm_dejavu.published import GEOMETRIES
 
 NORMAL = NormalDist()
 # Standard deviation of the residual stream: embeddings have it, and blocks add little to it (WRITE of it
@@ -44,7 +46,6 @@ WRITE = 0.05
 INPUT_STD = {"self": 1.0, "attn_input": 1.0, "previous": RESIDUAL_STD}
 POSITION_STD = 0.1 * RESIDUAL_STD  # tokens at one position must not look alike
 ALWAYS_POSITIVE = 5.0  # fc1's bias, in standard deviations of its output: one neuron in 3e6 comes out <= 0
-PROFILE_BATCHES = (1, 8, 64)
 PREDICTOR_DTYPES = ("float16", "int8")
 # random numbers drawn on a CPU; primes, so that no two rows of a matrix get the same ones
 TILES = (
@@ -53,100 +54,13 @@ TILES = (
 )
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Neuron rates: a share `hot` of the neurons is selected always, the others at rates from Beta(a, b)."""
-
-    a: float
-    b: float
-    hot: float
-
-    def union(self, batch: int) -> float:
-        """Expected share selected by any of `batch` independent tokens."""
-        a, b = self.a, self.b
-        unselected = math.exp(
-            math.lgamma(b + batch) - math.lgamma(b) + math.lgamma(a + b) - math.lgamma(a + b + batch)
-        )
-        return self.hot + (1 - self.hot) * (1 - unselected)
-
-    def draw(self, units: int, generator: numpy.random.Generator) -> numpy.ndarray:
-        rates = generator.beta(self.a, self.b, units)
-        rates[generator.permutation(units)[: round(self.hot * units)]] = 1.0
-        return rates.clip(1e-12, 1 - 1e-9)
-
-
-def fit_rates(profile: Mapping[int, float]) -> Rates:
-    """Rates whose unions follow {batch: share selected by any token}: least squares of the log ratios, by
-    compass search.
-
-    Without the hot neurons no Beta follows published profiles to better than 10 to 18%; with them, three
-    points are met exactly and those between and beyond come out within 5% of Polar's table.
-    """
-
-    def rates(place: list[float]) -> Rates:
-        return Rates(math.exp(place[0]), math.exp(place[1]), 1 / (1 + math.exp(-place[2])))
-
-    def error(place: list[float]) -> float:
-        if max(map(abs, place)) > 20:
-            return math.inf
-        return sum(math.log(rates(place).union(batch) / target) ** 2 for batch, target in profile.items())
-
-    mean = profile[min(profile)]
-    place, step = [math.log(0.4), math.log(0.4 * (1 - mean) / mean), math.log(mean / 2)], 1.0
-    best = error(place)
-    while step > 1e-5:
-        moves = [[v + s * (i == j) for j, v in enumerate(place)] for i in range(3) for s in (step, -step)]
-        value, move = min((error(move), move) for move in moves)
-        if value < best:
-            best, place = value, move
-        else:
-            step /= 2
-    return rates(place)
-
-
-def profile_of(name: str) -> tuple[dict[int, float], float, str]:
-    """({batch: MLP union density}, heads per sequence, where they come from) of a geometry; see
-    roofline.py.
-    """
-    name = "6.7b" if name == "tiny" else name
-    _, heads, source = preset_densities(name, 1)
-    return {batch: preset_densities(name, batch)[0] for batch in PROFILE_BATCHES}, heads, source
-
-
-def scale_profile(profile: Mapping[int, float], density: float) -> dict[int, float]:
-    """The profile with another density of one token.
-
-    Every union u becomes 1 - (1 - u)^k with the k that makes it `density` at batch 1: as if each token were k
-    tokens of the profile. So unions stay below 1 and keep their order; small ones scale nearly in proportion.
-    """
-    if density >= 1:
-        return dict.fromkeys(profile, 1.0)
-    k = math.log1p(-density) / math.log1p(-profile[1])
-    return {batch: density if batch == 1 else 1 - (1 - union) ** k for batch, union in profile.items()}
-
-
-def target(
-    name: str, mlp_density: float | None, head_density: float | None
-) -> tuple[dict[int, float], float, str]:
-    """`profile_of`, with the densities of one token that were asked for; None: the geometry's own."""
-    profile, heads, source = profile_of(name)
-    if mlp_density is not None:
-        profile, source = (
-            scale_profile(profile, mlp_density),
-            f"{source}; unions scaled to {mlp_density:g} at batch 1",
-        )
-    if head_density is not None:
-        heads, source = head_density, f"{source}; heads {head_density:g} asked for"
-    return profile, heads, source
-
-
 def rank_of(g: Geometry, dtype: str = "float16") -> int:
     """Of the MLP predictor, as `vllm-dejavu train` takes it: at most 3% of the block's bytes where hidden >=
     2048.
     """
     from vllm_dejavu.predictor_training.pipeline import default_rank
 
-    return default_rank(g.hidden, g.ffn, DTYPES[dtype].itemsize)
+    return default_rank(g.hidden_size, g.ffn_dim, DTYPES[dtype].itemsize)
 
 
 def hf_config(g: Geometry) -> dict[str, Any]:
@@ -155,13 +69,13 @@ def hf_config(g: Geometry) -> dict[str, Any]:
         "model_type": "opt",
         "activation_function": "relu",
         "do_layer_norm_before": True,
-        "hidden_size": g.hidden,
-        "word_embed_proj_dim": g.hidden,
-        "ffn_dim": g.ffn,
+        "hidden_size": g.hidden_size,
+        "word_embed_proj_dim": g.hidden_size,
+        "ffn_dim": g.ffn_dim,
         "num_attention_heads": g.num_heads,
         "num_hidden_layers": g.num_layers,
-        "vocab_size": g.vocab,
-        "max_position_embeddings": g.positions - 2,
+        "vocab_size": g.vocab_size,
+        "max_position_embeddings": g.max_positions,
         "bos_token_id": 2,
         "eos_token_id": 2,
         "pad_token_id": 1,
@@ -190,17 +104,36 @@ def _unit_rows(rows: int, columns: int, generator: torch.Generator, device: torc
     return weight / weight.norm(dim=1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What predictors are made with, besides the densities.
+
+    Attributes:
+        name: of the model they are for. rank: of the MLP predictors; None: `rank_of`. dtype: one of
+            PREDICTOR_DTYPES.
+        mlp_lookahead: any of config.LOOKAHEADS["mlp"] whose input is normalised: `self` or `attn_input`.
+        spread: densities of layers vary by up to this share around the profile, evenly, in random order.
+    """
+
+    name: str = "model"
+    rank: int | None = None
+    dtype: str = "float16"
+    mlp_lookahead: str = "self"
+    spread: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mlp_lookahead not in ("self", "attn_input"):
+            raise ValueError(
+                f"mlp_lookahead is {self.mlp_lookahead!r}; synthetic predictors read a normalised input:"
+                " 'self' or 'attn_input'."
+            )
+        if self.dtype not in PREDICTOR_DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; predictors come in {PREDICTOR_DTYPES}.")
+
+
 def write_artifact(
-    directory: Path,
-    g: Geometry,
-    profile: Mapping[int, float],
-    head_density: float,
-    *,
-    rank: int | None = None,
-    dtype: str = "float16",
-    mlp_lookahead: str = "self",
-    spread: float = 0.0,
-    seed: int = 0,
+    directory: Path, g: Geometry, profile: Mapping[int, float], head_density: float, recipe: Recipe
 ) -> Path:
     """An artifact whose selections follow a profile. A density of 1 makes dense gates: nothing is predicted
     there.
@@ -208,22 +141,12 @@ def write_artifact(
     Args:
         profile: {batch: share of neurons that any of `batch` tokens selects}, mean over layers.
         head_density: heads a token selects; each with this rate, on its own.
-        rank: of the MLP predictors; None: `rank_of`.
-        dtype: of the predictors, one of PREDICTOR_DTYPES.
-        mlp_lookahead: any of config.LOOKAHEADS["mlp"] whose input is normalised: `self` or `attn_input`.
-        spread: densities of layers vary by up to this share around the profile, evenly, in random order.
     """
-    if mlp_lookahead not in ("self", "attn_input"):
-        raise ValueError(
-            f"mlp_lookahead is {mlp_lookahead!r}; synthetic predictors read a normalised input: 'self' or"
-            " 'attn_input'."
-        )
-    if dtype not in PREDICTOR_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; predictors come in {PREDICTOR_DTYPES}.")
-    rank = rank or rank_of(g, dtype)
+    dtype, seed = recipe.dtype, recipe.seed
+    rank = recipe.rank or rank_of(g, dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator, numbers = torch.Generator(device).manual_seed(seed), numpy.random.default_rng(seed)
-    factors = 1 + spread * numbers.permutation(numpy.linspace(-1, 1, g.num_layers))
+    factors = 1 + recipe.spread * numbers.permutation(numpy.linspace(-1, 1, g.num_layers))
     tensors: dict[str, torch.Tensor] = {}
     layers = []
     rates_by_factor: dict[float, Rates] = {}
@@ -252,9 +175,11 @@ def write_artifact(
             if factor not in rates_by_factor:
                 rates_by_factor[factor] = fit_rates({b: min(0.98, d * factor) for b, d in profile.items()})
             rates = rates_by_factor[factor]
-            p = torch.from_numpy(rates.draw(g.ffn, numbers))
-            down = torch.linalg.qr(torch.randn(g.hidden, rank, generator=generator, device=device))[0].t()
-            up = _unit_rows(g.ffn, rank, generator, device)
+            p = torch.from_numpy(rates.draw(g.ffn_dim, numbers))
+            down = torch.linalg.qr(torch.randn(g.hidden_size, rank, generator=generator, device=device))[
+                0
+            ].t()
+            up = _unit_rows(g.ffn_dim, rank, generator, device)
             parts = {
                 "down": down,
                 "up": up,
@@ -266,13 +191,13 @@ def write_artifact(
                 rates.union,
                 parts,
                 form="low_rank",
-                lookahead=mlp_lookahead,
+                lookahead=recipe.mlp_lookahead,
                 rank=rank,
             )
         if head_density < 1:
             lookahead = "self" if layer == 0 else "previous"
             parts = {
-                "weight": _unit_rows(g.num_heads, g.hidden, generator, device) / INPUT_STD[lookahead],
+                "weight": _unit_rows(g.num_heads, g.hidden_size, generator, device) / INPUT_STD[lookahead],
                 "bias": torch.full((g.num_heads,), NORMAL.inv_cdf(head_density), device=device),
                 "activation_rate": torch.full((g.num_heads,), head_density),
             }
@@ -282,11 +207,11 @@ def write_artifact(
             )
         layers.append({"mlp": mlp, "attention": attention})
     model = ModelSpec(
-        name=f"synthetic {g.name}",
+        name=f"synthetic {recipe.name}",
         architecture="OPTForCausalLM",
         num_layers=g.num_layers,
-        hidden_size=g.hidden,
-        ffn_dim=g.ffn,
+        hidden_size=g.hidden_size,
+        ffn_dim=g.ffn_dim,
         num_heads=g.num_heads,
         activation="relu",
         layer_norm="pre",
@@ -297,7 +222,7 @@ def write_artifact(
         "profile": {str(b): d for b, d in profile.items()},
         "head_density": head_density,
         "seed": seed,
-        "spread": spread,
+        "spread": recipe.spread,
     }
     artifact.save(directory, Manifest(model, tuple(layers), calibration=record), tensors, overwrite=True)
     return Path(directory)
@@ -342,7 +267,7 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
 
     vLLM's CPU linears pack their weight as soon as it is loaded and drop the original: a parameter of no
     elements, skipped here. On a CPU this must therefore run while the model is being loaded
-    (`engine_side.build_llm`), or packed layers would keep what they had. Values do not change the speed of a
+    (`engine_drive.build_llm`), or packed layers would keep what they had. Values do not change the speed of a
     CPU's dense layers as long as none is denormal, and none of these is.
 
     Args:
@@ -432,52 +357,36 @@ def calibrate(model: torch.nn.Module, layers: list[dict[str, Any]], tolerance: f
     return worst
 
 
-class DenseProjections:
-    """An ablation: the engine's kernels, but Q and out_proj read every head's weights; attention stays
-    selective.
+def dense_projections(kernels: Any) -> Any:
+    """An ablation: these kernels, but Q and out_proj read every head's weights; attention stays selective.
 
     Head selections are not counted then: the projection that counts them is told that all heads are selected.
     """
+    ones: dict[Any, Any] = {}
 
-    def __init__(self, kernels: Any):
-        self.kernels, self.ones = kernels, {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernels, name)
-
-    def _all(self, head_scores: Any) -> Any:
+    def everything(head_scores: Any) -> Any:
         # made in the warm-up, in front of graph capture, and kept: no launch in a step
         key = (tuple(head_scores.shape), head_scores.device)
-        if key not in self.ones:
-            self.ones[key] = head_scores.new_ones(head_scores.shape)
-        return self.ones[key]
+        if key not in ones:
+            ones[key] = head_scores.new_ones(head_scores.shape)
+        return ones[key]
 
-    def sparse_qkv(
-        self,
-        x: Any,
-        weight: Any,
-        bias: Any,
-        head_scores: Any,
-        row_lens: Any,
-        head_size: int,
-        counters: Any = None,
-        workspace: Any = None,
-    ) -> Any:
-        return self.kernels.sparse_qkv(
-            x, weight, bias, self._all(head_scores), row_lens, head_size, None, workspace
-        )
+    class DenseProjections(type(kernels)):
+        def sparse_qkv(self, x: Any, qkv: Any, head_scores: Any, head_size: int, call: Any) -> Any:
+            uncounted = call._replace(counters=None)
+            return super().sparse_qkv(x, qkv, everything(head_scores), head_size, uncounted)
 
-    def sparse_out_proj(
-        self, attn: Any, weight: Any, head_scores: Any, output: Any = None, workspace: Any = None
-    ) -> Any:
-        return self.kernels.sparse_out_proj(attn, weight, self._all(head_scores), output, workspace)
+        def sparse_out_proj(self, attn: Any, out: Any, head_scores: Any, output: Any = None) -> Any:
+            return super().sparse_out_proj(attn, out, everything(head_scores), output)
+
+    return DenseProjections()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a synthetic model (config only) and its predictor artifact."
     )
-    parser.add_argument("--geometry", choices=[*GEOMETRIES, TINY.name], required=True)
+    parser.add_argument("--geometry", choices=[*GEOMETRIES, "tiny"], required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--predictor-dtype", choices=PREDICTOR_DTYPES, default="float16")
@@ -489,19 +398,17 @@ def main() -> None:
     args = parser.parse_args()
     g = geometry(args.geometry)
     profile, heads, source = target(args.geometry, args.mlp_density, args.head_density)
-    directory = write_model(args.output, g)
-    write_artifact(
-        directory / "dejavu",
-        g,
-        profile,
-        heads,
+    directory, name = write_model(args.output, g), geometry_name(args.geometry)
+    recipe = Recipe(
+        name=name,
         rank=args.rank,
         dtype=args.predictor_dtype,
         mlp_lookahead=args.mlp_lookahead,
         spread=args.spread,
         seed=args.seed,
     )
-    print(f"{directory}: {g.name}, synthetic; MLP {profile}, heads {heads} ({source})")
+    write_artifact(directory / "dejavu", g, profile, heads, recipe)
+    print(f"{directory}: {name}, synthetic; MLP {profile}, heads {heads} ({source})")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ calibration's, a run of it all.
 import csv
 import itertools
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import batching
 import pytest
 import tiny
 import torch
@@ -20,9 +20,6 @@ from vllm_dejavu.predictor_training.hf_opt import OptModel
 from vllm_dejavu.predictor_training.labels import head_contributions, head_grams
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import batching  # noqa: E402
 
 BOS = 2
 COLUMNS = {

@@ -1,8 +1,7 @@
-"""bench_engine.py: profiles with other densities, bytes a step reads, sizes of a CPU's engine, one row a
-point, a dry run of it all.
-"""
+"""bench_engine.py: bytes a step reads, sizes of a CPU's engine, one row a point, a dry run of it all."""
 
 import csv
+import json
 import lzma
 import shutil
 import subprocess
@@ -10,155 +9,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
-from types import SimpleNamespace
 
+import bench_engine
+import engine_columns
+import engine_drive
+import engine_models
+import engine_options
+import engine_ratios
+import engine_side
 import pytest
-import torch
 from conftest import HANG_S
 
-from vllm_dejavu import artifact
-from vllm_dejavu.kernels import reference
-from vllm_dejavu.predictor_training.pipeline import TrainConfig
+from vllm_dejavu.published import DEVICES, GEOMETRIES, opt_geometry
+from vllm_dejavu.roofline import Workload, account
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.append(str(BENCHMARKS))
 
-import bench_engine  # noqa: E402
-import engine_side  # noqa: E402
-import synthetic  # noqa: E402
-
-from vllm_dejavu.roofline import DEVICES, GEOMETRIES, Geometry, Workload, account  # noqa: E402
-
-SMALL = Geometry("small", hidden=256, num_heads=8, num_layers=2, vocab=64, positions=66)
-PRESET = synthetic.profile_of("1.3b")[0]
-
-
-# Densities that are asked for.
-
-
-@pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.2, 0.4, 0.8])
-def test_scaled_profiles_are_profiles(density):
-    """The first value is what was asked; unions grow with the batch, stay below 1, and rates can be fitted to
-    them.
-    """
-    profile = synthetic.scale_profile(PRESET, density)
-    unions = list(profile.values())
-    assert unions[0] == density and unions == sorted(unions) and unions[-1] < 1
-    rates = synthetic.fit_rates(profile)
-    assert [rates.union(b) for b in profile] == pytest.approx(unions, rel=0.02)
-
-
-def test_a_profile_scaled_to_itself():
-    assert synthetic.scale_profile(PRESET, PRESET[1]) == pytest.approx(PRESET)
-    assert set(synthetic.scale_profile(PRESET, 1.0).values()) == {1.0}
-
-
-def test_what_was_asked_is_labelled():
-    assert synthetic.target("1.3b", None, None) == synthetic.profile_of("1.3b")
-    profile, heads, source = synthetic.target("1.3b", 0.2, 1.0)
-    assert (profile[1], heads) == (0.2, 1.0)
-    assert "stands in" in source and "scaled to 0.2" in source and "heads 1 asked" in source
-
-
-@pytest.mark.parametrize(("name", "rank"), [("1.3b", 192), ("2.7b", 240), ("125m", 192)])
-def test_rank_is_that_of_training(name, rank):
-    assert synthetic.rank_of(GEOMETRIES[name], TrainConfig("m", ("d",), "o").dtype) == rank
-
-
-# Artifacts.
-
-
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory):
-    return artifact.load(
-        synthetic.write_artifact(
-            tmp_path_factory.mktemp("int8") / "dejavu", SMALL, PRESET, 0.5, rank=32, dtype="int8"
-        )
-    )
-
-
-def test_int8_predictors_select_at_the_densities(int8):
-    x = torch.nn.functional.layer_norm(
-        torch.randn(1024, SMALL.hidden, generator=torch.Generator().manual_seed(1)), (SMALL.hidden,)
-    )
-    for layer in range(SMALL.num_layers):
-        spec, t = int8.gate(layer, "mlp")
-        assert spec.dtype == "int8" and t["up"].dtype == torch.int8
-        assert (
-            reference.low_rank_scores(x, t["down"], t["up"], t["bias"]) > 0
-        ).float().mean() == pytest.approx(0.1, rel=0.1)
-        spec, t = int8.gate(layer, "attention")
-        inputs = x * synthetic.INPUT_STD[spec.lookahead]
-        assert (reference.linear_scores(inputs, t["weight"], t["bias"]) > 0).float().mean() == pytest.approx(
-            0.5, rel=0.1
-        )
-
-
-@pytest.mark.parametrize("block", ["mlp", "attention"])
-def test_calibration_of_int8_meets_the_density(int8, block):
-    """Integers bring a step of their own for every unit: a shift of biases counts in these. Heads at 0.5 have
-    a bias of 0.
-    """
-    spec, t = int8.gate(1, block)
-    # inputs of another mean or scale than assumed, so that densities are off
-    x = synthetic.INPUT_STD[spec.lookahead] * (
-        1.5 * torch.randn(2048, SMALL.hidden, generator=torch.Generator().manual_seed(2))
-    )
-    predictor = SimpleNamespace(**{name: tensor.clone() for name, tensor in t.items()})
-    if block == "attention":
-        predictor.bias -= 40 * x.std() * predictor.weight.float().abs().mean()
-    units = SMALL.ffn if block == "mlp" else SMALL.num_heads
-    model = SimpleNamespace(
-        gates=[SimpleNamespace(layer=0, block=block, spec=spec, units=units, predictor=predictor)]
-    )
-
-    def count():
-        if block == "mlp":
-            scores = reference.low_rank_scores(x, predictor.down, predictor.up, predictor.bias)
-        else:
-            scores = reference.linear_scores(x, predictor.weight, predictor.bias)
-        return [{block: {"density": float((scores > 0).float().mean()), "rows": x.shape[0]}}]
-
-    assert abs(count()[0][block]["density"] / spec.density["mean"] - 1) > 0.2
-    for _ in range(5):
-        synthetic.calibrate(model, count(), tolerance=0.02)
-    assert count()[0][block]["density"] == pytest.approx(spec.density["mean"], rel=0.1)
-
-
-def test_density_one_predicts_nothing(tmp_path):
-    """Gates are dense then, and the artifact holds no tensor for them."""
-    mlp_only = artifact.load(
-        synthetic.write_artifact(tmp_path / "mlp", SMALL, PRESET, 1.0, rank=16, dtype="int8")
-    )
-    assert {layer["attention"].state for layer in mlp_only.manifest.layers} == {"dense"}
-    assert not any("attention" in name for name in mlp_only.tensors)
-    heads_only = artifact.load(
-        synthetic.write_artifact(
-            tmp_path / "heads", SMALL, synthetic.scale_profile(PRESET, 1.0), 0.5, rank=16
-        )
-    )
-    assert {(layer["mlp"].state, layer["attention"].state) for layer in heads_only.manifest.layers} == {
-        ("dense", "sparse")
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiled_weights_are_random_enough(dtype):
-    """Mean, spread, and no two rows alike, within a matrix longer than the tile and between two of them."""
-    normals = synthetic._Normals(0)
-    # the first decides on the small tile
-    first, second = (
-        torch.empty(160, 320, dtype=dtype),
-        torch.empty(1000, 320, dtype=dtype),
-    )
-    for p in (first, second):
-        normals.fill(p, 0.02)
-    assert second.numel() > 4 * synthetic.TILES[0]
-    assert float(second.float().mean()) == pytest.approx(0, abs=1e-3) and float(
-        second.float().std()
-    ) == pytest.approx(0.02, rel=0.02)
-    rows = torch.nn.functional.normalize(torch.cat([first, second]).float(), dim=1)
-    assert (rows @ rows.T - torch.eye(len(rows))).abs().max() < 0.4
+SMALL = opt_geometry(256, num_heads=8, num_layers=2, vocab_size=64, max_positions=64)
 
 
 # What a step reads.
@@ -182,25 +49,25 @@ def test_bytes_are_those_of_the_roofline_model(name):
     )
     result = account(g, DEVICES["h200"], work)
     weights = ("qkv", "out_proj", "fc1", "fc2")
-    lm_head = 2 * g.vocab * g.hidden
+    lm_head = 2 * g.vocab_size * g.hidden_size
     dense = g.num_layers * sum(result.parts[p].dense_bytes for p in weights) + lm_head
     sparse = g.num_layers * sum(result.parts[p].sparse_bytes for p in (*weights, "predictor")) + lm_head
     counts = _layers(g, {"read_density": 0.2, "survived_density": 0.16}, {"read_density": 0.9})
-    assert engine_side.weight_bytes(g, 2) == pytest.approx(dense)
+    assert engine_columns.weight_bytes(g, 2) == pytest.approx(dense)
     predictors = g.num_layers * int(result.parts["predictor"].sparse_bytes)
-    assert engine_side.weight_bytes(g, 2, counts, predictors) == pytest.approx(sparse, rel=1e-6)
+    assert engine_columns.weight_bytes(g, 2, counts, predictors) == pytest.approx(sparse, rel=1e-6)
 
 
 def test_blocks_without_counts_are_read_whole():
-    dense = engine_side.weight_bytes(SMALL, 4)
-    assert engine_side.weight_bytes(SMALL, 4, _layers(SMALL)) == dense
+    dense = engine_columns.weight_bytes(SMALL, 4)
+    assert engine_columns.weight_bytes(SMALL, 4, _layers(SMALL)) == dense
     assert (
-        engine_side.weight_bytes(
+        engine_columns.weight_bytes(
             SMALL, 4, _layers(SMALL, {"read_density": None, "survived_density": None}, {"read_density": None})
         )
         == dense
     )
-    assert engine_side.rate(3e6, {"tpot_p50_ms": 2.0}) == {"weight_mb": 3.0, "weight_gbps": 1.5}
+    assert engine_columns.rate(3e6, {"tpot_p50_ms": 2.0}) == {"weight_mb": 3.0, "weight_gbps": 1.5}
 
 
 # Sizes, options.
@@ -220,32 +87,32 @@ def test_a_cpu_engine_is_as_large_as_its_points_need():
         "max_model_len": 2048,
     }
     assert engine_side.steps_needed(16, 1024, spec) == 1115
-    sizes = bench_engine.cpu_sizes(GEOMETRIES["1.3b"], spec)
+    sizes = engine_models.cpu_sizes(GEOMETRIES["1.3b"], spec)
     assert sizes == {
         "max_model_len": 1115,
         "slots": 16,
         "kv_cache_bytes": (16 * 9 + 2) * 128 * 24 * 2 * 2048 * 2,
     }
     assert (
-        bench_engine.cpu_sizes(GEOMETRIES["1.3b"], spec | {"batch": [1], "context": [16], "steps": 2})[
+        engine_models.cpu_sizes(GEOMETRIES["1.3b"], spec | {"batch": [1], "context": [16], "steps": 2})[
             "slots"
         ]
-        == engine_side.CALIBRATION_ROWS
+        == engine_drive.CALIBRATION_ROWS
     )
     # what no position is left for does not enlarge it
-    short = replace(GEOMETRIES["125m"], positions=514)
-    assert bench_engine.cpu_sizes(short, spec | {"max_model_len": 512})["max_model_len"] < 512
+    short = replace(GEOMETRIES["125m"], max_positions=512)
+    assert engine_models.cpu_sizes(short, spec | {"max_model_len": 512})["max_model_len"] < 512
 
 
 def test_options_follow_the_device():
-    gpu, cpu = (bench_engine.parse_args(["--device", device]) for device in ("cuda", "cpu"))
+    gpu, cpu = (engine_options.parse_args(["--device", device]) for device in ("cuda", "cpu"))
     assert (gpu.dtype, gpu.predictor_dtype, gpu.prefill) == ("float16", "float16", 0)
     assert (cpu.dtype, cpu.predictor_dtype, cpu.prefill) == ("bfloat16", "int8", 3)
-    assert bench_engine.parse_args(["--dry-run"]).device == "cuda"
+    assert engine_options.parse_args(["--dry-run"]).device == "cuda"
     assert bench_engine.label_of(gpu, "6.7b") == "6.7b"
     assert (
         bench_engine.label_of(
-            bench_engine.parse_args(["--mlp-density", "0.1", "--head-density", "1", "--label", "x"]), "1.3b"
+            engine_options.parse_args(["--mlp-density", "0.1", "--head-density", "1", "--label", "x"]), "1.3b"
         )
         == "1.3b-mlp0.1-heads1-x"
     )
@@ -256,7 +123,7 @@ def test_options_follow_the_device():
         ["--model", "m", "--text", "t", "--dry-run"],
     ):
         with pytest.raises(SystemExit):
-            bench_engine.parse_args(wrong)
+            engine_options.parse_args(wrong)
 
 
 @pytest.mark.parametrize(
@@ -273,11 +140,11 @@ def test_async_scheduling_is_vllms_unless_named(monkeypatch, argument, expected)
         raise Made(options.get("async_scheduling"))
 
     monkeypatch.setattr("vllm.LLM", llm)
-    args = bench_engine.parse_args(["--dry-run", "--side", "dense", *argument])
-    spec = {k: getattr(args, k) for k in bench_engine.PASSED_ON}
+    args = engine_options.parse_args(["--dry-run", "--side", "dense", *argument])
+    spec = {k: getattr(args, k) for k in engine_models.PASSED_ON}
     spec |= {"side": "dense", "synthetic": False, "model": "m"}
     with pytest.raises(Made) as made:
-        engine_side.build_llm(spec | {"slots": 1, "prefill_tokens": 64, "max_model_len": 64})
+        engine_drive.build_llm(spec | {"slots": 1, "prefill_tokens": 64, "max_model_len": 64})
     assert made.value.args == (expected,)
 
 
@@ -307,7 +174,7 @@ def smoke(monkeypatch, answers):
         return ([], found) if isinstance(found, str) else ([found], "")
 
     monkeypatch.setattr(bench_engine, "run_child", run_child)
-    bench_engine.smoke(bench_engine.parse_args(["--smoke", "m", "--dry-run"]))
+    bench_engine.smoke(engine_options.parse_args(["--smoke", "m", "--dry-run"]))
 
 
 def test_smoke_variants_run_beside_each_other_and_agree(monkeypatch, capsys):
@@ -336,7 +203,7 @@ def test_smoke_judges(monkeypatch, change, message):
 
 
 def test_earlier_points_are_kept():
-    args = bench_engine.parse_args(["--device", "cpu", "--batch", "1", "--context", "128"])
+    args = engine_options.parse_args(["--device", "cpu", "--batch", "1", "--context", "128"])
     row = {"batch": "1", "context": "128", "side": "dense"}
     assert not bench_engine.kept(args, row) and bench_engine.kept(args, row | {"context": "1024"})
     assert bench_engine.kept(args, row | {"side": "hf"})
@@ -355,14 +222,14 @@ def test_prompts_come_from_all_over_the_text(tmp_path):
                 for i in range(200)
             )
         )
-    rows = bench_engine.text_prompts(model, text, 24, 8, seed=0)
+    rows = engine_models.text_prompts(model, text, 24, 8, seed=0)
     assert len(rows) == 8 and {len(row) for row in rows} == {24} and {row[0] for row in rows} == {2}
-    assert len({tuple(row) for row in rows}) == 8 and rows == bench_engine.text_prompts(
+    assert len({tuple(row) for row in rows}) == 8 and rows == engine_models.text_prompts(
         model, text, 24, 8, seed=0
     )
-    (tmp_path / "prompts.json").write_text(bench_engine.json.dumps({24: rows}), encoding="utf-8")
+    (tmp_path / "prompts.json").write_text(json.dumps({24: rows}), encoding="utf-8")
     spec = {"prompts": str(tmp_path / "prompts.json")}
-    assert engine_side.prompts_of(spec, 3, 24) == rows[:3] and engine_side.prompts_of(spec, 9, 10) == [
+    assert engine_drive.prompts_of(spec, 3, 24) == rows[:3] and engine_drive.prompts_of(spec, 9, 10) == [
         row[:10] for row in [*rows, rows[0]]
     ]
 
@@ -410,7 +277,7 @@ def test_pivot_puts_sides_beside_each_other():
         _row("dense", 0, 30, batch="4"),
         _row("dejavu", 0, 20, geometry="2.7b"),
     ]
-    first, second = bench_engine.pivot(rows)
+    first, second = engine_ratios.pivot(rows)
     assert (
         first["geometry"],
         first["batch"],
@@ -461,7 +328,7 @@ def test_pivot_of_a_real_model_shows_what_was_counted():
         )
         for side in ("dense", "dejavu")
     ]
-    (row,) = bench_engine.pivot(rows)
+    (row,) = engine_ratios.pivot(rows)
     assert (row["mlp_density"], row["head_density"], row["synthetic"]) == (0.07, 0.8, "False")
 
 

@@ -1,22 +1,29 @@
 """The existence study: its figures against brute force on tiny inputs, and one run of every part."""
 
 import csv
-import math
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import existence
 import pytest
 import tiny
 import torch
+from existence_bytes import Weights
+from existence_heads import MAP_FROM
+from existence_oracle import BUDGET, SHARED, Oracle
+from existence_predictability import MULTIPLE, Sums
+from existence_search import mask_of, searches, with_bias, with_one
+from existence_study import Study, Walk
 
+from vllm_dejavu.predictor_training import forms
 from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.labels import head_grams
+from vllm_dejavu.predictor_training.train import LayerWeights, fit_heads, fit_mlp
 from vllm_dejavu.selection import contributions
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import existence  # noqa: E402
 
 PARTS_WITHOUT_FAISS = ["oracle", "bytes", "predictability", "drift", "heads"]
 SEQ_LEN = 32
@@ -59,24 +66,9 @@ def arguments(place, output, *parts):
         str(place / "held.txt"),
         "--output",
         str(output),
-        "--tokens",
-        "512",
-        "--held-out-tokens",
-        "256",
-        "--scored-tokens",
-        "128",
-        "--seq-len",
-        str(SEQ_LEN),
-        "--layers",
-        "2",
-        "--batch",
-        "3",
-        "--neighbours-rounds",
-        "2",
-        "--neighbours-tokens",
-        "4",
-        "--neighbours-geometry",
-        "24x96",
+        *"--tokens 512 --held-out-tokens 256 --scored-tokens 128 --layers 2 --batch 3".split(),
+        *f"--seq-len {SEQ_LEN} --neighbours-rounds 2 --neighbours-tokens 4".split(),
+        *"--neighbours-geometry 24x96".split(),
         "--parts",
         *parts,
     ]
@@ -107,69 +99,12 @@ def tokens():
 def oracle(model):
     count = len(model.layers)
     norms = [model.weight(i, "fc2").norm(dim=0) for i in range(count)]
-    return existence.Oracle(
+    return Oracle(
         model,
         norms,
-        [existence.head_grams(model.weight(i, "self_attn.out_proj"), 2) for i in range(count)],
+        [head_grams(model.weight(i, "self_attn.out_proj"), 2) for i in range(count)],
         batch=3,
     )
-
-
-# --- statistics
-
-
-def test_auc_counts_pairs_and_halves_ties():
-    scores = torch.randint(0, 6, (60,), generator=generator()).float()
-    active = torch.rand(60, generator=generator(1)) < 0.3
-    pairs = scores[active][:, None] - scores[~active][None, :]
-    assert existence.auc(scores, active) == pytest.approx(
-        float(((pairs > 0).double() + 0.5 * (pairs == 0)).mean())
-    )
-    assert math.isnan(existence.auc(scores, torch.zeros(60, dtype=torch.bool)))
-
-
-@pytest.mark.parametrize("share", [0.1, 0.37, 0.625, 1.0])
-def test_exactly_the_share_is_selected_the_best_first(share):
-    scores = torch.tensor([3.0, 1.0, 2.0, 2.0]).expand(5, 4)  # ties over tokens, as a static ranking has them
-    kept = existence.selected_share(scores, share)
-    assert float(kept.sum()) == pytest.approx(share * 20, abs=1e-4)
-    assert float(kept.min()) >= 0 and float(kept.max()) <= 1
-    assert not ((kept[:, 0] < 1) & (kept[:, 2] > 0)).any() and not ((kept[:, 2] < 1) & (kept[:, 1] > 0)).any()
-
-
-def test_spearman_is_the_correlation_of_ranks_with_ties_shared():
-    a, b = torch.tensor([1.0, 5.0, 2.0, 2.0, 9.0]), torch.tensor([3.0, 1.0, 4.0, 5.0, 0.0])
-    rank_a, rank_b = torch.tensor([0, 3, 1.5, 1.5, 4]).double(), torch.tensor([2, 1, 3, 4, 0]).double()
-    assert existence.ranks(a).tolist() == rank_a.tolist()
-    assert existence.spearman(a, b) == pytest.approx(
-        float(torch.corrcoef(torch.stack([rank_a, rank_b]))[0, 1])
-    )
-    assert existence.spearman(a, a**3) == pytest.approx(1)
-
-
-def test_errors_of_a_ratio_shrink_to_those_of_a_mean_when_the_denominator_is_constant():
-    above = torch.rand(12, generator=generator())
-    value, error = existence.ratio_error(above, torch.full((12,), 2.0))
-    mean, mean_error = existence.mean_error(above / 2)
-    assert (value, error) == (pytest.approx(mean), pytest.approx(mean_error))
-    assert existence.ratio_error(above, above)[1] == pytest.approx(0, abs=1e-12)
-
-
-def test_histogram_thresholds_keep_the_density():
-    values = torch.randn(4000, generator=generator()).exp() * (torch.rand(4000, generator=generator(1)) < 0.3)
-    histogram = existence.LogHistogram()
-    for part in values.split(700):
-        histogram.add(part)
-    for density in (0.01, 0.05, 0.2):
-        kept = float((values > histogram.threshold(density)).float().mean())
-        assert density * 0.97 - 1e-3 <= kept <= density + 1e-6
-    assert histogram.threshold(0.4) == 0.0  # no more than 0.3 are positive
-
-
-def test_bisection_finds_the_lowest_density_within_the_budget():
-    found = existence.lowest_density(lambda d: 0.002 / d, 0.01, 1.0, 0.01, tolerance=1.01)
-    assert 0.2 <= found < 0.2 * 1.01
-    assert existence.lowest_density(lambda d: 1.0, 0.01, 0.7, 0.01) == 0.7
 
 
 # --- what is observed
@@ -177,7 +112,7 @@ def test_bisection_finds_the_lowest_density_within_the_budget():
 
 def test_a_walk_sees_what_the_model_does(model, tokens):
     hidden = model.model(tokens, output_hidden_states=True).hidden_states
-    walk, last_middle = existence.Walk(model, tokens, batch=3), None
+    walk, last_middle = Walk(model, tokens, batch=3), None
     for i, layer in enumerate(model.layers):
         seen = list(walk.layer())
         before, middle, z, attn_update, mlp_update = (
@@ -203,7 +138,7 @@ def test_a_post_norm_model_walks_too(opt, tokens):
     post = OptModel(str(opt(pre_ln=False)))
     ids = tokens % tiny.VOCAB
     hidden = post.model(ids, output_hidden_states=True).hidden_states
-    walk = existence.Walk(post, ids, batch=4)
+    walk = Walk(post, ids, batch=4)
     for i, layer in enumerate(post.layers):
         [seen] = walk.layer()
         torch.testing.assert_close(seen.after, hidden[i + 1].flatten(0, 1), rtol=1e-4, atol=1e-4)
@@ -277,12 +212,12 @@ def test_oracle_equals_masks_by_hand(model, oracle, tokens, rule, two_pass):
 
 def test_limits_cost_no_more_than_the_budget(results):
     rows = {r["blocks"]: r for r in results[1]["oracle_limits"]}
-    assert set(rows) == {"neurons", "heads", "both", existence.SHARED}
-    assert all(float(r["ppl_increase"]) <= existence.BUDGET for r in rows.values())
+    assert set(rows) == {"neurons", "heads", "both", SHARED}
+    assert all(float(r["ppl_increase"]) <= BUDGET for r in rows.values())
     assert float(rows["neurons"]["heads_density"]) == 1 == float(rows["heads"]["neurons_density"])
     natural = [float(r["natural_density"]) for r in results[1]["oracle"]]
     assert float(rows["neurons"]["neurons_density"]) <= sum(natural) / len(natural) + 0.02
-    shared = rows[existence.SHARED]
+    shared = rows[SHARED]
     for kept, active in zip(
         shared["neurons_by_layer"].split(), natural, strict=True
     ):  # on other text than the thresholds', and behind masks
@@ -294,29 +229,11 @@ def test_limits_cost_no_more_than_the_budget(results):
 
 def test_dense_reads_are_all_that_is_stored(model, opt):
     """What dense decoding does not read of a tied model are the other rows of the position table."""
-    weights = existence.Weights.of(model)
+    weights = Weights.of(model)
     positions = model.model.model.decoder.embed_positions.weight.numel()
     # A row of the token table is read for the embedding, and again with the whole table as LM head.
     assert weights.layers_read(1, 1, 1) + weights.outside - 2 * 64 == weights.stored - positions
-    assert existence.Weights.of(OptModel(str(opt(bias=False)))).layers_read(1, 1, 1) == 3 * (
-        12 * 64 * 64 + 4 * 64
-    )
-
-
-def test_bytes_by_hand():
-    weights = existence.Weights(
-        hidden=8, ffn=32, layers=2, bias=False, norms=0, outside=100, stored=2 * 12 * 64 + 150
-    )
-    row = existence.bytes_row(weights, "point", 0.25, 0.5)
-    # K and V whole, half of Q and of out_proj; a quarter of fc1 and fc2.
-    read = 2 * (2 * 64 + 0.5 * 64 + 0.5 * 64 + 0.25 * 2 * 8 * 32)
-    assert row["layers_read"] == pytest.approx(read / (2 * 12 * 64))
-    assert row["paper_read"] == pytest.approx((0.5 * 4 * 64 + 0.25 * 2 * 256) / (12 * 64))
-    assert row["model_read"] == pytest.approx((read + 100) / weights.stored)
-    assert row["model_fewer"] == pytest.approx((2 * 12 * 64 + 100) / (read + 100))
-    assert existence.bytes_row(weights, "paper", 0.15, 0.15)["paper_fewer"] == pytest.approx(1 / 0.15)
-    with_predictor = existence.bytes_row(weights, "point", 0.25, 0.5, columns=0.1, predictor=60)
-    assert with_predictor["layers_read"] == pytest.approx((read - 2 * 0.15 * 256 + 60) / (2 * 12 * 64))
+    assert Weights.of(OptModel(str(opt(bias=False)))).layers_read(1, 1, 1) == 3 * (12 * 64 * 64 + 4 * 64)
 
 
 def test_bytes_of_the_artifact_count_its_predictors(results):
@@ -337,26 +254,10 @@ def test_bytes_of_the_artifact_count_its_predictors(results):
 # --- predictability
 
 
-def test_token_table_is_the_mean_by_token_backed_off():
-    ids, units = torch.tensor([7, 3, 9, 3]), 5
-    table = existence.TokenTable(ids, units)
-    tokens = torch.tensor([3, 3, 1, 7, 3, 12])  # 9 is never met; 1 and 12 are not asked for
-    values = torch.rand(6, units, generator=generator()) < 0.5
-    table.add(tokens[:4], values[:4])
-    table.add(tokens[4:], values[4:])
-    overall = values.float().mean(0)
-    torch.testing.assert_close(table.overall(), overall)
-    for row, token in zip(table.rate(ids), ids.tolist(), strict=True):
-        mine = values[tokens == token].float()
-        torch.testing.assert_close(
-            row, (mine.sum(0) + existence.BACKOFF * overall) / (len(mine) + existence.BACKOFF)
-        )
-
-
 def test_moments_of_any_input_reach_the_fits(model, tokens):
     """The regression on an input is least squares on it, whatever the fits call it."""
-    walk = existence.Walk(model, tokens, batch=2)
-    sums, kept = existence.Sums(), []
+    walk = Walk(model, tokens, batch=2)
+    sums, kept = Sums(), []
     for seen in walk.layer():
         inputs = {
             "embedding": torch.randn(len(seen.z), 64, generator=generator(len(kept))),
@@ -367,10 +268,8 @@ def test_moments_of_any_input_reach_the_fits(model, tokens):
         kept.append((inputs["embedding"], seen.z, heads))
     x, z, heads = (torch.cat(parts).double() for parts in zip(*kept, strict=True))
     moments = sums.as_moments(0, "embedding")
-    fit = existence.fit_mlp(
-        moments, 0, existence.LayerWeights.of(model, 0), "attn_input", 64, existence.forms.get("closed_form")
-    )
-    centred, ridge = x - x.mean(0), existence.forms.RIDGE
+    fit = fit_mlp(moments, 0, LayerWeights.of(model, 0), "attn_input", 64, forms.get("closed_form"))
+    centred, ridge = x - x.mean(0), forms.RIDGE
     cov = centred.T @ centred / len(x)
     solve = torch.linalg.solve(
         cov + ridge * cov.diagonal().mean() * torch.eye(64, dtype=cov.dtype),
@@ -381,7 +280,7 @@ def test_moments_of_any_input_reach_the_fits(model, tokens):
     for neuron in range(0, 256, 51):  # up to a positive scale each
         assert float(torch.corrcoef(torch.stack([predicted[:, neuron], found[:, neuron]]))[0, 1]) > 0.999
         assert float(((predicted[:, neuron] > 0) == (found[:, neuron] > 0)).double().mean()) > 0.97
-    by_head = existence.fit_heads(moments, 0, "self")
+    by_head = fit_heads(moments, 0, "self")
     expected = torch.linalg.lstsq(centred, heads - heads.mean(0)).solution.T
     assert float((by_head.weight - expected).norm() / expected.norm()) < 0.05
 
@@ -401,14 +300,14 @@ def test_more_context_predicts_better(results):
     assert ("neurons", 0, "previous") not in auc and ("neurons", 2, "previous") in auc
     random = [r for r in rows if r["input"] == "random" and r["block"] == "neurons"]
     for r in random:
-        assert float(r["recall"]) == pytest.approx(existence.MULTIPLE * float(r["density"]), abs=0.03)
+        assert float(r["recall"]) == pytest.approx(MULTIPLE * float(r["density"]), abs=0.03)
 
 
 # --- drift
 
 
 def test_drift_equals_brute_force(place, results):
-    study = existence.Study(argparse_of(place))
+    study = Study(argparse_of(place))
     hidden = [
         h.view(-1, SEQ_LEN, 64)[:, 1:].flatten(0, 1)
         for h in study.opt.model.model.decoder(study.scored, output_hidden_states=True).hidden_states
@@ -472,50 +371,10 @@ def argparse_of(place):
 @pytest.mark.parametrize(("asked", "layers"), [(12, [0, 1, 2]), (3, [0, 1, 2]), (2, [0, 2]), (1, [0])])
 def test_layers_are_spread_evenly_and_all_taken_if_no_more_are_there(model, asked, layers):
     study = type("Some", (), {"opt": model, "args": type("Arguments", (), {"layers": asked})})()
-    assert existence.Study.some_layers(study) == layers
+    assert Study.some_layers(study) == layers
 
 
 # --- neighbours
-
-
-def test_augmented_vectors_are_nearest_where_the_inner_product_is_largest():
-    database, query = (
-        torch.randn(50, 6, generator=generator()).numpy(),
-        torch.randn(9, 6, generator=generator(1)).numpy(),
-    )
-    wide = torch.from_numpy(existence.to_l2(database))
-    distances = torch.cdist(torch.nn.functional.pad(torch.from_numpy(query), (0, 1)), wide)
-    assert torch.equal(
-        distances.argsort(1)[:, :8], torch.from_numpy(query @ database.T).argsort(1, descending=True)[:, :8]
-    )
-
-
-def test_one_threshold_after_one_scale():
-    """Scales that integer predictors carry do not matter to the order."""
-    z = torch.randn(400, 30, generator=generator()) - 1
-    noisy = z + 0.3 * torch.randn(400, 30, generator=generator(1))
-    scales = torch.rand(30, generator=generator(2)) * 50 + 0.1
-    plain, scaled = (existence.one_scale(s[:200], s[200:], z[200:]) for s in (noisy, noisy * scales + 3))
-    torch.testing.assert_close(plain, scaled, rtol=1e-3, atol=1e-3)
-    assert existence.auc(plain, z[:200] > 0) > existence.auc((noisy * scales)[:200], z[:200] > 0)
-
-
-def test_density_at_recall_by_brute_force():
-    scores, active = torch.rand(200, generator=generator()), torch.rand(200, generator=generator(1)) < 0.2
-    for recall in (0.1, 0.5, 0.9, 1.0):
-        best = min(
-            float((scores >= t).float().mean())
-            for t in scores
-            if float((scores[active] >= t).float().mean()) >= recall - 1e-9
-        )
-        assert existence.density_at_recall(scores, active, recall) == pytest.approx(best)
-
-
-def test_missing_ids_select_nothing():
-    import numpy as np
-
-    mask = existence.mask_of(np.array([[0, 2], [-1, 3]]), 4)
-    assert mask.tolist() == [[True, False, True, False], [False, False, False, True]]
 
 
 def test_without_faiss_the_part_says_so_and_the_others_run(place, tmp_path, monkeypatch, capsys):
@@ -540,8 +399,8 @@ def test_searches_find_what_brute_force_finds(place, tmp_path):
     )
     z = x @ fc1.T + bias
     top = torch.zeros_like(z, dtype=torch.bool).scatter_(1, z.topk(12, dim=1).indices, True)
-    for search in existence.searches(faiss, existence.with_bias(fc1, bias), 12):
-        mask = existence.mask_of(search.ids(existence.with_one(x), 12), 120)
+    for search in searches(faiss, with_bias(fc1, bias), 12):
+        mask = mask_of(search.ids(with_one(x), 12), 120)
         assert int(mask.sum()) <= 120
         if search.method == "exact":
             assert torch.equal(mask, top)
@@ -570,33 +429,15 @@ def test_searches_find_what_brute_force_finds(place, tmp_path):
 # --- heads
 
 
-def test_map_statistics_of_known_maps():
-    length = 20
-    visible = torch.arange(1, length + 1)
-    uniform = torch.tril(torch.ones(length, length)) / visible[:, None]
-    first = torch.zeros(length, length)
-    first[:, 0] = 1
-    found = existence.map_statistics(torch.stack([uniform, first])[None])
-    torch.testing.assert_close(found["entropy"][0, 0, 1:], torch.ones(length - 1))
-    torch.testing.assert_close(found["entropy"][0, 1, 1:], torch.zeros(length - 1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(found["bos"][0], torch.stack([1 / visible, torch.ones(length)]))
-    # A tenth of 10 tokens is one, of 11 two (rounded up), of 20 two.
-    assert [round(float(found["top"][0, 0, i]) * (i + 1)) for i in (8, 9, 10, 19)] == [1, 1, 2, 2]
-    torch.testing.assert_close(found["top"][0, 1], torch.ones(length))
-
-
 def test_heads_are_measured_on_the_models_own_attention(results, place, model):
     rows = results[1]["heads"]
     assert [(int(r["layer"]), int(r["head"])) for r in rows] == [(i, h) for i in range(3) for h in range(2)]
-    study = existence.Study(argparse_of(place))
+    study = Study(argparse_of(place))
     study.opt.model.set_attn_implementation("eager")
     maps = study.opt.model(study.held_out, output_attentions=True).attentions
-    tail = maps[1][:, 1, existence.MAP_FROM :].double()
+    tail = maps[1][:, 1, MAP_FROM:].double()
     assert float(rows[3]["bos"]) == pytest.approx(float(tail[..., 0].mean()), abs=1e-4)
-    entropy = (
-        -(tail * tail.clamp_min(1e-30).log()).sum(-1)
-        / torch.arange(existence.MAP_FROM + 1, SEQ_LEN + 1).log()
-    )
+    entropy = -(tail * tail.clamp_min(1e-30).log()).sum(-1) / torch.arange(MAP_FROM + 1, SEQ_LEN + 1).log()
     assert float(rows[3]["entropy"]) == pytest.approx(float(entropy.mean()), abs=1e-3)
     overall = next(r for r in results[1]["heads_correlation"] if r["layer"] == "all")
     assert int(overall["n"]) == 6
@@ -630,7 +471,7 @@ def test_the_report_begins_with_its_command_and_keeps_sections_of_earlier_runs(r
     assert (
         first.splitlines()[2]
         .strip()
-        .startswith("python benchmarks/existence.py --model model --data train.txt")
+        .startswith("python benchmarks/studies/existence.py --model model --data train.txt")
     )
     assert str(place) not in first
     assert re.findall(r"<!-- part: (\w+)", first) == PARTS_WITHOUT_FAISS

@@ -1,16 +1,13 @@
-"""Inflated models: widened, they give the same logits, selections, densities and recall, and are refused
-where that is impossible.
-"""
+"""Inflated models: widened, they give the same logits, selections, densities and recall."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import inflate
 import pytest
 import torch
 from engine import TOLERANCE as ENGINE_TOLERANCE
@@ -22,14 +19,9 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from vllm_dejavu import artifact, selection
 from vllm_dejavu.kernels import reference
+from vllm_dejavu.manifest import TENSORS_FILE, ArtifactError, ModelSpec, check_fingerprint, check_model
 from vllm_dejavu.predictor_training import hf_opt
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import inflate  # noqa: E402
-
-from vllm_dejavu.manifest import TENSORS_FILE, ArtifactError, ModelSpec, check_fingerprint, check_model  # noqa: E402
-from vllm_dejavu.roofline import GEOMETRIES, Geometry  # noqa: E402
+from vllm_dejavu.published import GEOMETRIES
 
 SEED = 5
 TOLERANCE = RELATIVE_RMS[torch.float32]
@@ -330,8 +322,8 @@ def test_powers_of_two_round_nothing_in_bfloat16(tmp_path):
     config = json.loads((tmp_path / "wide" / "config.json").read_text())
     target = GEOMETRIES["1.3b"]
     assert (config["hidden_size"], config["ffn_dim"], config["num_attention_heads"]) == (
-        target.hidden,
-        target.ffn,
+        target.hidden_size,
+        target.ffn_dim,
         target.num_heads,
     )
     assert config["num_hidden_layers"] == 6 and config["dtype"] == "bfloat16"
@@ -366,77 +358,6 @@ def test_older_names_of_tensors(tmp_path, prefix):
     wide = inflate.inflate(model, tmp_path / "wide", 2, torch.float32)
     assert "lm_head.weight" not in load_file(wide / "model.safetensors")
     assert relative_rms(logits(wide), expected) < TOLERANCE
-
-
-class TestRefusals:
-    """What cannot be widened with the same logits ends before anything is written, with what to do
-    instead.
-    """
-
-    @pytest.mark.parametrize("factor", [0, 1, -2, 2.5, True])
-    def test_factors(self, opt, tmp_path, factor):
-        with pytest.raises(ValueError, match="integer of at least 2"):
-            inflate.inflate(opt(), tmp_path / "wide", factor)
-        assert not (tmp_path / "wide").exists()
-
-    @pytest.mark.parametrize(
-        ("target", "message"),
-        [
-            pytest.param(Geometry("odd", 600, 8, 2), "no multiple of the model's 256", id="hidden"),
-            pytest.param(Geometry("small", 128, 2, 2), "no multiple of the model's 256", id="smaller"),
-            pytest.param(
-                GEOMETRIES["6.7b"],
-                r"heads of 128, the model of 64.*--factor 16 .* 64 heads of 64",
-                id="head_size",
-            ),
-            pytest.param(GEOMETRIES["2.7b"], r"heads of 80, the model of 64.*--factor 10", id="head_size_80"),
-        ],
-    )
-    def test_geometries(self, target, message):
-        config = OPTConfig.from_pretrained(inflate.DEFAULT_MODEL)
-        assert inflate.factor_for(config, GEOMETRIES["1.3b"]) == 8
-        with pytest.raises(ValueError, match=message):
-            inflate.factor_for(config, target)
-
-    def test_ffn_ratio(self):
-        config = OPTConfig(hidden_size=256, ffn_dim=512, num_attention_heads=4)
-        with pytest.raises(ValueError, match="8192 neurons a layer, .* 4096"):
-            inflate.factor_for(config, GEOMETRIES["1.3b"])
-
-    @pytest.mark.parametrize(
-        ("form", "message"),
-        [
-            pytest.param({"pre_ln": False}, "pre-LN", id="post_ln"),
-            pytest.param({"tied": False}, "tied embeddings", id="untied"),
-            pytest.param({"embed_dim": 32}, "as wide as the hidden state", id="projected"),
-        ],
-    )
-    def test_forms(self, opt, tmp_path, form, message):
-        with pytest.raises(ValueError, match=message):
-            inflate.inflate(opt(**form), tmp_path / "wide", 2)
-        assert not (tmp_path / "wide").exists()
-
-    def test_output_in_use(self, opt, tmp_path):
-        """The model itself, above all."""
-        for output in (opt(), inflate.DEFAULT_MODEL):
-            before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
-            with pytest.raises(ValueError, match="not an empty directory"):
-                inflate.inflate(output, output, 2)
-            assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
-
-    def test_artifact_of_other_weights(self, tmp_path):
-        """Widened, it would get the new weights' fingerprint, and nobody would notice any more."""
-        model = make_opt(tmp_path / "opt")
-        make_artifact(model / "dejavu", make_opt(tmp_path / "other", seed=1))
-        with pytest.raises(ArtifactError, match="trained on the weights"):
-            inflate.inflate(model, tmp_path / "wide", 2)
-        assert not (tmp_path / "wide").exists()
-
-    def test_command_line(self, tmp_path, capsys):
-        """Errors are lines, not tracebacks."""
-        with pytest.raises(SystemExit) as failed:
-            inflate.main(["--geometry", "30b", "--output", str(tmp_path / "wide")])
-        assert failed.value.code == 2 and "heads of 128, the model of 64" in capsys.readouterr().err
 
 
 class TestServed:
@@ -517,21 +438,3 @@ class TestServed:
                     assert wide[block][name] == pytest.approx(gates[block][name], abs=1e-12), (block, name)
                     compared += 0 < gates[block][name] < 1
         assert compared > 15, "most shares are 0 or 1: the test says nothing"
-
-
-def test_copied_files_are_only_those_of_the_model(tmp_path):
-    """Weights of other formats beside the original's must not be taken along: a loader may prefer them."""
-    model = shutil.copytree(inflate.DEFAULT_MODEL, tmp_path / "opt")
-    (model / "pytorch_model.bin").write_bytes(b"old")
-    (model / "vocab.json").write_text("{}")
-    wide = inflate.inflate(model, tmp_path / "wide", 2)
-    assert {p.name for p in wide.iterdir()} == {
-        "README.md",
-        "config.json",
-        "dejavu",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-    }

@@ -6,14 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import predictor_study
 import pytest
 import tiny
 import torch
 from conftest import HANG_S
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import predictor_study  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,62 +1,21 @@
-"""bench_serve.py: vLLM's result, counts and ratios by hand, the same load for both sides in turns, failures;
-a dry run of it all.
-"""
+"""bench_serve.py as a whole: ratios by hand, the same load for both sides in turns, failures, a dry run."""
 
-import csv
-import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import bench_serve
 import pytest
+import serve_report
+import serve_server
 from conftest import HANG_S
+from serve_client import ClientError
+from serve_run import COUNTED, RESULT, ROOT, rank, read, value_of
+from server import ServerError
 
-ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.append(str(BENCHMARKS))
 
-import bench_serve  # noqa: E402
-from bench_serve import ClientError, ServerError  # noqa: E402
-
-from vllm_dejavu.metrics import GATE_COUNTERS, STEP_REASONS, summarize  # noqa: E402
-
-MODEL = ROOT / "examples" / "opt-books-7m"
-# As vLLM 0.32 saves it, for 4 requests of 8 tokens.
-RESULT = {
-    "date": "20260101-000000",
-    "endpoint_type": "openai",
-    "backend": "openai",
-    "label": None,
-    "model_id": "m",
-    "tokenizer_id": "m",
-    "num_prompts": 4,
-    "request_rate": "inf",
-    "burstiness": 1.0,
-    "max_concurrency": None,
-    "duration": 2.0,
-    "completed": 4,
-    "failed": 0,
-    "total_input_tokens": 64,
-    "total_output_tokens": 32,
-    "request_throughput": 2.0,
-    "request_goodput": None,
-    "output_throughput": 16.0,
-    "total_token_throughput": 48.0,
-    "max_output_tokens_per_s": 20.0,
-    "max_concurrent_requests": 4,
-    "rtfx": 0.0,
-    **{
-        f"{kind}_{what}_ms": value
-        for what, value in (("ttft", 100.0), ("tpot", 10.0), ("itl", 11.0))
-        for kind in ("mean", "median", "std", "p50")
-    },
-    "p99_ttft_ms": 190.0,
-    "p99_tpot_ms": 19.0,
-    "p99_itl_ms": 21.0,
-}
 PROVENANCE = {"device", "commit", "torch", "triton", "vllm", "transformers"}
 COLUMNS = {
     "benchmark",
@@ -95,146 +54,9 @@ COLUMNS = {
     "dry_run",
     *PROVENANCE,
 }
-COUNTED = {
-    "sparse_step_share",
-    "mlp_density",
-    "mlp_union_density",
-    "head_density",
-    "head_union_density",
-    "survivors",
-    "steps_sparse",
-    "steps_prefill_or_mixed",
-    "steps_other",
-    "tokens_per_step",
-}
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # vLLM's result.
-
-
-def test_result_of_the_client():
-    row = bench_serve.parse_result(RESULT, requests=4, output_len=8)
-    assert row == {
-        "requests": 4,
-        "completed": 4,
-        "failed": 0,
-        "duration_s": 2.0,
-        "request_rate_achieved": 2.0,
-        "input_tokens": 64,
-        "output_tokens": 32,
-        "output_tokens_per_s": 16.0,
-        "tpot_p50_ms": 10.0,
-        "tpot_p99_ms": 19.0,
-        "ttft_p50_ms": 100.0,
-        "ttft_p99_ms": 190.0,
-        "itl_p50_ms": 11.0,
-        "itl_p99_ms": 21.0,
-        "peak_requests": 4,
-        "status": "ok",
-    }
-
-
-@pytest.mark.parametrize(
-    ("changes", "failed", "status"),
-    [
-        pytest.param(
-            {"failed": 1, "completed": 3, "total_output_tokens": 24},
-            1,
-            "1 of 4 requests failed",
-            id="counted",
-        ),
-        pytest.param(
-            {"failed": None, "completed": 3, "total_output_tokens": 24},
-            1,
-            "1 of 4 requests failed",
-            id="not-counted",
-        ),
-        pytest.param({"failed": 2}, 2, "2 of 4 requests failed", id="counts-disagree"),
-        pytest.param({"total_output_tokens": 31}, 0, "31 output tokens, expected 32", id="short-answers"),
-    ],
-)
-def test_failures_are_counted(changes, failed, status):
-    row = bench_serve.parse_result({**RESULT, **changes}, requests=4, output_len=8)
-    assert (row["failed"], row["status"], row["tpot_p50_ms"]) == (failed, status, 10.0)
-
-
-def test_a_result_of_an_older_version():
-    result = {k: v for k, v in RESULT.items() if k not in ("failed", "max_concurrent_requests")}
-    row = bench_serve.parse_result(result, requests=4, output_len=8)
-    assert (row["failed"], row["status"], row["peak_requests"]) == (0, "ok", None)
-
-
-def test_no_times_of_no_request():
-    """vLLM says 0 ms then, which would look like a fast server."""
-    zeros = {k: 0.0 for k in RESULT if k.endswith("_ms")}
-    row = bench_serve.parse_result(
-        {**RESULT, **zeros, "completed": 0, "failed": 4, "total_output_tokens": 0}, requests=4, output_len=8
-    )
-    assert row["status"] == "4 of 4 requests failed"
-    assert {row[k] for k in row if k.endswith("_ms")} == {None}
-
-
-@pytest.mark.parametrize("value", [None, "fast", float("nan"), float("inf")], ids=str)
-def test_a_result_without_its_numbers(value):
-    with pytest.raises(ClientError, match="'p99_tpot_ms', expected a number"):
-        bench_serve.parse_result({**RESULT, "p99_tpot_ms": value}, requests=4, output_len=8)
-
-
-# The server's counts.
-
-
-def rank(sparse: int = 6, mixed: int = 3, piecewise: int = 1) -> dict:
-    """One worker's counters: layer 0 gated, layer 1 dense."""
-    steps = dict.fromkeys(STEP_REASONS, 0) | {
-        "sparse": sparse,
-        "prefill_or_mixed": mixed,
-        "piecewise_graph": piecewise,
-    }
-    shared = dict.fromkeys(GATE_COUNTERS, 0) | {"layer": 0, "steps": sparse, "rows": 2 * sparse}
-    gates = [
-        {
-            **shared,
-            "block": "mlp",
-            "units": 10,
-            "selected": 4 * sparse,
-            "read": 3 * sparse,
-            "survived": 2 * sparse,
-        },
-        {**shared, "block": "attention", "units": 4, "selected": 4 * sparse, "read": 3 * sparse},
-    ]
-    return {
-        "steps": steps,
-        "num_layers": 2,
-        "gates": gates,
-        "artifact": {},
-        "mode": "sparse",
-        "dense_switch": False,
-        "predictor_bytes": 0,
-    }
-
-
-def test_counts_of_a_rate():
-    row = bench_serve.counts(summarize([rank()]), output_tokens=25)
-    assert set(row) == COUNTED
-    assert (
-        row["sparse_step_share"],
-        row["steps_sparse"],
-        row["steps_prefill_or_mixed"],
-        row["steps_other"],
-        row["tokens_per_step"],
-    ) == (0.6, 6, 3, 1, 2.5)
-    assert (row["mlp_density"], row["mlp_union_density"]) == pytest.approx(((0.2 + 1) / 2, (0.3 + 1) / 2))
-    assert (row["head_density"], row["head_union_density"]) == pytest.approx(((0.5 + 1) / 2, (0.75 + 1) / 2))
-
-
-def test_counts_where_no_step_ran():
-    row = bench_serve.counts(summarize([rank(0, 0, 0)]), output_tokens=0)
-    assert (row["sparse_step_share"], row["mlp_density"], row["tokens_per_step"]) == (None, None, None)
 
 
 # Ratios.
@@ -284,7 +106,7 @@ ROWS = [
 @pytest.mark.parametrize("as_text", [False, True], ids=["numbers", "text"])
 def test_ratios_are_taken_within_repeats(as_text):
     rows = [{k: str(v) for k, v in row.items()} for row in ROWS] if as_text else ROWS
-    idle, one, saturated = bench_serve.ratios(rows)
+    idle, one, saturated = serve_report.ratios(rows)
     assert (idle["request_rate"], one["request_rate"], saturated["request_rate"]) == (0.5, 1.0, math.inf)
     assert one["repeats"] == 2, "the repeat with a failure is left out"
     assert (one["tpot_p50_ratio"], one["tpot_p50_ratio_min"], one["tpot_p50_ratio_max"]) == (1.75, 1.5, 2.0)
@@ -315,7 +137,7 @@ def test_ratios_are_taken_within_repeats(as_text):
 
 
 def test_markdown():
-    text = bench_serve.markdown(bench_serve.ratios(ROWS))
+    text = serve_report.markdown(serve_report.ratios(ROWS))
     about, _, *table = text.splitlines()
     assert (
         about
@@ -323,13 +145,15 @@ def test_markdown():
         " kept up to 0.70 cores busy"
     )
     for quiet in ({"others_cores": 0.05}, {"device": "NVIDIA H100"}):
-        assert "NOT ALONE" not in bench_serve.markdown(bench_serve.ratios([row | quiet for row in ROWS]))
+        assert "NOT ALONE" not in serve_report.markdown(serve_report.ratios([row | quiet for row in ROWS]))
     assert len(table) == 5 and len({line.count("|") for line in table}) == 1
     assert table[3].startswith("| 1 | 0.90 | 0.90 | 100.0 | 65.0 | **1.75x** (1.50-2.00) |") and table[
         3
     ].endswith("| 85% | 0.10 (-) | - (-) | 1 |")
     assert table[4].startswith("| all at once |") and "| 10.0 | 20.0 | - |" in table[4]
-    assert "DRY RUN" in bench_serve.markdown(bench_serve.ratios([{**row, "dry_run": "True"} for row in ROWS]))
+    assert "DRY RUN" in serve_report.markdown(
+        serve_report.ratios([{**row, "dry_run": "True"} for row in ROWS])
+    )
 
 
 # What is started.
@@ -351,192 +175,6 @@ def test_sides_alternate(repeats, order):
 @pytest.fixture
 def cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-
-
-def parse(*arguments: str):
-    return bench_serve.parse_args([*arguments])
-
-
-def value_of(options: list[str], name: str) -> str:
-    """The one that counts: the last."""
-    return options[len(options) - options[::-1].index(name)]
-
-
-def test_defaults_by_device(cpu, monkeypatch):
-    args = parse()
-    assert (args.rates, args.requests, args.input_len, args.output_len) == (
-        [0.5, 1, 2, 4, math.inf],
-        64,
-        128,
-        64,
-    )
-    assert (args.repeats, args.dtype, args.max_num_seqs, args.model, args.server) == (
-        3,
-        "bfloat16",
-        64,
-        MODEL,
-        [],
-    )
-    assert parse("--rates", "inf", "2", "2", "0.5").rates == [0.5, 2, math.inf]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    args = parse()
-    assert (args.rates[-1], args.dtype, args.max_num_seqs) == (math.inf, "float16", None) and args.rates[
-        0
-    ] == 1
-    args = parse("--dry-run", "--requests", "3")
-    assert (len(args.rates), args.requests, args.repeats) == (2, 3, 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        pytest.param(["--rates", "0"], "0 is out of range", id="rate-0"),
-        pytest.param(["--rates", "nan"], "nan is out of range", id="rate-nan"),
-        pytest.param(["--requests", "0"], "--requests 0 is too small", id="no-requests"),
-        pytest.param(
-            ["--output-len", "1"], "--output-len 1 is too small: expected at least 2", id="one-token"
-        ),
-        pytest.param(["--max-num-seqs", "0"], "--max-num-seqs 0 is too small", id="no-seqs"),
-        pytest.param(["--text", "a.txt", "--input-len", "1100"], "at most 1000 here", id="long-text"),
-        pytest.param(["--", "--model-impl", "dejavu"], "--model-impl is set for each side", id="model-impl"),
-        pytest.param(
-            ["--", "--additional-config={}"],
-            "--additional-config is set for each side",
-            id="additional-config",
-        ),
-    ],
-)
-def test_refusals(cpu, capsys, arguments, message):
-    with pytest.raises(SystemExit) as failed:
-        parse(*arguments)
-    assert failed.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_sides_differ_in_the_model_alone(cpu):
-    args = parse("--predictor", "P", "--", "--max-num-seqs", "5", "--tensor-parallel-size=2")
-    shape = bench_serve.shape_of(args.model)
-    dense, ours = (bench_serve.server_options(args, shape, side) for side in ("dense", "dejavu"))
-    assert value_of(dense, "--model-impl") == "vllm" and value_of(ours, "--model-impl") == "dejavu"
-    assert json.loads(value_of(ours, "--additional-config")) == {"dejavu": {"predictor": "P"}}
-    at = ours.index("--additional-config")
-    assert [o for o in dense if o != "vllm"] == [o for o in ours[:at] + ours[at + 2 :] if o != "dejavu"]
-    assert "--no-enable-prefix-caching" in dense and "--enforce-eager" not in dense
-    assert value_of(dense, "--max-num-seqs") == "5" and dense[-1] == "--tensor-parallel-size=2", (
-        "options behind -- come last"
-    )
-    # 64 requests of 2 blocks and vLLM's own, keys and values in bfloat16
-    assert value_of(dense, "--kv-cache-memory-bytes") == str((64 * 2 + 2) * 128 * 2 * 256 * 2 * 6)
-    assert value_of(dense, "--max-model-len") == str(128 + 64 + 16)
-
-
-def test_requests_must_fit_the_model(cpu):
-    args = parse("--input-len", "480", "--output-len", "32")
-    shape = bench_serve.shape_of(args.model)
-    assert bench_serve.length_of(args, shape) == 512
-    with pytest.raises(
-        ValueError,
-        match="--input-len 481 and --output-len 32 make 513 tokens; opt-books-7m has 512 positions",
-    ):
-        bench_serve.length_of(parse("--input-len", "481", "--output-len", "32"), shape)
-
-
-def test_threads_are_vllms_own_or_the_users(cpu, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
-    args = parse()
-    shape = bench_serve.shape_of(args.model)
-    env = bench_serve.make_server(args, shape, "dense", tmp_path / "log").env
-    assert (
-        "OMP_NUM_THREADS" not in env
-        and env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
-        and env["VLLM_SERVER_DEV_MODE"] == "1"
-    )
-    dry = bench_serve.make_server(parse("--dry-run"), shape, "dense", tmp_path / "log").env
-    assert (dry["OMP_NUM_THREADS"], dry["VLLM_CPU_OMP_THREADS_BIND"]) == ("1", "nobind")
-
-
-def test_prompts_out_of_a_text(cpu, tmp_path):
-    """Of the length that was asked for with the BOS that the server adds; others in the next repeat."""
-    from transformers import AutoTokenizer
-
-    text = tmp_path / "text.txt"
-    text.write_text(
-        " ".join(f"In the year {n} the ship came back, and nobody spoke of it." for n in range(400)),
-        encoding="utf-8",
-    )
-    args = parse("--text", str(text), "--input-len", "24", "--requests", "6")
-    found = [
-        json.loads(bench_serve.write_prompts(args, repeat, tmp_path).read_text(encoding="utf-8"))
-        for repeat in (0, 1, 0)
-    ]
-    assert found[0] == found[2] != found[1]
-    prompts = [entry["conversations"][0]["value"] for entry in found[0]]
-    assert len(prompts) == len(set(prompts)) == 6 and all(
-        len(entry["conversations"]) == 2 for entry in found[0]
-    )
-    assert all(prompt.strip() in text.read_text(encoding="utf-8") for prompt in prompts)
-    lengths = [len(ids) for ids in AutoTokenizer.from_pretrained(MODEL)(prompts).input_ids]
-    assert all(abs(length - 24) <= 2 for length in lengths), lengths
-
-
-def test_processor_time():
-    tick = 2 / os.sysconf("SC_CLK_TCK")  # user and system time are each cut to a tick
-    before, found, after = sum(os.times()[:2]), bench_serve.cpu_s(os.getpid()), sum(os.times()[:2])
-    assert 0 < before - tick <= found <= after + tick
-    assert bench_serve.cpu_s(2**30) == 0
-
-
-def test_a_server_is_no_neighbour(monkeypatch):
-    """Others' time is all time less this process's, its ended children's and the server's."""
-    times = iter([(0.0, 100.0, 10.0), (10.0, 118.0, 11.0)])
-    children = iter(
-        [
-            SimpleNamespace(children_user=1.0, children_system=0.0),
-            SimpleNamespace(children_user=4.0, children_system=1.0),
-        ]
-    )
-    spent = iter([5.0, 1.0, 13.0, 2.0])
-    monkeypatch.setattr(bench_serve.Others, "_now", staticmethod(lambda: next(times)))
-    monkeypatch.setattr(bench_serve.os, "times", lambda: next(children))
-    monkeypatch.setattr(bench_serve, "cpu_s", lambda process: next(spent))
-    neighbours = bench_serve.Neighbours(SimpleNamespace(processes=lambda: [7, 8]))
-    assert neighbours.cores() == pytest.approx((18 - 1 - 4 - 9) / 10)
-
-
-# The client's process.
-
-
-@pytest.mark.parametrize(
-    ("client", "timeout_s", "message"),
-    [
-        pytest.param(
-            "print('no such dataset'); raise SystemExit(3)",
-            HANG_S,
-            r"exit code 3.*no such dataset",
-            id="failed",
-        ),
-        pytest.param("print('all well')", HANG_S, r"saved no result, exit code 0.*all well", id="no-result"),
-        pytest.param("import time; time.sleep(10**6)", 1, r"exit code none within 1 s", id="too-long"),
-    ],
-)
-def test_a_client_that_fails(tmp_path, monkeypatch, client, timeout_s, message):
-    monkeypatch.setattr(bench_serve, "CLIENT", client)
-    (tmp_path / "result.json").write_text("{}")
-    with pytest.raises(ClientError, match=f"(?s){message}"):
-        bench_serve.run_client([], tmp_path / "result.json", tmp_path / "log", timeout_s)
-
-
-def test_a_client_gets_its_options_and_no_proxy(tmp_path, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://proxy:1")
-    monkeypatch.setattr(
-        bench_serve,
-        "CLIENT",
-        "import json, os, sys; json.dump([sys.argv[1:], os.environ['no_proxy']], open(sys.argv[1], 'w'))",
-    )
-    result = tmp_path / "result.json"
-    assert bench_serve.run_client(
-        [str(result), "--seed", "1"], result, tmp_path / "log", timeout_s=HANG_S
-    ) == [[str(result), "--seed", "1"], "127.0.0.1"]
 
 
 # The whole of it, without servers.
@@ -582,7 +220,7 @@ def servers(cpu, monkeypatch):
     """The events of servers and clients; `fail` names the (side, rate) whose requests fail."""
     state = SimpleNamespace(events=[], loads=[], fail=None)
     FakeServer.events = state.events
-    monkeypatch.setattr(bench_serve, "Server", FakeServer)
+    monkeypatch.setattr(serve_server, "Server", FakeServer)
 
     def client(options, result, log, timeout_s):
         side, rate = state.events[-1][1], value_of(options, "--request-rate")

@@ -11,13 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vllm_dejavu import __version__
+from vllm_dejavu import __version__, plan_table
 from vllm_dejavu.config import BLOCKS, LOOKAHEADS, MODES, WEIGHT_BITS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 refused or failed with a message, 130 interrupted."""
     args = _parser().parse_args(argv)
+    args.typed = sys.argv[1:] if argv is None else argv
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -212,17 +213,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(run=_tune)
 
-    p = commands.add_parser("plan", help="will sparsity pay? modelled gain, memory cost and training time")
-    p.add_argument("model", help="directory or hub id of an OPT, or a size such as 6.7b")
-    p.add_argument("--gpu", required=True, help="a100, h100, h200, b200 or mi300x")
-    p.add_argument("--batch", type=int, default=1, help="requests decoding together (%(default)s)")
-    p.add_argument("--context", type=int, default=256, help="tokens each attends to (%(default)s)")
+    p = commands.add_parser("plan", help="will sparsity pay? modelled gain and memory cost; nothing measured")
+    p.add_argument("model", nargs="?", help="directory or hub id of an OPT, or a size such as 6.7b")
+    p.add_argument("--gpu", help="a100, h100, h200, b200 or mi300x")
+    p.add_argument("--batch", type=plan_table.numbers, help="requests decoding together (1)")
+    p.add_argument("--context", type=plan_table.numbers, help="tokens each attends to (256)")
     p.add_argument(
         "--predictor",
         help="directory or hub id of the artifact (default: MODEL/dejavu, else assumed densities)",
     )
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel size (%(default)s)")
     p.add_argument("--json", action="store_true", help="the same as JSON")
+    plan_table.add_options(p)
     p.set_defaults(run=_plan)
 
     p = commands.add_parser("doctor", help="would --model-impl dejavu take effect here?")
@@ -313,10 +315,19 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    if args.table:
+        if args.json or args.predictor:
+            raise ValueError("--json, --predictor: of one model alone, not with --table.")
+        plan_table.run(args, args.typed)
+        return 0
+    plan_table.refuse_without_table(args)
+    batch, context = args.batch or [1], args.context or [256]
+    if args.model is None or args.gpu is None or len(batch) > 1 or len(context) > 1:
+        raise ValueError("name a MODEL, a --gpu, one --batch and one --context, or --table for many of them.")
     from vllm_dejavu import plan
 
     result = plan.plan(
-        args.model, args.gpu, batch=args.batch, context=args.context, predictor=args.predictor, tp=args.tp
+        args.model, args.gpu, batch=batch[0], context=context[0], predictor=args.predictor, tp=args.tp
     )
     print(json.dumps(result, indent=1) if args.json else plan.report(result))
     return 0

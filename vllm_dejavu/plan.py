@@ -1,14 +1,12 @@
-"""Will contextual sparsity pay? Predicted gain, memory cost and training time of one model on one GPU.
+"""Will contextual sparsity pay? Predicted gain and memory cost of one model on one GPU.
 
-The gain is what the launch-and-bytes MODEL (`roofline`) makes of an artifact's densities, or of assumed ones;
-the training time is counted FLOPs over a stated rate. Nothing here is measured but the speed of a matrix
-product on this CPU.
+The gain is what the launch-and-bytes MODEL (`roofline`) makes of an artifact's densities, or of assumed ones.
+Nothing here is measured.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 from vllm_dejavu import artifact, locate, roofline
 from vllm_dejavu.artifact import DTYPES
-from vllm_dejavu.families import geometry_of
+from vllm_dejavu.families import Geometry, geometry_of
 from vllm_dejavu.manifest import (
     MANIFEST_FILE,
     ArtifactError,
@@ -26,7 +24,8 @@ from vllm_dejavu.manifest import (
     check_model,
     gate_tensors,
 )
-from vllm_dejavu.roofline import DENSE_LAUNCHES, DEVICES, GEOMETRIES, Account, Device, Geometry, Workload
+from vllm_dejavu.published import DEVICES, GEOMETRIES, preset_densities
+from vllm_dejavu.roofline import DENSE_LAUNCHES, Account, Device, Workload, num_weights
 
 Layers = Sequence[dict[str, GateSpec]]
 
@@ -37,38 +36,10 @@ SERVED_BYTES = 2  # of a weight and of a cached value
 SMALLEST_MEASURED_HIDDEN = 2048
 LARGEST_MODELLED_BATCH = 64
 
-# What `vllm-dejavu train` does (predictor_training/), counted; a test compares. The paper's text: 500
-# documents of the model's context, at most 2,048 tokens each.
-TRAIN_DOCUMENTS, TRAIN_SEQ_LEN, VALID_TOKENS = 500, 2048, 32_768
-PROBE_TOKENS, MLP_CANDIDATES, HEAD_CANDIDATES = 4096, 9, 14
-PROBE_RUNS = 2 + 8  # dense, all layers' statistics, and the density-quality curve
-# Over all calibration text: dense, bisection of at most 201 joint choices, single steps, the final
-# description.
-VALID_RUNS = 1 + math.ceil(math.log2(201 + 1)) + 6 + 1
+# What `vllm-dejavu train` makes where nothing else is named; a test compares.
 PREDICTOR_DTYPE, HEAD_LOOKAHEAD = "int8", "previous"
-MOMENTS_PER_LAYER = 2  # [hidden, hidden], of the MLP's input and of what feeds the heads' gate
-MOMENT_BYTES, TRAINED_WEIGHT_BYTES = 8, 4
 RANK_STEP = 16  # ranks are multiples of it
 LARGE_HIDDEN = 2048  # from here on a rank follows from the MLP's bytes
-# Fit of one layer. A symmetric eigendecomposition with vectors takes about 10 hidden^3, at about the speed of
-# a product of the same type (seen once, at hidden 2048 on two cores).
-EIGENDECOMPOSITIONS, EIGEN_CUBES = 2, 10
-# Gradient passes over stored tokens; forward and backward take six operations a weight and token.
-GRADIENT_TOKENS, GRADIENT_EPOCHS, GRADIENT_OPERATIONS = 32_768, 5, 6
-STORED_DENSITY = 0.1  # of neurons whose energies are stored; assumed
-FFN_PRODUCTS, SQUARE_PRODUCTS = 4, 2  # [ffn, hidden] x [hidden, hidden], and hidden^3
-
-# Datasheets of the modules in roofline.DEVICES: dense fp16 on tensor (matrix) cores, and fp32 without them.
-# TFLOP/s.
-TFLOPS = {
-    "a100": (312, 19.5),
-    "h100": (989, 67),
-    "h200": (989, 67),
-    "b200": (2250, 75),
-    "mi300x": (1307, 163.4),
-}
-UTILISATION = 0.4  # of a datasheet rate; assumed
-FP64_SHARE = 0.5  # of the CPU's fp32 rate; assumed
 
 
 def plan(
@@ -79,14 +50,12 @@ def plan(
     context: int = 256,
     predictor: str | None = None,
     tp: int = 1,
-    cpu_tflops: float | None = None,
 ) -> dict[str, Any]:
     """Everything that `report` prints, as JSON values; units end the names.
 
     Args:
-        model: directory, hub id, or a size of the roofline table ("6.7b", "opt-6.7b").
+        model: directory, hub id, or a published size ("6.7b", "opt-6.7b").
         predictor: directory or hub id of an artifact; None looks in MODEL/dejavu and else assumes densities.
-        cpu_tflops: fp32 rate of this machine; None measures it.
 
     Raises:
         ValueError: an unknown GPU or model, a model or artifact that would not be served, a point out of
@@ -96,9 +65,9 @@ def plan(
     if batch < 1 or context < 1 or tp < 1:
         raise ValueError(f"--batch {batch}, --context {context}, --tp {tp}: each must be at least 1.")
     geometry, spec = find_model(model)
-    if context > geometry.positions - 2:
+    if context > geometry.max_positions:
         raise ValueError(
-            f"--context {context} is beyond the {geometry.positions - 2} positions of {model}; take fewer"
+            f"--context {context} is beyond the {geometry.max_positions} positions of {model}; take fewer"
             " tokens."
         )
     manifest, source = find_artifact(model, predictor, spec)
@@ -106,7 +75,7 @@ def plan(
     if manifest is None:
         layers, assumption = assumed_layers(geometry, batch)
         source = f"{source}; assumed: {assumption}"
-        if geometry.hidden < SMALLEST_MEASURED_HIDDEN:
+        if geometry.hidden_size < SMALLEST_MEASURED_HIDDEN:
             source = f"{source}; assumed, unsupported by any measurement of a model this small"
     else:
         layers = manifest.layers
@@ -129,21 +98,13 @@ def plan(
         notes.append(
             f"DOES NOT FIT: {memory['needed_bytes'] / 1e9:.0f} of {device.memory_gb:.0f} GB on each GPU"
         )
-    training = training_cost(
-        geometry, gpu.lower(), measured_cpu_tflops() if cpu_tflops is None else cpu_tflops
-    )
-    if training["memory_bytes"] > device.memory_gb * 1e9:
-        notes.append(
-            f"training on one {device.name} does not fit: {training['memory_bytes'] / 1e9:.0f} of"
-            f" {device.memory_gb:.0f} GB"
-        )
     count = len(layers)
     return {
         "kind": "model",
         "banner": roofline.BANNER,
         "model": {
             "name": model,
-            "hidden_size": geometry.hidden,
+            "hidden_size": geometry.hidden_size,
             "num_layers": count,
             "num_heads": geometry.num_heads,
         },
@@ -175,7 +136,6 @@ def plan(
             "sparse_launches_per_layer": sum(w.sparse_launches for w in workloads) / count,
         },
         "memory": memory,
-        "training": training,
         "notes": notes,
     }
 
@@ -190,7 +150,7 @@ def find_device(gpu: str) -> Device:
 
 
 def find_model(model: str) -> tuple[Geometry, ModelSpec]:
-    """Geometry of a model, from its config.json or from the table, and the form artifacts know it by.
+    """Geometry of a model, from its config.json or of a published size, and the form artifacts know it by.
 
     Raises:
         ValueError: nothing is there, or it would not be served.
@@ -206,12 +166,12 @@ def find_model(model: str) -> tuple[Geometry, ModelSpec]:
         g = GEOMETRIES[size]
         config = OPTConfig(
             architectures=["OPTForCausalLM"],
-            hidden_size=g.hidden,
-            ffn_dim=g.ffn,
+            hidden_size=g.hidden_size,
+            ffn_dim=g.ffn_dim,
             num_hidden_layers=g.num_layers,
             num_attention_heads=g.num_heads,
-            vocab_size=g.vocab,
-            max_position_embeddings=g.positions - 2,
+            vocab_size=g.vocab_size,
+            max_position_embeddings=g.max_positions,
         )
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ValueError(
@@ -225,21 +185,7 @@ def find_model(model: str) -> tuple[Geometry, ModelSpec]:
                 f"Model {model}: no such directory, and the hub gave no config ({e}). Known without the hub:"
                 f" {sizes}."
             ) from e
-    geometry_of(config)
-    if config.ffn_dim != 4 * config.hidden_size:
-        raise ValueError(
-            f"Model {model} has ffn_dim {config.ffn_dim} and hidden_size {config.hidden_size}; the roofline"
-            " model knows only ffn_dim = 4 x hidden_size, which every published OPT has."
-        )
-    geometry = Geometry(
-        model,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_hidden_layers,
-        config.vocab_size,
-        config.max_position_embeddings + 2,
-    )
-    return geometry, ModelSpec.from_hf_config(config, model)
+    return geometry_of(config), ModelSpec.from_hf_config(config, model)
 
 
 def find_artifact(model: str, predictor: str | None, spec: ModelSpec) -> tuple[Manifest | None, str]:
@@ -270,9 +216,9 @@ def assumed_layers(geometry: Geometry, batch: int) -> tuple[Layers, str]:
     """Gates as training makes them by default, with the densities of the nearest size that has any; and their
     source.
     """
-    name = min(GEOMETRIES, key=lambda n: abs(math.log(GEOMETRIES[n].hidden / geometry.hidden)))
-    alone, heads, _ = roofline.preset_densities(name, 1)
-    union, _, source = roofline.preset_densities(name, batch)
+    name = min(GEOMETRIES, key=lambda n: abs(math.log(GEOMETRIES[n].hidden_size / geometry.hidden_size)))
+    alone, heads, _ = preset_densities(name, 1)
+    union, _, source = preset_densities(name, batch)
     mlp = GateSpec(
         state="sparse",
         form="low_rank",
@@ -289,7 +235,7 @@ def assumed_layers(geometry: Geometry, batch: int) -> tuple[Layers, str]:
         density={"mean": heads, "upper": heads},
     )
     first = {"mlp": mlp, "attention": replace(attention, lookahead="self")}  # no layer lies before it
-    nearest = "" if GEOMETRIES[name].hidden == geometry.hidden else f"nearest size {name}: "
+    nearest = "" if GEOMETRIES[name].hidden_size == geometry.hidden_size else f"nearest size {name}: "
     return [
         first,
         *[{"mlp": mlp, "attention": attention}] * (geometry.num_layers - 1),
@@ -299,7 +245,7 @@ def assumed_layers(geometry: Geometry, batch: int) -> tuple[Layers, str]:
 def default_rank(geometry: Geometry) -> int:
     """Rank that training takes where none is named: what PREDICTOR_DTYPE gets of 3% of the MLP's bytes, a
     multiple of 16, at least 16; a quarter of hidden sizes below LARGE_HIDDEN."""
-    hidden, ffn = geometry.hidden, geometry.ffn
+    hidden, ffn = geometry.hidden_size, geometry.ffn_dim
     rank = hidden // 4
     if hidden >= LARGE_HIDDEN:
         rank = int(
@@ -439,8 +385,8 @@ def memory_cost(
 ) -> dict[str, Any]:
     """Of predictors, on one rank. Workspaces are not counted."""
     predictors = predictor_bytes(layers, spec, tp)
-    weights = geometry.num_weights * SERVED_BYTES / tp
-    token = geometry.num_layers * 2 * geometry.hidden * SERVED_BYTES / tp
+    weights = num_weights(geometry) * SERVED_BYTES / tp
+    token = geometry.num_layers * 2 * geometry.hidden_size * SERVED_BYTES / tp
     needed = step.accounts[0].need_gb * 1e9 + predictors
     return {
         "predictor_bytes": predictors,
@@ -453,200 +399,71 @@ def memory_cost(
     }
 
 
-# The training.
-
-
-def forward_flops(geometry: Geometry, tokens: int, seq_len: int, *, logits: bool) -> float:
-    """Of dense forward passes: two a weight, and QK^T and its product with V over whole windows, causal or
-    not.
-    """
-    per_layer = 2 * 12 * geometry.hidden**2 + 2 * 2 * seq_len * geometry.hidden
-    return tokens * (geometry.num_layers * per_layer + logits * 2 * geometry.vocab * geometry.hidden)
-
-
-def moment_flops(geometry: Geometry, tokens: int) -> float:
-    return tokens * geometry.num_layers * MOMENTS_PER_LAYER * 2 * geometry.hidden**2
-
-
-def fit_flops(geometry: Geometry) -> float:
-    cube = geometry.hidden**3
-    products = FFN_PRODUCTS * 2 * geometry.ffn * geometry.hidden**2 + SQUARE_PRODUCTS * 2 * cube
-    return geometry.num_layers * (EIGENDECOMPOSITIONS * EIGEN_CUBES * cube + products)
-
-
-def calibration_flops(geometry: Geometry, seq_len: int) -> float:
-    """At most: a gate's candidates end where the perplexity budget does. Each runs its own layer and those
-    behind it.
-    """
-    whole = forward_flops(
-        geometry, PROBE_RUNS * PROBE_TOKENS + VALID_RUNS * VALID_TOKENS, seq_len, logits=True
-    )
-    candidates = (MLP_CANDIDATES + HEAD_CANDIDATES) * PROBE_TOKENS
-    return whole + sum(
-        forward_flops(replace(geometry, num_layers=remaining), candidates, seq_len, logits=True)
-        for remaining in range(1, geometry.num_layers + 1)
-    )
-
-
-def calibration_runs(geometry: Geometry) -> int:
-    """Forward passes of the calibration, over the probe or over all of its text, at most."""
-    return PROBE_RUNS + geometry.num_layers * (MLP_CANDIDATES + HEAD_CANDIDATES) + VALID_RUNS
-
-
-def train_tokens(geometry: Geometry) -> int:
-    """What is trained on where --max-tokens is not given."""
-    return TRAIN_DOCUMENTS * train_seq_len(geometry)
-
-
-def train_seq_len(geometry: Geometry) -> int:
-    return min(TRAIN_SEQ_LEN, geometry.positions - 2)
-
-
-def moments_bytes(geometry: Geometry) -> int:
-    return geometry.num_layers * MOMENTS_PER_LAYER * geometry.hidden**2 * MOMENT_BYTES
-
-
-def measured_cpu_tflops(seconds: float = 0.5, size: int = 1024) -> float:
-    """fp32 matrix products on this machine's CPU; the fastest counts, since other programs only slow them
-    down.
-    """
-    import torch
-
-    a = torch.ones(size, size)
-    fastest, end = math.inf, time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end:
-        a @ a
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest / 1e12
-
-
-def gradient_flops(geometry: Geometry) -> float:
-    """Of fine-tuning every layer's predictor."""
-    weights = default_rank(geometry) * (geometry.hidden + geometry.ffn)
-    return (
-        geometry.num_layers
-        * GRADIENT_EPOCHS
-        * min(GRADIENT_TOKENS, train_tokens(geometry))
-        * GRADIENT_OPERATIONS
-        * weights
-    )
-
-
-def sample_bytes(geometry: Geometry) -> int:
-    """Stored activations, a token and layer: the gate's input in 16 bits, two bits a neuron, and the energies
-    of positive ones.
-    """
-    row_bytes = 2 * geometry.hidden + 2 * (geometry.ffn // 8) + int(2 * STORED_DENSITY * geometry.ffn)
-    return geometry.num_layers * min(GRADIENT_TOKENS, train_tokens(geometry)) * row_bytes
-
-
-def training_cost(geometry: Geometry, gpu: str, cpu_tflops: float) -> dict[str, Any]:
-    """Estimates for `vllm-dejavu train` as it is by default, in one pass. The closed form is fitted on the
-    CPU in fp64 everywhere.
-
-    Times: fp32 is what training computes in by default; fp16: --model-dtype float16, forward passes (not
-    moments) in 16 bits.
-    """
-    seq_len, tokens = train_seq_len(geometry), train_tokens(geometry)
-    flops = {
-        "collection": forward_flops(geometry, tokens, seq_len, logits=False),
-        "moments": moment_flops(geometry, tokens),
-        "fit": fit_flops(geometry),
-        "gradient": gradient_flops(geometry),
-        "calibration": calibration_flops(geometry, seq_len),
-    }
-    fp16_tflops, fp32_tflops = (rate * UTILISATION for rate in TFLOPS[gpu])
-    fit_s = flops["fit"] / (cpu_tflops * FP64_SHARE * 1e12)
-
-    def seconds(forward_tflops: float, moment_tflops: float) -> float:
-        forward = flops["collection"] + flops["calibration"]
-        return (
-            forward / forward_tflops + (flops["moments"] + flops["gradient"]) / moment_tflops
-        ) / 1e12 + fit_s
-
-    return {
-        "tokens": tokens,
-        "calibration_runs_at_most": calibration_runs(geometry),
-        "flops": flops,
-        "assumed_utilisation": UTILISATION,
-        "gpu_fp32_tflops": fp32_tflops,
-        "gpu_fp16_tflops": fp16_tflops,
-        "cpu_fp32_tflops": cpu_tflops,
-        "fit_s": fit_s,
-        "gpu_fp32_s": seconds(fp32_tflops, fp32_tflops),
-        "gpu_fp16_s": seconds(fp16_tflops, fp32_tflops),
-        "cpu_s": seconds(cpu_tflops, cpu_tflops),
-        "moments_bytes": moments_bytes(geometry),
-        "memory_bytes": geometry.num_weights * TRAINED_WEIGHT_BYTES + moments_bytes(geometry),
-        # A checkpoint of the moments stays until the next one is whole.
-        "disk_bytes": 2 * moments_bytes(geometry) + sample_bytes(geometry),
-    }
-
-
 # The report.
 
 
 def report(result: dict[str, Any]) -> str:
-    r, d, s, m, t = (result, *(result[k] for k in ("densities", "step", "memory", "training")))
-    point = f"{r['model']['name']} on {r['gpu']}, batch {r['batch']}, context {r['context']}, tp {r['tp']}"
-    verdict = f"{s['speedup']:.2f}x" if s["speedup"] > 1 else f"{s['speedup']:.2f}x: slower than dense"
-    count, rank = r["model"]["num_layers"], " a rank" if r["tp"] > 1 else ""
-    lines = [
-        r["banner"],
-        point,
-        "",
-        f"densities        {d['from']}",
-        (
-            f"                 means over layers: MLP {d['mlp_mean']:.2f} (any row), heads"
-            f" {d['head_mean']:.2f} a row, {d['head_union_mean']:.2f} any row; {d['mlp_gates']} MLPs and"
-            f" {d['head_gates']} attentions of {count} layers gated"
-        ),
-        (
-            f"predicted gain   {verdict} (decode step {s['dense_ms']:.2f} -> {s['sparse_ms']:.2f} ms;"
-            " modelled, not measured)"
-        ),
-        (
-            f"                 launches a layer: dense {s['dense_launches_per_layer']}, sparse"
-            f" {s['sparse_launches_per_layer']:.3g}; most of the sparse step: {s['dominant']},"
-            f" {s['dominant_share']:.0%}"
-        ),
-        f"break-even       {_break_even_words(s['break_even_mlp_density'])}",
-        (
-            f"beside INT4      dense INT4 {s['int4']['dense_ms']:.2f} ms,"
-            f" {_beside(s['int4']['dense_ms'], s['sparse_ms'])} sparse 16-bit; both together"
-            f" {s['int4']['sparse_ms']:.2f} ms; modelled, dequantization free; no INT4 is served here"
-            " (docs/plan.md)"
-        ),
-        (
-            f"memory cost      {_bytes(m['predictor_bytes'])} of predictors{rank},"
-            f" {m['share_of_weights']:.1%} of the weights ({_bytes(m['weight_bytes'])}), in place of"
-            f" {m['kv_tokens_displaced']:,} cached tokens; workspaces not counted"
-        ),
-        (
-            f"training         estimates for {t['tokens']:,} tokens and a calibration of"
-            f" {t['calibration_runs_at_most']:,} forward passes at most"
-        ),
-        (
-            f"                 {_time(t['gpu_fp32_s'])} on one {r['gpu']} at {t['gpu_fp32_tflops']:.3g} fp32"
-            f" TFLOP/s (datasheet x {t['assumed_utilisation']} assumed), of which the fit on a CPU like this"
-            f" one {_time(t['fit_s'])}"
-        ),
-        (
-            f"                 {_time(t['gpu_fp16_s'])} with --model-dtype float16, at"
-            f" {t['gpu_fp16_tflops']:.3g} TFLOP/s (datasheet x {t['assumed_utilisation']} assumed)"
-        ),
-        (
-            f"                 {_time(t['cpu_s'])} on this CPU at {t['cpu_fp32_tflops'] * 1e3:.3g} fp32"
-            f" GFLOP/s (measured just now), {FP64_SHARE} of it in fp64 (assumed)"
-        ),
-        f"                 FLOPs: {', '.join(f'{name} {flops:.1e}' for name, flops in t['flops'].items())}",
-        (
-            f"                 memory {_bytes(t['memory_bytes'])} (fp32 weights and moments; activations not"
-            f" counted), disk {_bytes(t['disk_bytes'])}"
-        ),
-        *(f"note             {note}" for note in r["notes"]),
+    model, notes = result["model"], [("note", note) for note in result["notes"]]
+    point = (
+        f"{model['name']} on {result['gpu']}, batch {result['batch']}, context {result['context']}, tp"
+        f" {result['tp']}"
+    )
+    rows = [
+        *_densities_rows(result["densities"], model["num_layers"]),
+        *_gain_rows(result["step"]),
+        ("memory cost", _memory_words(result["memory"], " a rank" if result["tp"] > 1 else "")),
+        *notes,
     ]
-    return "\n".join(lines)
+    return "\n".join([result["banner"], point, "", *(f"{label:17}{text}" for label, text in rows)])
+
+
+Row = tuple[str, str]  # label, empty where the row above goes on, and text
+
+
+def _densities_rows(densities: dict[str, Any], num_layers: int) -> list[Row]:
+    return [
+        ("densities", densities["from"]),
+        (
+            "",
+            f"means over layers: MLP {densities['mlp_mean']:.2f} (any row), heads"
+            f" {densities['head_mean']:.2f} a row, {densities['head_union_mean']:.2f} any row;"
+            f" {densities['mlp_gates']} MLPs and {densities['head_gates']} attentions of {num_layers} layers"
+            " gated",
+        ),
+    ]
+
+
+def _gain_rows(step: dict[str, Any]) -> list[Row]:
+    speedup, int4 = step["speedup"], step["int4"]
+    verdict = f"{speedup:.2f}x" if speedup > 1 else f"{speedup:.2f}x: slower than dense"
+    return [
+        (
+            "predicted gain",
+            f"{verdict} (decode step {step['dense_ms']:.2f} -> {step['sparse_ms']:.2f} ms; modelled, not"
+            " measured)",
+        ),
+        (
+            "",
+            f"launches a layer: dense {step['dense_launches_per_layer']}, sparse"
+            f" {step['sparse_launches_per_layer']:.3g}; most of the sparse step: {step['dominant']},"
+            f" {step['dominant_share']:.0%}",
+        ),
+        ("break-even", _break_even_words(step["break_even_mlp_density"])),
+        (
+            "beside INT4",
+            f"dense INT4 {int4['dense_ms']:.2f} ms, {_beside(int4['dense_ms'], step['sparse_ms'])} sparse"
+            f" 16-bit; both together {int4['sparse_ms']:.2f} ms; modelled, dequantization free; no INT4 is"
+            " served here (docs/plan.md)",
+        ),
+    ]
+
+
+def _memory_words(memory: dict[str, Any], a_rank: str) -> str:
+    return (
+        f"{_bytes(memory['predictor_bytes'])} of predictors{a_rank}, {memory['share_of_weights']:.1%} of the"
+        f" weights ({_bytes(memory['weight_bytes'])}), in place of {memory['kv_tokens_displaced']:,} cached"
+        " tokens; workspaces not counted"
+    )
 
 
 def _break_even_words(density: float | None) -> str:
@@ -673,14 +490,3 @@ def _bytes(count: float) -> str:
         if size >= 1:
             return f"{size:.3g} {unit}"
     return f"{count / 1e3:.3g} kB"
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{_short(seconds / size)} {unit}"
-    return f"{_short(seconds)} s"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

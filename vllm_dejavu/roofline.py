@@ -1,7 +1,7 @@
 """Launch-and-bytes MODEL of one OPT decode step, dense and sparse. It computes; it measures nothing.
 
-Needs the standard library only. On the command line: `vllm-dejavu plan` for one model,
-`benchmarks/roofline.py` for tables.
+Needs the standard library only. On the command line: `vllm-dejavu plan` for one model, `plan --table` for
+many points. The sizes, devices and densities that are known beforehand are in `published`.
 
 A layer takes `bytes read and written / bandwidth + launches * cost of a launch + all-reduces`, every term
 added: in a decode step each kernel waits for the one before it, so its start-up hides nothing. Use it to see
@@ -10,7 +10,7 @@ what a selection can give at best and which term is in the way, and beside a mea
 
 Left out, and why:
 - activations: a few MiB a launch at most, at batch 64; they stay in the L2 cache, and both sides have them;
-- biases and LayerNorm weights: 13 * hidden of 12 * hidden^2 elements;
+- biases and LayerNorm weights: 13 * hidden of 12 * hidden^2 elements, where ffn is 4 * hidden;
 - arithmetic: at batch 64 a 16-bit weight meets 64 rows; these devices stop being bound by memory at 150 to
   300 (datasheet FLOP/s over bytes/s). Far larger batches are outside this model;
 - slower reads of scattered rows: `efficiency` is the same for both sides. Kernels that gather worse lose that
@@ -23,6 +23,7 @@ import math
 from dataclasses import dataclass, replace
 
 from vllm_dejavu.config import WEIGHT_BITS
+from vllm_dejavu.families import Geometry
 
 BANNER = "MODEL, not a measurement: time = bytes / bandwidth + launches x launch cost (+ all-reduces)"
 
@@ -59,6 +60,7 @@ STEP_LAUNCHES = ("embedding", "position embedding+add", "LayerNorm", "lm_head", 
 
 ALL_REDUCES_PER_LAYER = 2  # after out_proj and after fc2
 MLP_BYTE_BUDGET = 0.03  # share of a block's bytes that its predictor may have, for hidden size >= 2048
+POSITION_OFFSET = 2  # rows of OPT's table of positions that no token has
 SCALE_BYTES = 2  # of quantized weights: one scale for each group of inputs of an output
 
 # What is taken for granted of weight-only quantization, beside what the model says of itself.
@@ -89,48 +91,20 @@ def _positive(owner: object, *names: str) -> None:
             raise ValueError(f"{type(owner).__name__}.{name} is {value}; it must be a positive number.")
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Shape of an OPT model; ffn is 4 * hidden and every head has its own K and V."""
-
-    name: str
-    hidden: int
-    num_heads: int
-    num_layers: int
-    vocab: int = 50272
-    positions: int = 2050  # OPT's table is offset by 2
-
-    def __post_init__(self) -> None:
-        _positive(self, "hidden", "num_heads", "num_layers", "vocab", "positions")
-        if self.hidden % self.num_heads:
-            raise ValueError(
-                f"{self.name}: hidden {self.hidden} is not a multiple of num_heads {self.num_heads}."
-            )
-
-    @property
-    def ffn(self) -> int:
-        return 4 * self.hidden
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden // self.num_heads
-
-    @property
-    def num_weights(self) -> int:
-        """Of layers and tied embeddings, without biases and norms."""
-        return self.num_layers * 12 * self.hidden**2 + (self.vocab + self.positions) * self.hidden
+def linear_weights(geometry: Geometry) -> int:
+    """Of a layer: four projections, every head with its own K and V, and the two matrices of the MLP."""
+    g = geometry
+    return 4 * g.hidden_size**2 + 2 * g.hidden_size * g.ffn_dim
 
 
-GEOMETRIES = {
-    "125m": Geometry("OPT-125M", 768, 12, 12),
-    "1.3b": Geometry("OPT-1.3B", 2048, 32, 24),
-    "2.7b": Geometry("OPT-2.7B", 2560, 32, 32),
-    "6.7b": Geometry("OPT-6.7B", 4096, 32, 32),
-    "13b": Geometry("OPT-13B", 5120, 40, 40),
-    "30b": Geometry("OPT-30B", 7168, 56, 48),
-    "66b": Geometry("OPT-66B", 9216, 72, 64),
-    "175b": Geometry("OPT-175B", 12288, 96, 96),
-}
+def embedding_weights(geometry: Geometry) -> int:
+    """Of tokens, tied with the LM head, and of positions."""
+    return (geometry.vocab_size + geometry.max_positions + POSITION_OFFSET) * geometry.hidden_size
+
+
+def num_weights(geometry: Geometry) -> int:
+    """Of layers and tied embeddings, without biases and norms."""
+    return geometry.num_layers * linear_weights(geometry) + embedding_weights(geometry)
 
 
 @dataclass(frozen=True)
@@ -176,29 +150,6 @@ class Device:
 
     def group_gbs(self, tp: int) -> float:
         return min(self.link_gbs, self.peer_gbs * max(tp - 1, 1))
-
-
-# Bandwidth and capacity: vendors' datasheets of the modules named, SXM and OAM, not PCIe. Links: half of the
-# figure the datasheet gives for both directions together. launch_us: assumed 3 everywhere (2-4 is usual for a
-# dependent kernel of a CUDA graph; for MI300X, HIP graphs, not even that much is known here). all_reduce_us:
-# assumed 8 everywhere. Reported for H100, small messages, 2-8 GPUs, no graph: 8.5-12 for vLLM's kernel, 4-8
-# for a faster one (sglang pull request 2904). The same table has 13-24 us at 256 KiB, where latency + bytes /
-# link gives under 10: large batches under tensor parallelism come out too fast on both sides, and so too high
-# in speed-up.
-DEVICES = {
-    # 2039 GB/s HBM2e; NVLink 3, 600 GB/s both directions.
-    "a100": Device("A100-80GB SXM", 2039, 80, 300),
-    # 3.35 TB/s HBM3; NVLink 4, 900 GB/s both directions.
-    "h100": Device("H100 SXM", 3350, 80, 450),
-    # 4.8 TB/s HBM3e, 141 GB; NVLink 4 as H100.
-    "h200": Device("H200", 4800, 141, 450),
-    # DGX B200: 64 TB/s and 1440 GB for 8 GPUs (other datasheets: 7.7 TB/s, 192 GB); NVLink 5, 1.8 TB/s both
-    # directions.
-    "b200": Device("B200", 8000, 180, 900),
-    # 5.3 TB/s HBM3, 192 GB; xGMI mesh of 8: 7 links, each 128 GB/s both directions, so a pair of GPUs has one
-    # link only.
-    "mi300x": Device("MI300X", 5300, 192, 448, peer_gbs=64),
-}
 
 
 @dataclass(frozen=True)
@@ -295,10 +246,9 @@ class Workload:
     def rank(self, geometry: Geometry) -> int:
         if self.predictor_rank is not None:
             return self.predictor_rank
-        mlp_bytes = 2 * geometry.hidden * geometry.ffn * self.dtype_bytes
-        return int(
-            MLP_BYTE_BUDGET * mlp_bytes / ((geometry.hidden + geometry.ffn) * self.predictor_dtype_bytes)
-        )
+        hidden, ffn = geometry.hidden_size, geometry.ffn_dim
+        mlp_bytes = 2 * hidden * ffn * self.dtype_bytes
+        return int(MLP_BYTE_BUDGET * mlp_bytes / ((hidden + ffn) * self.predictor_dtype_bytes))
 
 
 @dataclass(frozen=True)
@@ -392,7 +342,8 @@ class Account:
         """
         return self.need_gb <= self.device.memory_gb
 
-    def summary(self) -> str:
+    def summary(self, name: str) -> str:
+        """One line. name: of the model."""
         w = self.workload
         bits = (
             ""
@@ -400,7 +351,7 @@ class Account:
             else f"weights in {w.dense_weight_bits} and {w.sparse_weight_bits} bits, "
         )
         return (
-            f"model: {self.geometry.name} on {self.device.name}, batch {w.batch} x {w.context}, tp {w.tp},"
+            f"model: {name} on {self.device.name}, batch {w.batch} x {w.context}, tp {w.tp},"
             f" {bits}MLP {w.mlp_density:.2f}, heads {w.head_density:.2f} (union {w.union_heads:.2f}): layer"
             f" {self.dense_us:.1f} -> {self.sparse_us:.1f} us, {self.speedup:.2f}x; step"
             f" {self.dense_step_us / 1e3:.2f} -> {self.sparse_step_us / 1e3:.2f} ms,"
@@ -417,19 +368,21 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
     g, w = geometry, workload
     if g.num_heads % w.tp:
         raise ValueError(
-            f"{g.name} has {g.num_heads} heads, which tp={w.tp} does not divide; take a divisor."
+            f"The model has {g.num_heads} heads, which tp={w.tp} does not divide; take a divisor."
         )
-    square = g.hidden**2 / w.tp  # weights of one hidden x hidden projection, this rank's share
-    matrix = g.hidden * g.ffn / w.tp  # of fc1, and of fc2
+    square = g.hidden_size**2 / w.tp  # weights of one hidden x hidden projection, this rank's share
+    matrix = g.hidden_size * g.ffn_dim / w.tp  # of fc1, and of fc2
     dense_element_bytes = sum(w.element_bytes(w.dense_weight_bits))
     value_bytes, scale_bytes = w.element_bytes(w.sparse_weight_bits)
     row_bytes = value_bytes + scale_bytes  # where whole rows are read: a scale belongs to one row
-    token_kv_bytes = 2 * g.hidden * w.dtype_bytes / w.tp
+    token_kv_bytes = 2 * g.hidden_size * w.dtype_bytes / w.tp
     union = w.union_heads if w.skip_projections else 1.0
     fired = w.mlp_density * w.survivors
     union_groups = w.groups_read(union, w.quantization_group / g.head_size)
     gates_heads = w.head_density < 1
-    predictor_elements = w.rank(g) * (g.hidden + g.ffn / w.tp) + gates_heads * g.num_heads / w.tp * g.hidden
+    predictor_elements = (
+        w.rank(g) * (g.hidden_size + g.ffn_dim / w.tp) + gates_heads * g.num_heads / w.tp * g.hidden_size
+    )
     parts = {
         # K and V always: the cache stays complete
         "qkv": Part(3 * square * dense_element_bytes, (2 + union) * square * row_bytes),
@@ -448,8 +401,8 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
         "predictor": Part(0, predictor_elements * w.predictor_dtype_bytes),
     }
 
-    hidden_bytes = w.batch * g.hidden * w.dtype_bytes
-    logits_bytes = w.batch * g.vocab * w.dtype_bytes
+    hidden_bytes = w.batch * g.hidden_size * w.dtype_bytes
+    logits_bytes = w.batch * g.vocab_size * w.dtype_bytes
     all_reduce_us = outer_link_us = 0.0
     if w.tp > 1:
         link_bytes_per_us = device.group_gbs(w.tp) * 1e3
@@ -459,11 +412,11 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
         # The vocabulary is split as well: one all-reduce of the embedding, one gather of the logits.
         outer_link_us = one_us + device.all_reduce_us + logits_bytes * sent / link_bytes_per_us
     # lm_head; a token's and a position's row
-    outer_bytes = g.vocab * g.hidden * w.dtype_bytes / w.tp + 2 * hidden_bytes
+    outer_bytes = g.vocab_size * g.hidden_size * w.dtype_bytes / w.tp + 2 * hidden_bytes
     outer_us = device.read_us(outer_bytes) + len(STEP_LAUNCHES) * device.launch_us + outer_link_us
     # Of the side with the larger weights: the layers' linear ones, embeddings beside them.
-    linear_bytes = g.num_layers * 12 * g.hidden**2 * max(dense_element_bytes, row_bytes)
-    embedding_bytes = (g.vocab + g.positions) * g.hidden * w.dtype_bytes
+    linear_bytes = g.num_layers * linear_weights(g) * max(dense_element_bytes, row_bytes)
+    embedding_bytes = embedding_weights(g) * w.dtype_bytes
     need_bytes = (linear_bytes + embedding_bytes) / w.tp + g.num_layers * parts["KV read"].dense_bytes
     return Account(g, device, w, parts, outer_bytes, all_reduce_us, outer_us, need_bytes / 1e9)
 
@@ -502,40 +455,3 @@ def quantized(geometry: Geometry, device: Device, workload: Workload, bits: int 
     )
     # the time is linear in the density
     return Quantized(plain, small, bits, 1 - (full - small.dense_us) / (2 * (full - half)))
-
-
-# Neurons that any row of a batch selects, mean over layers: the tables of Polar Sparsity (NeurIPS 2025), made
-# for 99% recall. Single layers lie far off (6.7B at batch 64: up to 0.97). Time is linear in this density, so
-# its mean gives the step's time; that layers above their crossover run dense is not modelled. Heads per
-# sequence: 0.3 for 66B is theirs too; 0.5 and 0.4 are what this project sets itself for 6.7B and 30B. None of
-# it was measured here.
-_UNION_DENSITIES = {
-    "6.7b": {1: 0.10, 8: 0.29, 16: 0.40, 32: 0.52, 64: 0.62, 256: 0.77},
-    "30b": {1: 0.08, 8: 0.21, 16: 0.30, 32: 0.42, 64: 0.53, 256: 0.68},
-    "66b": {1: 0.08, 8: 0.18, 16: 0.26, 32: 0.37, 64: 0.49, 256: 0.64},
-}
-_HEAD_DENSITIES = {"6.7b": 0.5, "30b": 0.4, "66b": 0.3}
-# No table for these sizes: the nearest by hidden size stands in.
-_STANDS_IN = {"125m": "6.7b", "1.3b": "6.7b", "2.7b": "6.7b", "13b": "6.7b", "175b": "66b"}
-
-
-def preset_densities(name: str, batch: int) -> tuple[float, float, str]:
-    """Assumed MLP union density, heads per sequence, and in words where they come from.
-
-    Between two batch sizes of the table: linear in log2(batch). Above the last: the last.
-    """
-    known = _STANDS_IN.get(name, name)
-    table = _UNION_DENSITIES[known]
-    if known != name:
-        source = f"assumed: {known} stands in"
-    else:
-        source = "Polar's tables" if name == "66b" else "MLP Polar's table, heads assumed"
-    if batch in table:
-        return table[batch], _HEAD_DENSITIES[known], source
-    above = [size for size in table if size > batch]
-    below = max(size for size in table if size < batch)
-    if not above:
-        return table[below], _HEAD_DENSITIES[known], f"{source}, batch {below}"
-    share = math.log2(batch / below) / math.log2(min(above) / below)
-    density = table[below] + share * (table[min(above)] - table[below])
-    return density, _HEAD_DENSITIES[known], f"{source}, interpolated"

@@ -21,6 +21,7 @@ from vllm_dejavu.predictor_training import data
 
 MODES = ("oracle", "predictor", "random", "static")
 BLOCK_SETS = {"mlp": ("mlp",), "attention": ("attention",), "both": BLOCKS}
+NAMES = {"mlp": "MLP only", "attention": "heads only", "both": "MLP and heads"}
 # Density of a point that the artifact's own calibration defines, layer by layer, as it is served.
 OWN = "artifact"
 PASSAGE = 128  # tokens that come twice

@@ -1,4 +1,4 @@
-"""quality.md and PNG out of the CSV files of quality.py."""
+"""quality.md out of the CSV files of quality.py."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from common import number, pyplot, read_rows
-from quality_tasks import BLOCK_SETS, MODES, OWN, PASSAGE, TEMPERATURE, mean_se
+from common import number, read_rows
+from quality_plots import plot
+from quality_tasks import BLOCK_SETS, MODES, NAMES, OWN, PASSAGE, TEMPERATURE, mean_se
 
-NAMES = {"mlp": "MLP only", "attention": "heads only", "both": "MLP and heads"}
-COLOURS = {"oracle": "tab:green", "predictor": "tab:blue", "random": "tab:red", "static": "tab:orange"}
+from vllm_dejavu.markdown import table
 
 
 def plus_minus(row: dict[str, str], key: str, scale: float = 1.0, digits: int = 2, sign: bool = True) -> str:
@@ -30,12 +29,8 @@ def plus_minus(row: dict[str, str], key: str, scale: float = 1.0, digits: int = 
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(line) + " |" for line in lines),
-        "",
-    ]
+    """With the empty line that ends it."""
+    return [*table(header, lines), ""]
 
 
 def density_order(density: str) -> float:
@@ -476,130 +471,3 @@ def part_report(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "quality.md").write_text("\n".join(lines), encoding="utf-8")
     print(output / "quality.md")
-
-
-def plot(output: Path, tables: dict[str, list[dict[str, str]]]) -> list[Path]:
-    if (plt := pyplot()) is None:
-        return []
-    made = []
-    rows = tables["sweep"]
-    for metric, name in (("nll", "quality_perplexity"), ("accuracy", "quality_accuracy")):
-        tasks = list(dict.fromkeys(r["task"] for r in rows if r["metric"] == metric))
-        blocks = [b for b in BLOCK_SETS if any(r["blocks"] == b and r["mode"] != "dense" for r in rows)]
-        if tasks and blocks:
-            made.append(plot_sweep(output / f"{name}.png", rows, tasks, blocks, metric, plt))
-    if tables["generation"]:
-        made.append(plot_generation(output / "quality_generation.png", tables["generation"], plt))
-    return made
-
-
-def plot_sweep(
-    path: Path, rows: list[dict[str, str]], tasks: list[str], blocks: list[str], metric: str, pyplot: Any
-) -> Path:
-    """A row of panels a task, a column a block set; bars: standard errors of the paired difference to
-    dense.
-    """
-    figure, axes = pyplot.subplots(
-        len(tasks),
-        len(blocks),
-        figsize=(4.2 * len(blocks), 2.9 * len(tasks)),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
-        layout="constrained",
-    )
-    for line, task in zip(axes, tasks, strict=True):
-        dense = next((r for r in rows if r["task"] == task and r["mode"] == "dense"), None)
-        for axis, block in zip(line, blocks, strict=True):
-            if dense is not None:
-                centre, se = (
-                    (0.0, number(dense, "value_se") or 0.0)
-                    if metric == "nll"
-                    else (number(dense, "value"), number(dense, "value_se") or 0.0)
-                )
-                low, high = (
-                    (math.exp(centre - se), math.exp(centre + se))
-                    if metric == "nll"
-                    else (centre - se, centre + se)
-                )
-                axis.axhspan(low, high, color="grey", alpha=0.25, lw=0)
-                axis.axhline(
-                    math.exp(centre) if metric == "nll" else centre, color="grey", lw=0.8, label="dense"
-                )
-                if metric == "accuracy" and number(dense, "chance") is not None:
-                    axis.axhline(number(dense, "chance"), color="black", ls=":", lw=0.8, label="chance")
-            for mode in MODES:
-                found = [r for r in rows if (r["task"], r["blocks"], r["mode"]) == (task, block, mode)]
-                for own in (False, True):
-                    part = sorted(
-                        (r for r in found if (r["density"] == OWN) == own),
-                        key=lambda r: float(r["total_sparsity"]),
-                    )
-                    if not part:
-                        continue
-                    x = [float(r["total_sparsity"]) for r in part]
-                    if metric == "nll":
-                        y = [1 + float(r["ppl_increase"]) for r in part]
-                        bars = [number(r, "ppl_increase_se") or 0.0 for r in part]
-                        bars = [[min(b, 0.99 * v) for b, v in zip(bars, y, strict=True)], bars]
-                    else:
-                        y, bars = (
-                            [float(r["value"]) for r in part],
-                            [number(r, "difference_se") or 0.0 for r in part],
-                        )
-                    axis.errorbar(
-                        x,
-                        y,
-                        yerr=bars,
-                        fmt="*" if own else "o-",
-                        ms=11 if own else 3.5,
-                        lw=1.2,
-                        capsize=2,
-                        color=COLOURS[mode],
-                        label="predictor, as calibrated" if own else mode,
-                        zorder=3 if own else 2,
-                    )
-            if metric == "nll":
-                axis.set_yscale("log")
-            axis.grid(alpha=0.3)
-            if task == tasks[0]:
-                axis.set_title(NAMES[block])
-            if task == tasks[-1]:
-                axis.set_xlabel("total sparsity (weight bytes not read, batch 1)")
-        line[0].set_ylabel(f"{task}\nperplexity / dense" if metric == "nll" else f"{task}\naccuracy")
-    axes[-1][0].legend(fontsize=7)
-    figure.suptitle(
-        "Band: dense ± its standard error; bars: standard error of the paired difference to dense", fontsize=9
-    )
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
-
-
-def plot_generation(path: Path, rows: list[dict[str, str]], pyplot: Any) -> Path:
-    """Share of prompts whose continuation is still dense's, by position, with its standard error."""
-    length, baseline = int(rows[0]["new_tokens"]), rows[0]["dtype"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, decoding in zip(axes, ("greedy", "sampled"), strict=True):
-        for mode, dtype in dict.fromkeys((r["mode"], r["dtype"]) for r in rows):
-            if (mode, dtype) == ("dense", baseline):
-                continue
-            agreement = np.array(
-                [
-                    float(r["agreement"])
-                    for r in rows
-                    if (r["decoding"], r["mode"], r["dtype"]) == (decoding, mode, dtype)
-                ]
-            )
-            x = np.arange(1, length + 1)
-            share = (agreement[:, None] >= x[None, :]).mean(0)
-            error = np.sqrt(share * (1 - share) / len(agreement))
-            axis.plot(x, share, label=f"{mode}, {dtype}")
-            axis.fill_between(x, share - error, share + error, alpha=0.25)
-        axis.set(title=decoding, xlabel="new tokens", ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel(f"share still as dense in {baseline}")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path

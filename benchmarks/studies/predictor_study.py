@@ -1,7 +1,8 @@
 """Predictors compared on one model: forms at equal bytes, losses and labels, lookaheads, amount of data,
 heads against the oracle.
 
-    python benchmarks/predictor_study.py STUDY... --model DIR --data TRAIN --held-out TEXT --output DIR
+    python benchmarks/studies/predictor_study.py STUDY... --model DIR --data TRAIN --held-out TEXT
+        --output DIR
 
 Studies: forms, quality, lookahead, data, heads. A CSV each, PNG, and a Markdown table of the forms; `plots`
 makes these alone. Held-out documents are scored, never trained on. Everything is computed with masks in
@@ -51,8 +52,9 @@ from vllm_dejavu.predictor_training.train import (
     fit_mlp,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Table, pyplot  # noqa: E402
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from common import Table  # noqa: E402
+from predictor_report import plot, summary  # noqa: E402
 
 BUDGETS = (0.015, 0.03, 0.06, 0.12)  # of the MLP's bytes in 16 bits
 WEIGHT_BITS = {"float16": 16, "int8": 8, "int4": 4}
@@ -461,109 +463,6 @@ STUDIES = {
 }
 
 
-def plot(output: Path) -> None:
-    """PNG of whatever CSV files are there."""
-    import csv
-
-    if (plt := pyplot()) is None:
-        return
-
-    def rows(name: str) -> list[dict[str, str]]:
-        path = output / f"{name}.csv"
-        return list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.is_file() else []
-
-    def mean(group: list[dict[str, str]], key: str) -> float:
-        return sum(float(r[key]) for r in group) / len(group)
-
-    found = rows("forms")
-    if found:
-        figure, axes = plt.subplots(
-            2, len(WEIGHT_BITS), figsize=(4 * len(WEIGHT_BITS), 6), sharex=True, squeeze=False
-        )
-        for column, dtype in enumerate(WEIGHT_BITS):
-            for name, loss in FORMS:
-                for row, key in enumerate(("auc", "kept_energy")):
-                    groups = defaultdict(list)
-                    for r in found:
-                        if (r["form"], r["loss"], r["dtype"]) == (name, loss, dtype):
-                            groups[float(r["byte_budget"])].append(r)
-                    if groups:
-                        axes[row][column].plot(
-                            sorted(groups),
-                            [mean(groups[b], key) for b in sorted(groups)],
-                            "o-",
-                            label=f"{name}, {loss}",
-                            ms=3,
-                        )
-            axes[0][column].set_title(dtype)
-            axes[1][column].set_xlabel("predictor bytes / MLP bytes")
-        axes[0][0].set_ylabel("AUC")
-        axes[1][0].set_ylabel(f"kept energy at {DENSITY} x natural")
-        axes[0][0].legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(output / "forms.png", dpi=120)
-    found = rows("data")
-    if found:
-        figure, ax = plt.subplots(figsize=(5.5, 4))
-        points = sorted(
-            (int(r["tokens"]), 100 * float(r["ppl_increase"])) for r in found if r["form"] == "closed_form"
-        )
-        ax.semilogx(*zip(*points, strict=True), "o", label="closed form, a point a seed")
-        for r in found:
-            if r["form"] == "svd":
-                ax.axhline(100 * float(r["ppl_increase"]), color="grey", ls="--", lw=0.8)
-        ax.set(
-            xlabel="training tokens (dashed: svd, none)",
-            ylabel=f"perplexity rise, %, MLPs at {DENSITY} x natural",
-            ylim=(0, None),
-        )
-        ax.legend(fontsize=8)
-        figure.tight_layout()
-        figure.savefig(output / "data.png", dpi=120)
-    found = rows("heads")
-    if found:
-        figure, ax = plt.subplots(figsize=(5.5, 4))
-        for name in dict.fromkeys(r["selection"] for r in found):
-            points = sorted(
-                (float(r["head_density"]), 100 * float(r["ppl_increase"]))
-                for r in found
-                if r["selection"] == name
-            )
-            ax.plot(*zip(*points, strict=True), "o", label=name)
-        ax.set(xlabel="mean head density", ylabel="perplexity rise, % (held-out text, MLPs dense)")
-        ax.legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(output / "heads.png", dpi=120)
-
-
-def summary(output: Path) -> str:
-    """Markdown of the forms: means over layers; of those, mean and range over seeds."""
-    import csv
-
-    path = output / "forms.csv"
-    if not path.is_file():
-        return ""
-    groups: dict[tuple, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
-    for r in csv.DictReader(path.open(newline="", encoding="utf-8")):
-        groups[r["dtype"], float(r["byte_budget"]), int(r["rank"]), r["form"], r["loss"]][r["seed"]].append(r)
-    keys = ("auc", "recall", "kept_energy")
-    lines = [
-        "| weights | bytes | rank | form | loss | seeds | " + " | ".join(keys) + " |",
-        "|" + "---|" * (6 + len(keys)),
-    ]
-    for (dtype, budget, rank, form, loss), seeds in sorted(groups.items()):
-        cells = []
-        for key in keys:
-            means = [sum(float(r[key]) for r in rows) / len(rows) for rows in seeds.values()]
-            cells.append(f"{sum(means) / len(means):.4f} ({min(means):.4f}-{max(means):.4f})")
-        lines.append(
-            f"| {dtype} | {100 * budget:g}% | {rank} | {form} | {loss} | {len(seeds)} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "plots"])
@@ -585,7 +484,7 @@ def main() -> None:
         study = Study(args)
         for name in wanted:
             STUDIES[name](study)
-    plot(Path(args.output))
+    plot(Path(args.output), FORMS, tuple(WEIGHT_BITS), DENSITY)
     print(summary(Path(args.output)))
 
 

@@ -1,9 +1,9 @@
 """Union density against batch size, on real text: what a step of B requests reads of each layer, and how much
 they share.
 
-    python benchmarks/batching.py --data FILE.txt --output OUT
-    python benchmarks/batching.py --model DIR --predictor DIR --data FILE.jsonl --tokens 65536 --batch 1 8 64
-    --output OUT
+    python benchmarks/studies/batching.py --data FILE.txt --output OUT
+    python benchmarks/studies/batching.py --model DIR --predictor DIR --data FILE.jsonl --tokens 65536
+    --batch 1 8 64 --output OUT
 
 Windows of text stand for requests: a draw takes one token of each of B windows, of different documents as far
 as there are enough. The model runs in Transformers with every gate's mask applied to all tokens, as in
@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Table, median, number, percentile, pyplot, read_rows
-from plots import finish, scale
 from tqdm import tqdm
 
 from vllm_dejavu import artifact, locate
@@ -38,6 +37,11 @@ from vllm_dejavu.predictor_training import data
 from vllm_dejavu.predictor_training.calibrate import BATCH_SIZES, Gate, Key
 from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel, Resumable
 from vllm_dejavu.predictor_training.labels import active_neurons, head_contributions, head_grams
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import figures  # noqa: E402
+import tables  # noqa: E402
+from common import ROOT, Table, median, number, percentile, read_rows  # noqa: E402
 
 SELECTIONS = ("predicted", "active")
 FORWARD = 16  # windows that run together
@@ -329,27 +333,18 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 COLUMNS = (
     ("block", lambda r: {"mlp": "MLP", "attention": "heads"}[r["block"]] + f" ({r['layers']} layers)"),
     ("batch", lambda r: str(r["batch"])),
-    ("union, predicted", lambda r: cell(r["predicted"])),
-    ("union, truly active", lambda r: cell(r["active"])),
-    ("if independent", lambda r: cell(r["independent"])),
-    ("ratio", lambda r: cell(r["ratio"], ".2f")),
-    ("if independent, each unit at its rate", lambda r: cell(r["by_rate"])),
-    ("ratio", lambda r: cell(r["rate_ratio"], ".2f")),
+    ("union, predicted", lambda r: tables.cell(r["predicted"], ".3f")),
+    ("union, truly active", lambda r: tables.cell(r["active"], ".3f")),
+    ("if independent", lambda r: tables.cell(r["independent"], ".3f")),
+    ("ratio", lambda r: tables.cell(r["ratio"], ".2f")),
+    ("if independent, each unit at its rate", lambda r: tables.cell(r["by_rate"], ".3f")),
+    ("ratio", lambda r: tables.cell(r["rate_ratio"], ".2f")),
 )
-
-
-def cell(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else format(value, form)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Of `means`."""
-    lines = [
-        [name for name, _ in COLUMNS],
-        ["---"] * len(COLUMNS),
-        *([form(row) for _, form in COLUMNS] for row in rows),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(tables.of_columns(COLUMNS, rows))
 
 
 def plot(directory: Path, pyplot: Any) -> None:
@@ -360,15 +355,7 @@ def plot(directory: Path, pyplot: Any) -> None:
     blocks = [block for block in BLOCKS if any(r["block"] == block for r in rows)]
     if not blocks:
         return
-    figure, axes = pyplot.subplots(
-        len(blocks),
-        2,
-        figsize=(9.5, 4 * len(blocks)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = figures.panels(pyplot, len(blocks), 2, width=4.75, sharex=True, sharey=True)
     last = max(int(r["layer"]) for r in rows)
     colours = pyplot.get_cmap("viridis")
     for row_of_axes, block in zip(axes, blocks, strict=True):
@@ -383,10 +370,8 @@ def plot(directory: Path, pyplot: Any) -> None:
                     [int(r["batch"]) for r in points],
                     [number(r, "union_density") for r in points],
                 )
-                spread = [
-                    [max(0.0, v - number(r, "union_p20")) for v, r in zip(values, points, strict=True)],
-                    [max(0.0, number(r, "union_p80") - v) for v, r in zip(values, points, strict=True)],
-                ]
+                ends = ([number(r, end) for r in points] for end in ("union_p20", "union_p80"))
+                spread = figures.bars(values, *ends)
                 # deep models: a few layers name the scale of colours
                 label = f"layer {layer}" if last < 12 or layer in (0, last // 2, last) else None
                 axis.errorbar(
@@ -406,7 +391,7 @@ def plot(directory: Path, pyplot: Any) -> None:
                     linewidth=0.8,
                     color=colours(layer / max(1, last)),
                 )
-            scale(axis, rows)
+            figures.batch_axis(axis, rows)
             axis.set(
                 title=f"{'neurons' if block == 'mlp' else 'heads'}, {selection}",
                 xlabel="batch",
@@ -420,7 +405,7 @@ def plot(directory: Path, pyplot: Any) -> None:
         f"Union density, {first['model']} on {first['data']}; {first['windows']} windows of"
         f" {first['documents']} documents, {first['draws']} draws; dotted: independent"
     )
-    finish(figure, directory / "batching.png", title, rows)
+    figures.save_measured(figure, directory / "batching.png", title, rows)
 
 
 def options() -> argparse.ArgumentParser:
@@ -478,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{block}: union densities differ from the artifact's by {median(errors):.1%} (median over"
                 f" layers and sizes), at most {max(errors):.1%}"
             )
-    if (plt := pyplot()) is not None:
+    if (plt := figures.pyplot()) is not None:
         plot(args.output, plt)
 
 
