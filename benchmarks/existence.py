@@ -42,12 +42,11 @@ from vllm_dejavu.predictor import Predictor
 from vllm_dejavu.predictor_training import data, forms
 from vllm_dejavu.predictor_training.calibrate import quantile
 from vllm_dejavu.predictor_training.collect import Moments
-from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel, Resumable
+from vllm_dejavu.predictor_training.hf_model import HfModel, LayerStates, Resumable
 from vllm_dejavu.predictor_training.labels import (
     Labels,
     active_neurons,
     head_contributions,
-    head_grams,
     neuron_energy,
 )
 from vllm_dejavu.predictor_training.train import LayerWeights, fit_heads, fit_mlp
@@ -205,7 +204,7 @@ class Seen:
     maps: torch.Tensor | None
 
 
-def see(opt: OptModel, run: Resumable) -> tuple[Seen, Resumable]:
+def see(opt: HfModel, run: Resumable) -> tuple[Seen, Resumable]:
     """One layer, dense: what it did, and the batch behind it."""
     layer, caught = opt.layers[run.layer], {}
 
@@ -241,7 +240,7 @@ def see(opt: OptModel, run: Resumable) -> tuple[Seen, Resumable]:
         for x in (run.hidden, following.hidden, caught["attn_update"], caught["mlp_update"])
     )
     inputs = {"attn_output": attn_update, **caught["inputs"]}
-    middle = before + attn_update if opt.config.do_layer_norm_before else inputs["mlp_input"]
+    middle = before + attn_update if opt.geometry.norm == "pre" else inputs["mlp_input"]
     maps = caught["self_attn"][1]
     seen = Seen(
         run.tokens.flatten().to(opt.device),
@@ -263,7 +262,7 @@ class Walk:
     states are held.
     """
 
-    def __init__(self, opt: OptModel, tokens: torch.Tensor, batch: int):
+    def __init__(self, opt: HfModel, tokens: torch.Tensor, batch: int):
         self.opt, self.runs = opt, [opt.start(part) for part in tokens.split(batch)]
 
     def layer(self) -> Iterator[Seen]:
@@ -283,11 +282,11 @@ class Study:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.output = args, Path(args.output)
-        self.opt = OptModel(args.model, device=args.device)
+        self.opt = HfModel(args.model, device=args.device)
         self.name = Path(args.model).name
-        config = self.opt.config
-        self.seq_len = min(args.seq_len or 2048, config.max_position_embeddings)
-        self.units = {"neurons": config.ffn_dim, "heads": config.num_attention_heads}
+        geometry = self.opt.geometry
+        self.seq_len = min(args.seq_len or 2048, geometry.max_positions)
+        self.units = {"neurons": geometry.ffn_dim, "heads": geometry.num_heads}
         self.train = self._windows(args.data, args.tokens, args.seed)
         self.held_out = self._windows(args.held_out, args.held_out_tokens, args.seed)
         self.scored = self.held_out[: max(1, args.scored_tokens // self.seq_len)]
@@ -307,10 +306,10 @@ class Study:
         return Table(self.output / f"existence_{name}.csv")
 
     def fc2_norms(self, layer: int) -> torch.Tensor:
-        return self.opt.weight(layer, "fc2").float().norm(dim=0)
+        return self.opt.fc2_norms(layer)
 
     def grams(self, layer: int) -> torch.Tensor:
-        return head_grams(self.opt.weight(layer, "self_attn.out_proj"), self.opt.config.num_attention_heads)
+        return self.opt.head_grams(layer)
 
     def some_layers(self) -> list[int]:
         """At most `--layers`, evenly spaced, the first and the last among them."""
@@ -427,7 +426,7 @@ class Oracle:
         norms, grams: by layer, of fc2's rows and the heads.
     """
 
-    def __init__(self, opt: OptModel, norms: list[torch.Tensor], grams: list[torch.Tensor], batch: int):
+    def __init__(self, opt: HfModel, norms: list[torch.Tensor], grams: list[torch.Tensor], batch: int):
         self.opt, self.norms, self.grams, self.batch = opt, norms, grams, batch
 
     def score(self, tokens: torch.Tensor, cuts: dict[str, list[Cut]], two_pass: bool = False) -> Scored:
@@ -757,7 +756,7 @@ class Weights:
     stored: int
 
     @classmethod
-    def of(cls, opt: OptModel) -> Weights:
+    def of(cls, opt: HfModel) -> Weights:
         c, decoder, stored = (
             opt.config,
             opt.model.model.decoder,
@@ -767,7 +766,8 @@ class Weights:
         modules = (decoder.final_layer_norm, decoder.project_in, decoder.project_out)
         others = sum(p.numel() for m in modules if m is not None for p in m.parameters())
         outside = opt.model.lm_head.weight.numel() + others + c.word_embed_proj_dim + c.hidden_size
-        return cls(c.hidden_size, c.ffn_dim, c.num_hidden_layers, bool(c.enable_bias), norms, outside, stored)
+        g = opt.geometry
+        return cls(g.hidden_size, g.ffn_dim, g.num_layers, bool(c.enable_bias), norms, outside, stored)
 
     def layers_read(self, rows: float, columns: float, heads: float) -> float:
         """Elements of all layers that we read for a token: K and V whole, Q and out_proj of selected heads,
@@ -1090,7 +1090,7 @@ def part_predictability(study: Study) -> None:
                 layer,
                 weights,
                 "attn_input",
-                opt.config.hidden_size,
+                opt.geometry.hidden_size,
                 forms.get("closed_form"),
             )
             report(
@@ -1227,10 +1227,7 @@ def part_drift(study: Study) -> None:
             f"{name}_p95": quantile(values, 0.95),
         }
 
-    rows = [
-        {"model": study.name, "layer": i, "layer_norm": "pre" if opt.config.do_layer_norm_before else "post"}
-        for i in range(count)
-    ]
+    rows = [{"model": study.name, "layer": i, "layer_norm": opt.geometry.norm} for i in range(count)]
     for layer in range(count):
         found: dict[str, list[torch.Tensor]] = {}
         for seen in walk.layer():
@@ -1277,7 +1274,7 @@ def part_drift(study: Study) -> None:
         " CSV."
         + (
             ""
-            if opt.config.do_layer_norm_before
+            if opt.geometry.norm == "pre"
             else " This model is post-LN: the residual is taken after each LayerNorm."
         ),
         markdown(
@@ -2096,8 +2093,8 @@ def write_report(study: Study, command: str) -> Path:
         f"    {command}",
         "",
         (
-            f"Model: {study.name}, {len(opt.layers)} layers, hidden {opt.config.hidden_size}, ffn"
-            f" {opt.config.ffn_dim}, {study.units['heads']} heads. Windows of {study.seq_len} tokens:"
+            f"Model: {study.name}, {len(opt.layers)} layers, hidden {opt.geometry.hidden_size}, ffn"
+            f" {opt.geometry.ffn_dim}, {study.units['heads']} heads. Windows of {study.seq_len} tokens:"
             f" {study.train.numel():,} tokens of {names['data']} to fit, {study.held_out.numel():,} of"
             f" {names['held_out']} for perplexity, the first {study.scored.numel():,} of these for everything"
             " else that is scored. ± is a standard error over windows."
