@@ -50,7 +50,7 @@ from vllm_dejavu import artifact
 from vllm_dejavu.artifact import Artifact, WeightsFingerprint
 from vllm_dejavu.families import Geometry
 from vllm_dejavu.manifest import GateSpec, ModelSpec, check_fingerprint, check_model
-from vllm_dejavu.predictor_training import hf_opt
+from vllm_dejavu.predictor_training import hf_model
 from vllm_dejavu.published import GEOMETRIES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -179,7 +179,7 @@ def inflate(
     if (model_dir / "dejavu").is_dir():
         loaded = artifact.load(model_dir / "dejavu")
         check_model(loaded.manifest, ModelSpec.from_hf_config(config, str(model_dir)))
-        check_fingerprint(loaded.manifest, hf_opt.fingerprint(str(model_dir)), str(model_dir))
+        check_fingerprint(loaded.manifest, hf_model.fingerprint(str(model_dir)), str(model_dir))
 
     copies = Copies.draw(config, factor, seed)
     digest = WeightsFingerprint()
@@ -236,7 +236,7 @@ def _check_form(config: OPTConfig, name: Path) -> None:
 
 def _weights(model_dir: Path, copies: Copies, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The widened checkpoint, a tensor at a time."""
-    for name, tensor in hf_opt.checkpoint_tensors(str(model_dir)):
+    for name, tensor in hf_model.checkpoint_tensors(str(model_dir)):
         name = name.removeprefix("model.").removeprefix("decoder.")
         if name == "lm_head.weight":  # the embedding once more
             continue

@@ -58,7 +58,7 @@ def rank_of(g: Geometry, dtype: str = "float16") -> int:
     """Of the MLP predictor, as `vllm-dejavu train` takes it: at most 3% of the block's bytes where hidden >=
     2048.
     """
-    from vllm_dejavu.predictor_training.pipeline import default_rank
+    from vllm_dejavu.sizes import default_rank
 
     return default_rank(g.hidden_size, g.ffn_dim, DTYPES[dtype].itemsize)
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from vllm_dejavu.predictor import state_name
-from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel
-from vllm_dejavu.predictor_training.labels import Labels, head_grams, neuron_energy
+from vllm_dejavu.predictor_training.hf_model import HfModel, LayerStates
+from vllm_dejavu.predictor_training.labels import Labels, neuron_energy
 from vllm_dejavu.predictor_training.samples import Rows, SampleStore
 
 # Layer 0 has no layer in front of it.
@@ -151,24 +151,21 @@ class Collector:
 
     def __init__(
         self,
-        opt: OptModel,
+        model: HfModel,
         request: Request,
         checkpoint: Path | None = None,
         key: dict[str, Any] | None = None,
         samples: SampleStore | None = None,
         first_window: int = 0,
     ):
-        self.opt, self.request, self.checkpoint, self.samples = opt, request, checkpoint, samples
+        self.model, self.request, self.checkpoint, self.samples = model, request, checkpoint, samples
         self.key = checkpoint_key(key, request.layers)
         self.first_window, self._first_token = first_window, 0
         self.sums: dict[str, torch.Tensor] = {}
         self.windows = self.num_tokens = 0
         self._head_norms: dict[int, torch.Tensor] = {}  # of the batch under way, for its samples
-        self.grams = {
-            i: head_grams(opt.weight(i, "self_attn.out_proj"), opt.config.num_attention_heads)
-            for i in request.layers
-        }
-        self.fc2_norms = {i: opt.weight(i, "fc2").float().norm(dim=0) for i in request.layers}
+        self.grams = {i: model.head_grams(i) for i in request.layers}
+        self.fc2_norms = {i: model.fc2_norms(i) for i in request.layers}
 
     def add(self, name: str, value: torch.Tensor) -> None:
         value = value.double()
@@ -225,7 +222,7 @@ class Collector:
         stride = self.request.sample_stride
         first = -(self._first_token + self.num_tokens) % stride
         # none, if the next one lies behind this batch
-        return torch.arange(min(first, count), count, stride, device=self.opt.device)
+        return torch.arange(min(first, count), count, stride, device=self.model.device)
 
     def run(
         self,
@@ -244,7 +241,7 @@ class Collector:
         layers = self.request.layers
         what = (
             "collect"
-            if len(layers) == len(self.opt.layers)
+            if len(layers) == len(self.model.layers)
             else f"collect layers {layers.start}-{layers.stop - 1}"
         )
         bar = tqdm(
@@ -255,10 +252,10 @@ class Collector:
             desc=what,
             disable=progress is not None,
         )
-        with self.opt.observed(self.on_attention, self.on_mlp), bar:
+        with self.model.observed(self.on_attention, self.on_mlp), bar:
             for count, start in enumerate(range(self.windows, len(tokens), batch), 1):
                 part = tokens[start : start + batch]
-                self.opt.decoder(part, last_layer=layers.stop - 1)
+                self.model.decoder(part, last_layer=layers.stop - 1)
                 self.windows += len(part)
                 self.num_tokens += part.numel()
                 bar.update(part.numel())
@@ -274,7 +271,7 @@ class Collector:
         found = (
             None
             if self.checkpoint is None
-            else load_checkpoint(self.checkpoint, self.key, str(self.opt.device))
+            else load_checkpoint(self.checkpoint, self.key, str(self.model.device))
         )
         if found is not None:
             sums, self.windows = found

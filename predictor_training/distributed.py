@@ -39,11 +39,11 @@ from vllm_dejavu.predictor_training.collect import (
     load_checkpoint,
     save_checkpoint,
 )
-from vllm_dejavu.predictor_training.forms import FittedMlp
-from vllm_dejavu.predictor_training.hf_opt import OptModel
-from vllm_dejavu.predictor_training.pipeline import MODEL_DTYPES, TrainConfig, say
+from vllm_dejavu.predictor_training.config import MODEL_DTYPES, TrainConfig
+from vllm_dejavu.predictor_training.hf_model import HfModel
+from vllm_dejavu.predictor_training.report import say
 from vllm_dejavu.predictor_training.samples import SampleStore
-from vllm_dejavu.predictor_training.train import FitSettings, FittedHeads, LayerWeights, fit_layer
+from vllm_dejavu.predictor_training.train import FitSettings, FittedLayer, LayerWeights, fit_layer
 
 try:
     import ray
@@ -73,14 +73,14 @@ class OnRay:
     """Collects and fits on the workers of a Ray cluster (`pipeline.Workers`).
 
     Args:
-        opt: the driver's own replica. address: of the cluster, or "auto": the one running on this host.
+        model: the driver's own replica. address: of the cluster, or "auto": the one running on this host.
         num_workers: model replicas; None: one for each node that can hold one.
 
     Raises:
         ValueError: no Ray, no cluster, or none of its nodes can hold a replica.
     """
 
-    def __init__(self, config: TrainConfig, opt: OptModel, address: str, num_workers: int | None = None):
+    def __init__(self, config: TrainConfig, model: HfModel, address: str, num_workers: int | None = None):
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"--ray-workers {num_workers} is out of range: expected at least 1.")
         connect(address)
@@ -106,10 +106,10 @@ class OnRay:
             if on_gpu
             else {"num_cpus": cpus, "num_gpus": gpus if config.device == "auto" else 0}
         )
-        self.opt, self.on_gpu = opt, on_gpu
-        model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+        self.model, self.on_gpu = model, on_gpu
+        name = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
         # Ray shows a process only the GPUs it was given: whichever the driver uses, a worker's is the first.
-        self.config = dataclasses.replace(config, model=model, device="cuda" if on_gpu else config.device)
+        self.config = dataclasses.replace(config, model=name, device="cuda" if on_gpu else config.device)
 
     def collect(
         self,
@@ -179,7 +179,7 @@ class OnRay:
             max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD", **self.resources
         )
         workers = [
-            made.remote(self.config, self.opt.spec.fingerprint, max(1, self.resources["num_cpus"]))
+            made.remote(self.config, self.model.spec.fingerprint, max(1, self.resources["num_cpus"]))
             for _ in range(count)
         ]
         try:
@@ -190,7 +190,7 @@ class OnRay:
 
     def fit(
         self, settings: FitSettings, moments: Moments, layers: range, store: SampleStore | None
-    ) -> dict[int, tuple[FittedMlp, FittedHeads]]:
+    ) -> dict[int, FittedLayer]:
         """A task for each layer; they are sent no earlier than a core is free, for what a layer takes in
         memory.
         """
@@ -205,7 +205,7 @@ class OnRay:
                     own = {k: v.numpy() for k, v in moments.layer(i).items()}
                     weights = {
                         k: None if v is None else v.numpy()
-                        for k, v in vars(LayerWeights.of(self.opt, i)).items()
+                        for k, v in vars(LayerWeights.of(self.model, i)).items()
                     }
                     running[task.remote(settings, i, own, moments.num_tokens, weights, place)] = i
                 [ready], _ = ray.wait(list(running))
@@ -224,7 +224,7 @@ class Worker:
         torch.set_num_threads(threads)
 
     @functools.cached_property
-    def opt(self) -> OptModel:
+    def model(self) -> HfModel:
         host, name = socket.gethostname(), self.config.model
         if Path(name).is_absolute() and not Path(name).is_dir():
             raise ValueError(
@@ -233,12 +233,12 @@ class Worker:
             )
         self._offload = tempfile.TemporaryDirectory() if self.config.device == "auto" else None
         offload = None if self._offload is None else Path(self._offload.name)
-        opt = OptModel(name, self.config.device, MODEL_DTYPES[self.config.model_dtype], offload)
-        if opt.spec.fingerprint != self.fingerprint:
+        model = HfModel(name, self.config.device, MODEL_DTYPES[self.config.model_dtype], offload)
+        if model.spec.fingerprint != self.fingerprint:
             raise ValueError(
                 f"Worker on {host} has other weights under {name} than the driver. Copy the driver's there."
             )
-        return opt
+        return model
 
     def place(self) -> str:
         return f"{socket.gethostname()}, process {os.getpid()}"
@@ -248,14 +248,14 @@ class Worker:
     ) -> tuple[int, Arrays]:
         """Moments of a chunk: their number of tokens, and the sums."""
         store = None if place is None else place.seen()
-        collector = Collector(self.opt, request, samples=store, first_window=first_window)
+        collector = Collector(self.model, request, samples=store, first_window=first_window)
         moments = collector.run(tokens, self.config.batch, progress=lambda n: None)
         return moments.num_tokens, {k: v.numpy() for k, v in moments.tensors.items()}
 
 
 def _fit(
     settings: FitSettings, layer: int, own: Arrays, num_tokens: int, weights: Arrays, place: Shared | None
-) -> tuple[FittedMlp, FittedHeads]:
+) -> FittedLayer:
     torch.set_num_threads(1)
     # Copied: what Ray hands out is read-only, which torch does not know about.
     moments = Moments({f"layers.{layer}.{k}": torch.tensor(v) for k, v in own.items()}, num_tokens)

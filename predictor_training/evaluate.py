@@ -22,9 +22,12 @@ import torch
 
 from vllm_dejavu import artifact, locate, metrics, quantization
 from vllm_dejavu.config import BLOCKS, MODES, WEIGHT_BITS
+from vllm_dejavu.families import Geometry, family_of, geometry_of
 from vllm_dejavu.manifest import ModelSpec, check_model
 from vllm_dejavu.predictor_training import data
-from vllm_dejavu.predictor_training.pipeline import say, versions
+from vllm_dejavu.predictor_training.pipeline import versions
+from vllm_dejavu.predictor_training.report import say
+from vllm_dejavu.sizes import key_value_bytes, mlp_bytes, predictor_bytes, query_bytes
 
 PROMPT_TOKENS = 32
 BATCH = 16
@@ -91,7 +94,8 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
 
     hf_config = AutoConfig.from_pretrained(config.model)
     quantization.check_model(hf_config, config.weight_bits)
-    seq_len = min(2048, hf_config.max_position_embeddings) - 1  # the engine wants room for one new token
+    geometry = geometry_of(hf_config)
+    seq_len = min(2048, geometry.max_positions) - 1  # the engine wants room for one new token
     texts = [t for source in config.data for t in data.read_documents(source, config.field)]
     if loaded is not None:
         check_model(loaded.manifest, ModelSpec.from_hf_config(hf_config, config.model))
@@ -154,7 +158,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         "oracle_mlp_density": _oracle_density(layers, loaded),
         "mlp_recall": _recall(layers, "mlp"),
         "head_recall": _recall(layers, "attention"),
-        "bytes_density": _bytes_density(layers, hf_config, loaded if config.mode == "sparse" else None),
+        "bytes_density": _bytes_density(layers, geometry, loaded if config.mode == "sparse" else None),
         "sparse_step_share": served["sparse_step_share"],
         "steps": served["steps"],
         "agreement_mean_tokens": sum(agreement) / len(agreement),
@@ -175,6 +179,10 @@ def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
     """An in-process engine of the serving model class; eager, without prefix caching, so that every token is
     computed.
     """
+    from transformers import AutoConfig
+
+    hf_config = AutoConfig.from_pretrained(config.model)
+    geometry, expected = geometry_of(hf_config), family_of(hf_config.architectures).serving_architecture
     # The worker must live in this process's engine core for a clean shutdown between the three engines.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
@@ -192,12 +200,12 @@ def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
         skip_tokenizer_init=True,
         seed=config.seed,
         disable_log_stats=True,
-        **({"kv_cache_memory_bytes": _cache_bytes(config.model)} if not torch.cuda.is_available() else {}),
+        **({"kv_cache_memory_bytes": _cache_bytes(geometry)} if not torch.cuda.is_available() else {}),
     )
     try:
-        if llm.model_config.architecture != "DejaVuOPTForCausalLM":
+        if llm.model_config.architecture != expected:
             raise RuntimeError(
-                f"The engine resolved {llm.model_config.architecture}, not DejaVuOPTForCausalLM. Run:"
+                f"The engine resolved {llm.model_config.architecture}, not {expected}. Run:"
                 " vllm-dejavu doctor"
             )
         llm.collective_rpc("dejavu_reset_metrics")  # some runners warm up with real steps
@@ -209,15 +217,10 @@ def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def _cache_bytes(model: str) -> int:
+def _cache_bytes(geometry: Geometry) -> int:
     """KV cache of BATCH full sequences in 4 bytes, on machines where vLLM would take a fixed large share."""
-    from transformers import AutoConfig
-
-    c = AutoConfig.from_pretrained(model)
-    return max(
-        64 << 20,
-        (BATCH + 2) * min(2048, c.max_position_embeddings) * c.num_hidden_layers * c.hidden_size * 2 * 4,
-    )
+    token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_size * 4
+    return max(64 << 20, (BATCH + 2) * min(2048, geometry.max_positions) * token)
 
 
 def _score(llm: Any, tokens: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,29 +307,28 @@ def _oracle_density(layers: list[dict[str, Any]], loaded: artifact.Artifact | No
     return None if None in values else sum(values) / len(values)
 
 
-def _bytes_density(layers: list[dict[str, Any]], hf_config: Any, loaded: artifact.Artifact | None) -> float:
+def _bytes_density(
+    layers: list[dict[str, Any]], geometry: Geometry, loaded: artifact.Artifact | None
+) -> float:
     """Weight bytes of the decoder layers read for one token at batch 1, predictors included, over those of
     dense.
 
     Embeddings, LM head and KV cache are left out. K and V are always read; fc2 rows only of neurons that came
     out positive. Weights have 16 bits here, also where fewer are simulated.
     """
-    hidden, ffn = hf_config.hidden_size, hf_config.ffn_dim
+    mlp_whole, heads_whole, always = mlp_bytes(geometry), query_bytes(geometry), key_value_bytes(geometry)
     read = dense = 0.0
     for i, x in enumerate(layers):
         mlp = x["mlp"]
         rows, survivors = mlp["density"], mlp["density"]
         if mlp["gated"]:
             survivors = mlp["hit"] / (mlp["rows"] * mlp["units"])
-        read += 2 * hidden * hidden * (1 + x["attention"]["density"]) + hidden * ffn * (rows + survivors)
-        dense += 4 * hidden * hidden + 2 * hidden * ffn
+        read += always + heads_whole * x["attention"]["density"] + mlp_whole / 2 * (rows + survivors)
+        dense += always + heads_whole + mlp_whole
         if loaded is not None:
             for block in BLOCKS:
                 if x[block]["gated"]:
-                    spec, tensors = loaded.gate(i, block)
-                    weights = sum(t.numel() for n, t in tensors.items() if n in ("down", "up", "weight"))
-                    # relative to weights in 16 bits
-                    read += weights * torch.empty((), dtype=artifact.DTYPES[spec.dtype]).element_size() / 2
+                    read += predictor_bytes(loaded.gate(i, block)[1])
     return read / dense
 
 

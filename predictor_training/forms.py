@@ -139,7 +139,7 @@ def svd(task: MlpTask) -> FittedMlp:
     Raises:
         ValueError: there is no LayerNorm in front (post-LN models).
     """
-    if task.norm_weight is None:
+    if task.norm_weight is None or task.norm_bias is None:
         raise ValueError(
             "form 'svd' needs a LayerNorm with scale and bias in front of fc1; take 'closed_form'."
         )

@@ -12,10 +12,15 @@ import torch
 
 from vllm_dejavu.artifact import Artifact
 from vllm_dejavu.manifest import Manifest
-from vllm_dejavu.predictor_training.calibrate import SCORE_BINS
+from vllm_dejavu.predictor_training.masked import SCORE_BINS
 
 LIBRARY = "vllm-dejavu"
 BLOCKS = {"mlp": "MLP neurons", "attention": "attention heads"}
+
+
+def say(text: str) -> None:
+    """To whoever watches the run: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Log:
@@ -38,9 +43,7 @@ def plot(directory: Path, manifest: Manifest, histograms: dict[tuple[int, str], 
     try:
         import matplotlib
     except ImportError:
-        print(
-            "plots left out: matplotlib is not installed (pip install 'vllm-dejavu[train]')", file=sys.stderr
-        )
+        say("plots left out: matplotlib is not installed (pip install 'vllm-dejavu[train]')")
         return []
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -125,7 +128,7 @@ def write_card(path: Path, made: Artifact, config: Any) -> None:
     if path.is_file() and f"library_name: {LIBRARY}" not in path.read_text(
         encoding="utf-8", errors="replace"
     ):
-        print(f"{path} is not a card of ours and was left as it is", file=sys.stderr)
+        say(f"{path} is not a card of ours and was left as it is")
         return
     path.write_text(card(made, config), encoding="utf-8")
 

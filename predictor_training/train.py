@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from vllm_dejavu.predictor import state_name
 from vllm_dejavu.predictor_training.collect import Moments, layer_lookahead
 from vllm_dejavu.predictor_training.forms import RIDGE, FittedMlp, Form, MlpTask, get
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.hf_model import HfModel
 from vllm_dejavu.predictor_training.labels import top_heads
 from vllm_dejavu.predictor_training.samples import Rows, SampleStore
 
@@ -26,10 +27,17 @@ class FittedHeads:
     r2: torch.Tensor
 
 
+class FittedLayer(NamedTuple):
+    """Both predictors of a layer, before their operating points are chosen."""
+
+    mlp: FittedMlp
+    heads: FittedHeads
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """What of a layer the fit reads: fc1 [ffn, hidden], its bias, norms of fc2's rows [ffn], the LayerNorm in
-    front (None: post-LN).
+    front (None: post-LN, or without such parameters).
     """
 
     fc1: torch.Tensor
@@ -39,17 +47,20 @@ class LayerWeights:
     norm_bias: torch.Tensor | None
 
     @classmethod
-    def of(cls, opt: OptModel, layer: int) -> LayerWeights:
-        fc1, bias = opt.weight(layer, "fc1").double().cpu(), opt.weight(layer, "fc1", "bias")
+    def of(cls, model: HfModel, layer: int) -> LayerWeights:
+        def parameter(module: str, kind: str) -> torch.Tensor | None:
+            value = model.weight(layer, module, kind)
+            return None if value is None else value.double().cpu()
+
+        names = model.names
+        fc1, bias = parameter(names.up, "weight"), parameter(names.up, "bias")
         norm = (None, None)
-        if opt.config.do_layer_norm_before and opt.config.layer_norm_elementwise_affine:
-            norm = tuple(
-                opt.weight(layer, "final_layer_norm", kind).double().cpu() for kind in ("weight", "bias")
-            )
+        if model.geometry.norm == "pre":
+            norm = (parameter(names.mlp_norm, "weight"), parameter(names.mlp_norm, "bias"))
         return cls(
             fc1,
-            torch.zeros(len(fc1), dtype=torch.float64) if bias is None else bias.double().cpu(),
-            opt.weight(layer, "fc2").float().norm(dim=0).double().cpu(),
+            torch.zeros(len(fc1), dtype=torch.float64) if bias is None else bias,
+            model.fc2_norms(layer).double().cpu(),
             *norm,
         )
 
@@ -196,7 +207,7 @@ def fit_layer(
     layer: int,
     weights: LayerWeights,
     store: SampleStore | None = None,
-) -> tuple[FittedMlp, FittedHeads]:
+) -> FittedLayer:
     """Both predictors of a layer."""
     mlp = fit_mlp(
         moments,
@@ -215,4 +226,4 @@ def fit_layer(
         rows = list(store.read(layer))
         chosen = top_heads(torch.cat([r.head_norms for r in rows]).float(), settings.head_share)
         heads = fit_heads_by_gradient(rows, heads, chosen, settings.seed + layer)
-    return mlp, heads
+    return FittedLayer(mlp, heads)

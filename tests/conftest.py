@@ -47,6 +47,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from serving import Served  # noqa: E402
 from tiny import make_artifact, make_opt  # noqa: E402
+from training_runs import model, text, trained, undrawn  # noqa: E402, F401
 
 # What a child process may take before it counts as hung. Not a measure of anything: no child takes a tenth of
 # it, on a busy machine either.

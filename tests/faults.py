@@ -80,6 +80,9 @@ TESTS_OF = {
     "vllm_dejavu/engine.py": ("test_capture_sizes.py", "test_engine_plugin.py", "test_engine_metrics.py"),
     "vllm_dejavu/quantization.py": ("test_quantization.py",),
     "predictor_training/calibrate.py": ("test_training_fit.py", "test_training_calibrate.py"),
+    "predictor_training/describe.py": ("test_training_fit.py", "test_training_calibrate.py"),
+    "predictor_training/gates.py": ("test_training_fit.py", "test_training_calibrate.py"),
+    "predictor_training/masked.py": ("test_training_fit.py", "test_training_calibrate.py"),
     "predictor_training/collect.py": ("test_training_fit.py", "test_training_samples.py"),
     "predictor_training/evaluate.py": ("test_evaluate.py",),
     "predictor_training/forms.py": ("test_training_forms.py",),
@@ -322,16 +325,16 @@ METRICS = [
 
 TRAINING = [
     picked(
-        "margin-subtracted", "predictor_training/calibrate.py", "fitted.bias + margin", "fitted.bias - margin"
+        "margin-subtracted", "predictor_training/gates.py", "fitted.bias + margin", "fitted.bias - margin"
     ),
-    picked("cut-added", "predictor_training/calibrate.py", "fitted.bias - cut", "fitted.bias + cut"),
+    picked("cut-added", "predictor_training/gates.py", "fitted.bias - cut", "fitted.bias + cut"),
     picked(
         "budget-ignored",
         "predictor_training/calibrate.py",
-        "if measured <= budget:\n                    low,",
-        "if measured <= 9 * budget:\n                    low,",
+        "if measured <= budget:\n            low,",
+        "if measured <= 9 * budget:\n            low,",
     ),
-    picked("union-of-what-all-select", "predictor_training/calibrate.py", "rows[p].any(0)", "rows[p].all(0)"),
+    picked("union-of-what-all-select", "predictor_training/describe.py", "rows[p].any(0)", "rows[p].all(0)"),
 ]
 
 ARTIFACT = [

@@ -14,10 +14,10 @@ import tiny
 import torch
 
 from vllm_dejavu import artifact
-from vllm_dejavu.predictor_training.calibrate import Masked
 from vllm_dejavu.predictor_training.data import DataError
-from vllm_dejavu.predictor_training.hf_opt import OptModel
-from vllm_dejavu.predictor_training.labels import head_contributions, head_grams
+from vllm_dejavu.predictor_training.hf_model import HfModel
+from vllm_dejavu.predictor_training.labels import head_contributions
+from vllm_dejavu.predictor_training.masked import Masked
 
 ROOT = Path(__file__).parent.parent
 
@@ -262,10 +262,10 @@ def model(tmp_path_factory):
         union_density=union,
     )
     # Thresholds among the contributions, so that some heads are active.
-    opt, norms = OptModel(str(directory)), {}
+    opt, norms = HfModel(str(directory)), {}
 
     def on_attention(layer, states, attn):
-        norms[layer] = head_contributions(attn, head_grams(opt.weight(layer, "self_attn.out_proj"), 2))
+        norms[layer] = head_contributions(attn, opt.head_grams(layer))
 
     with opt.observed(on_attention):
         opt.decoder(torch.randint(4, 8192, (4, 32), generator=torch.Generator().manual_seed(1)))
@@ -299,7 +299,7 @@ def text(tmp_path_factory):
 
 def test_masks_are_those_of_calibration(model):
     """Predicted and truly active, of both blocks, with every gate's mask applied."""
-    opt, gates = OptModel(str(model)), batching.gates_of(artifact.load(model / "dejavu"))
+    opt, gates = HfModel(str(model)), batching.gates_of(artifact.load(model / "dejavu"))
     assert sorted(gates) == [(layer, block) for layer in (0, 1) for block in ("attention", "mlp")]
     tokens = torch.randint(4, 8192, (batching.FORWARD + 3, 24), generator=torch.Generator().manual_seed(0))
     run = Masked(opt, gates, measure=True)

@@ -18,8 +18,7 @@ from existence_search import mask_of, searches, with_bias, with_one
 from existence_study import Study, Walk
 
 from vllm_dejavu.predictor_training import forms
-from vllm_dejavu.predictor_training.hf_opt import OptModel
-from vllm_dejavu.predictor_training.labels import head_grams
+from vllm_dejavu.predictor_training.hf_model import HfModel
 from vllm_dejavu.predictor_training.train import LayerWeights, fit_heads, fit_mlp
 from vllm_dejavu.selection import contributions
 
@@ -85,7 +84,7 @@ def results(place):
 
 @pytest.fixture(scope="module")
 def model(place):
-    return OptModel(str(place / "model"))
+    return HfModel(str(place / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def oracle(model):
     return Oracle(
         model,
         norms,
-        [head_grams(model.weight(i, "self_attn.out_proj"), 2) for i in range(count)],
+        [model.head_grams(i) for i in range(count)],
         batch=3,
     )
 
@@ -135,7 +134,7 @@ def test_a_walk_sees_what_the_model_does(model, tokens):
 
 
 def test_a_post_norm_model_walks_too(opt, tokens):
-    post = OptModel(str(opt(pre_ln=False)))
+    post = HfModel(str(opt(pre_ln=False)))
     ids = tokens % tiny.VOCAB
     hidden = post.model(ids, output_hidden_states=True).hidden_states
     walk = Walk(post, ids, batch=4)
@@ -233,7 +232,7 @@ def test_dense_reads_are_all_that_is_stored(model, opt):
     positions = model.model.model.decoder.embed_positions.weight.numel()
     # A row of the token table is read for the embedding, and again with the whole table as LM head.
     assert weights.layers_read(1, 1, 1) + weights.outside - 2 * 64 == weights.stored - positions
-    assert Weights.of(OptModel(str(opt(bias=False)))).layers_read(1, 1, 1) == 3 * (12 * 64 * 64 + 4 * 64)
+    assert Weights.of(HfModel(str(opt(bias=False)))).layers_read(1, 1, 1) == 3 * (12 * 64 * 64 + 4 * 64)
 
 
 def test_bytes_of_the_artifact_count_its_predictors(results):

@@ -20,7 +20,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from vllm_dejavu import artifact, selection
 from vllm_dejavu.kernels import reference
 from vllm_dejavu.manifest import TENSORS_FILE, ArtifactError, ModelSpec, check_fingerprint, check_model
-from vllm_dejavu.predictor_training import hf_opt
+from vllm_dejavu.predictor_training import hf_model
 from vllm_dejavu.published import GEOMETRIES
 
 SEED = 5
@@ -106,9 +106,9 @@ class Run:
 
 
 def observe(directory: Path) -> Run:
-    opt, loaded, run = hf_opt.OptModel(str(directory)), artifact.load(directory / "dejavu"), Run()
+    opt, loaded, run = hf_model.HfModel(str(directory)), artifact.load(directory / "dejavu"), Run()
 
-    def gate(layer: int, block: str, states: hf_opt.LayerStates) -> None:
+    def gate(layer: int, block: str, states: hf_model.LayerStates) -> None:
         spec, t = loaded.gate(layer, block)
         if spec.sparse:
             x = run.inputs[layer, block] = states.gate_input(block, spec.lookahead)
@@ -119,12 +119,12 @@ def observe(directory: Path) -> Run:
                 else reference.linear_scores(x, t["weight"], t["bias"])
             )
 
-    def on_attention(layer: int, states: hf_opt.LayerStates, attn: torch.Tensor) -> None:
-        grams = selection.head_grams(opt.weight(layer, "self_attn.out_proj"), opt.config.num_attention_heads)
+    def on_attention(layer: int, states: hf_model.LayerStates, attn: torch.Tensor) -> None:
+        grams = opt.head_grams(layer)
         run.contributions[layer] = selection.head_contributions(attn, grams)
         gate(layer, "attention", states)
 
-    def on_mlp(layer: int, states: hf_opt.LayerStates, z: torch.Tensor) -> None:
+    def on_mlp(layer: int, states: hf_model.LayerStates, z: torch.Tensor) -> None:
         run.pre_activations[layer] = z
         gate(layer, "mlp", states)
 
@@ -233,12 +233,12 @@ def test_artifact_is_that_of_the_new_weights(pair):
         artifact.load(pair.inflated / "dejavu"),
         artifact.load(pair.original / "dejavu").manifest,
     )
-    found = hf_opt.fingerprint(str(pair.inflated))
+    found = hf_model.fingerprint(str(pair.inflated))
     spec = ModelSpec.from_hf_config(OPTConfig.from_pretrained(pair.inflated), "inflated", found)
     check_model(loaded.manifest, spec)
     check_fingerprint(loaded.manifest, found, "inflated")
     with pytest.raises(ArtifactError, match="weights of"):
-        check_fingerprint(loaded.manifest, hf_opt.fingerprint(str(pair.original)), "the original")
+        check_fingerprint(loaded.manifest, hf_model.fingerprint(str(pair.original)), "the original")
     for gates, wide in zip(original.layers, loaded.manifest.layers, strict=True):
         for block in BLOCKS:
             assert replace(wide[block], threshold=gates[block].threshold) == gates[block]

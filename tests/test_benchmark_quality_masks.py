@@ -149,8 +149,8 @@ def test_a_gate_at_no_cut_is_the_stored_one_and_layers_without_one_are_fitted(st
     s = study.selections
     assert s.fitted == [(2, "mlp"), (2, "attention")]
     assert (
-        s.predictors[2, "attention"].gate.lookahead == "previous"
-        and s.predictors[2, "mlp"].gate.lookahead == "self"
+        s.predictors[2, "attention"].gate.spec.lookahead == "previous"
+        and s.predictors[2, "mlp"].gate.spec.lookahead == "self"
     )
     _, stored = study.loaded.gate(1, "mlp")
     assert torch.equal(s.predictors[1, "mlp"].at(0.0).tensors["bias"], stored["bias"])

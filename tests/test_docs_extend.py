@@ -11,7 +11,7 @@ import torch
 from vllm_dejavu import artifact
 from vllm_dejavu.predictor_training import forms, pipeline
 from vllm_dejavu.predictor_training.collect import Collector, Request
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.hf_model import HfModel
 from vllm_dejavu.predictor_training.train import LayerWeights, fit_mlp
 
 PAGE = Path(__file__).parent.parent / "docs" / "extend.md"
@@ -46,7 +46,7 @@ def test_example_trains_an_artifact(pca, tmp_path):
 
 def test_example_at_full_rank_is_least_squares(pca, tmp_path):
     """With all components nothing is left out: scores are the pre-activations, scaled."""
-    opt = OptModel(str(tiny.make_opt(tmp_path / "model")))
+    opt = HfModel(str(tiny.make_opt(tmp_path / "model")))
     tokens = torch.randint(3, tiny.VOCAB, (12, 40), generator=torch.Generator().manual_seed(1))
     moments = Collector(opt, Request({"mlp": ("attn_input",), "attention": ("self",)}, range(3))).run(
         tokens, 4, progress=lambda n: None
@@ -58,7 +58,7 @@ def test_example_at_full_rank_is_least_squares(pca, tmp_path):
         )
     ):
         opt.decoder(tokens)
-    hidden = opt.config.hidden_size
+    hidden = opt.geometry.hidden_size
     scores = []
     for name in (pca, "closed_form"):
         fitted = fit_mlp(moments, 1, LayerWeights.of(opt, 1), "attn_input", hidden, forms.get(name))

@@ -12,9 +12,10 @@ from engine import one_collection
 
 from vllm_dejavu import artifact, cli
 from vllm_dejavu.predictor_training import data, evaluate
-from vllm_dejavu.predictor_training.calibrate import Gate, Masked
 from vllm_dejavu.predictor_training.evaluate import EvaluateConfig, _increase
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.gates import gates_of
+from vllm_dejavu.predictor_training.hf_model import HfModel
+from vllm_dejavu.predictor_training.masked import Masked
 from vllm_dejavu.quantization import quantize_model
 
 MODEL = str(Path(__file__).parent.parent / "examples" / "opt-books-7m")
@@ -68,10 +69,10 @@ def sparse(text, tmp_path_factory):
 
 
 def hf_ppl(text, gates, weight_bits=16):
-    opt = OptModel(MODEL)
+    opt = HfModel(MODEL)
     quantize_model(opt.model, weight_bits)
     tokens = data.tokenize(list(data.read_documents(text)), opt.tokenizer())
-    windows = data.pack(tokens, opt.config.max_position_embeddings - 1, opt.bos, max_tokens=None, seed=None)
+    windows = data.pack(tokens, opt.geometry.max_positions - 1, opt.bos, max_tokens=None, seed=None)
     masked = Masked(opt, gates, measure=True)
     return math.exp(masked.nll(windows.tokens, 2)), masked
 
@@ -97,12 +98,7 @@ def test_sparse_perplexity_density_and_recall_are_those_of_a_masked_hugging_face
     selection.
     """
     result, loaded = sparse[0], artifact.load(Path(MODEL) / "dejavu")
-    gates = {}
-    for layer in range(6):
-        for block in ("mlp", "attention"):
-            spec, tensors = loaded.gate(layer, block)
-            if spec.sparse:
-                gates[layer, block] = Gate(block, spec.lookahead, tensors, spec.margin, spec.threshold)
+    gates = gates_of(loaded)
     ppl, masked = hf_ppl(text, gates)
     assert result["sparse_ppl"] == pytest.approx(ppl, rel=5e-4)
     assert abs(result["sparse_ppl"] / result["dense_ppl"] - 1) > 1e-4, (

@@ -17,8 +17,9 @@ import torch
 from conftest import HANG_S
 
 from vllm_dejavu import artifact
-from vllm_dejavu.predictor_training.calibrate import Gate, Masked
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.gates import gates_of
+from vllm_dejavu.predictor_training.hf_model import HfModel
+from vllm_dejavu.predictor_training.masked import Masked
 
 
 def has_metadata(distribution: str) -> bool:
@@ -200,15 +201,9 @@ class Reference:
     """
 
     def __init__(self, sparse: bool):
-        self.opt = OptModel(str(MODEL))
+        self.opt = HfModel(str(MODEL))
         self.tokenizer = self.opt.tokenizer()
-        loaded, gates = artifact.load(MODEL / "dejavu"), {}
-        for layer in range(self.opt.config.num_hidden_layers if sparse else 0):
-            for block in ("mlp", "attention"):
-                spec, tensors = loaded.gate(layer, block)
-                if spec.sparse:
-                    gates[layer, block] = Gate(block, spec.lookahead, tensors, spec.margin, spec.threshold)
-        self.masked = Masked(self.opt, gates)
+        self.masked = Masked(self.opt, gates_of(artifact.load(MODEL / "dejavu")) if sparse else {})
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

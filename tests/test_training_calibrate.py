@@ -13,17 +13,18 @@ from safetensors.torch import load_file, save_file
 from vllm_dejavu.predictor_training.calibrate import (
     DENSITY_MULTIPLES,
     HEAD_DENSITIES,
+    CalibrationSettings,
     Calibrator,
-    Gate,
-    Masked,
-    describe,
-    make_head_gate,
-    make_mlp_gate,
+    Measurements,
 )
 from vllm_dejavu.predictor_training.collect import Collector, Request, layer_lookahead
+from vllm_dejavu.predictor_training.describe import describe
 from vllm_dejavu.predictor_training.forms import FORMS
-from vllm_dejavu.predictor_training.hf_opt import OptModel
-from vllm_dejavu.predictor_training.train import LayerWeights, fit_heads, fit_mlp
+from vllm_dejavu.predictor_training.gates import Gate, make_head_gate, make_mlp_gate
+from vllm_dejavu.predictor_training.hf_model import HfModel
+from vllm_dejavu.predictor_training.masked import Masked
+from vllm_dejavu.predictor_training.run_directory import RunDirectory
+from vllm_dejavu.predictor_training.train import FittedLayer, LayerWeights, fit_heads, fit_mlp
 
 LAYERS, FFN = 3, 256
 VARIANTS = {
@@ -37,12 +38,12 @@ LOOKAHEAD = {"mlp": "self", "attention": "previous"}
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def opt(request, tmp_path_factory):
-    return OptModel(str(tiny.make_opt(tmp_path_factory.mktemp("opt"), **VARIANTS[request.param])))
+    return HfModel(str(tiny.make_opt(tmp_path_factory.mktemp("opt"), **VARIANTS[request.param])))
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return OptModel(str(tiny.make_opt(tmp_path_factory.mktemp("plain"))))
+    return HfModel(str(tiny.make_opt(tmp_path_factory.mktemp("plain"))))
 
 
 @pytest.fixture(scope="module")
@@ -54,38 +55,28 @@ def fit(opt, tokens, lookahead=LOOKAHEAD, rank=32):
     moments = Collector(opt, Request({b: (x,) for b, x in lookahead.items()}, range(LAYERS))).run(
         tokens, 5, progress=lambda n: None
     )
-    mlp = [
-        fit_mlp(moments, i, LayerWeights.of(opt, i), lookahead["mlp"], rank, FORMS["closed_form"])
+    return [
+        FittedLayer(
+            fit_mlp(moments, i, LayerWeights.of(opt, i), lookahead["mlp"], rank, FORMS["closed_form"]),
+            fit_heads(moments, i, lookahead["attention"]),
+        )
         for i in range(LAYERS)
     ]
-    return mlp, [fit_heads(moments, i, lookahead["attention"]) for i in range(LAYERS)]
 
 
-def calibrator(opt, tokens, budget=0.05, lookahead=LOOKAHEAD, **options):
-    return Calibrator(
-        opt,
-        *fit(opt, tokens, lookahead),
-        lookahead,
-        tokens,
-        **{"budget": budget, "dtype": "int8", "batch": 5, **options},
-    )
+def calibrator(opt, tokens, budget=0.05, measurements=None):
+    settings = CalibrationSettings(LOOKAHEAD, budget, "int8", batch=5)
+    return Calibrator(opt, fit(opt, tokens), tokens, settings, measurements)
 
 
 def gates_of(opt, tokens, lookahead):
     """About half the neurons, and those heads whose score is above the layer's median."""
-    mlp, heads = fit(opt, tokens, lookahead)
-    gates = {
-        (i, "mlp"): make_mlp_gate(f, 0.3, layer_lookahead(lookahead["mlp"], i), "float32")
-        for i, f in enumerate(mlp)
-    }
-    for i, f in enumerate(heads):
+    gates = {}
+    for i, (mlp, heads) in enumerate(fit(opt, tokens, lookahead)):
+        look = {block: layer_lookahead(name, i) for block, name in lookahead.items()}
+        gates[i, "mlp"] = make_mlp_gate(mlp, 0.3, look["mlp"], "float32")
         gates[i, "attention"] = make_head_gate(
-            f,
-            float(f.bias.mean()),
-            0.0,
-            torch.zeros(2),
-            layer_lookahead(lookahead["attention"], i),
-            "float32",
+            heads, float(heads.bias.mean()), 0.0, torch.zeros(2), look["attention"], "float32"
         )
     return gates
 
@@ -158,7 +149,7 @@ def test_candidates_are_measured_as_in_a_run_of_their_own(plain, tokens):
     for (layer, block), candidates in points.items():
         densities = [p.density for p in candidates]
         assert densities == sorted(densities, reverse=True) and candidates[0].gate is None
-        assert all(p.gate.lookahead == layer_lookahead(LOOKAHEAD[block], layer) for p in candidates[1:])
+        assert all(p.gate.spec.lookahead == layer_lookahead(LOOKAHEAD[block], layer) for p in candidates[1:])
 
 
 # Device maps
@@ -167,7 +158,7 @@ def test_candidates_are_measured_as_in_a_run_of_their_own(plain, tokens):
 @pytest.fixture(scope="module")
 def spread(plain, tmp_path_factory):
     """The same model with room for about a layer in memory; accelerate keeps the others on disk."""
-    return OptModel(
+    return HfModel(
         plain.name, "auto", offload=tmp_path_factory.mktemp("offload"), max_memory={"cpu": 450_000}
     )
 
@@ -208,7 +199,7 @@ class TestSpread:
         )
 
     def test_a_biasless_layer(self, tmp_path):
-        model = OptModel(
+        model = HfModel(
             str(tiny.make_opt(tmp_path / "m", bias=False)),
             "auto",
             offload=tmp_path / "o",
@@ -221,8 +212,6 @@ def test_opening_the_run_directory_leaves_what_the_model_is_using(tmp_path):
     """Bug: a fresh run cleared `offload`, where accelerate had just put weights of a model too large for
     memory.
     """
-    from vllm_dejavu.predictor_training.pipeline import RunDirectory
-
     place = RunDirectory(tmp_path / "run")
     (place.path / "offload").mkdir(parents=True)
     (place.path / "offload" / "weights.dat").write_bytes(b"used")
@@ -247,10 +236,10 @@ class AtStart(Gate):
 def test_unions_leave_first_tokens_out(plain, tokens):
     """They are never decoded, and some models select almost everything in them."""
     gates = gates_of(plain, tokens, {"mlp": "self", "attention": "self"})
-    planted = {k: AtStart(k[1], "self", g.tensors, g.margin, g.threshold) for k, g in gates.items()}
+    planted = {k: AtStart(k[1], g.spec, g.tensors) for k, g in gates.items()}
     for gate in planted.values():
         gate.length = tokens.shape[1]
-    specs, _ = describe(plain, planted, tokens, "float32", 5, seed=0)
+    specs, _ = describe(plain, planted, tokens, 5, seed=0)
     for spec in specs.values():
         assert spec.density["mean"] == pytest.approx(1 / tokens.shape[1], abs=1e-6)
         assert all(u == {"mean": 0.0, "upper": 0.0} for u in spec.union_density.values())
@@ -261,7 +250,7 @@ def test_union_of_one_row_is_the_density(plain, tokens):
     errors.
     """
     gates = gates_of(plain, tokens, LOOKAHEAD)
-    specs, run = describe(plain, gates, tokens, "float32", 5, seed=0)
+    specs, run = describe(plain, gates, tokens, 5, seed=0)
     for key, spec in specs.items():
         units = FFN if key[1] == "mlp" else 2
         later = torch.cat(run.counts[key]).view(tokens.shape)[:, 1:].flatten() / units
@@ -300,7 +289,7 @@ def free(tmp_path_factory):
         if "layers.1." in name and (".fc2." in name or ".out_proj." in name):
             tensor.zero_()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return OptModel(str(directory))
+    return HfModel(str(directory))
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.02])
@@ -341,13 +330,13 @@ def test_the_curve_goes_from_careful_to_daring(plain, tokens):
 def test_a_finished_measurement_is_not_made_again(plain, tokens, tmp_path, monkeypatch):
     """The state of another key is."""
     records = []
-    first = calibrator(plain, tokens, 0.1, state=tmp_path / "c.json", key={"a": 1}, log=records.append).run()
+    first = calibrator(plain, tokens, 0.1, Measurements(tmp_path / "c.json", {"a": 1}, records.append)).run()
     assert len({r["measured"] for r in records}) == len(records) > 10
     calls = []
     nll, nll_from = Masked.nll, Masked.nll_from
     monkeypatch.setattr(Masked, "nll", lambda self, *a: calls.append(1) or nll(self, *a))
     monkeypatch.setattr(Masked, "nll_from", lambda self, *a: calls.append(1) or nll_from(self, *a))
-    again = calibrator(plain, tokens, 0.1, state=tmp_path / "c.json", key={"a": 1}).run()
+    again = calibrator(plain, tokens, 0.1, Measurements(tmp_path / "c.json", {"a": 1})).run()
     assert not calls and again[1] == first[1] and again[0].keys() == first[0].keys()
-    calibrator(plain, tokens, 0.1, state=tmp_path / "c.json", key={"a": 2}).run()
+    calibrator(plain, tokens, 0.1, Measurements(tmp_path / "c.json", {"a": 2})).run()
     assert len(calls) == len(records)

@@ -6,18 +6,15 @@ import pytest
 import tiny
 import torch
 
-from vllm_dejavu.predictor_training.calibrate import (
-    Calibrator,
-    Masked,
-    describe,
-    make_head_gate,
-    make_mlp_gate,
-)
+from vllm_dejavu.predictor_training.calibrate import CalibrationSettings, Calibrator, Measurements
 from vllm_dejavu.predictor_training.collect import Collector, Request, layer_bytes, layer_lookahead, passes
+from vllm_dejavu.predictor_training.describe import describe
 from vllm_dejavu.predictor_training.forms import FORMS
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.gates import make_head_gate, make_mlp_gate
+from vllm_dejavu.predictor_training.hf_model import HfModel
 from vllm_dejavu.predictor_training.labels import Labels, head_contributions, head_grams
-from vllm_dejavu.predictor_training.train import LayerWeights, fit_heads, fit_mlp
+from vllm_dejavu.predictor_training.masked import Masked
+from vllm_dejavu.predictor_training.train import FittedLayer, LayerWeights, fit_heads, fit_mlp
 
 LOOKAHEADS = [("self", "self"), ("attn_input", "previous"), ("previous", "self")]
 BOTH_SELF = {"mlp": "self", "attention": "self"}
@@ -26,7 +23,7 @@ CLOSED = FORMS["closed_form"]
 
 @pytest.fixture(scope="module", params=[True, False], ids=["pre-LN", "post-LN"])
 def opt(request, tmp_path_factory):
-    return OptModel(str(tiny.make_opt(tmp_path_factory.mktemp("opt"), pre_ln=request.param)))
+    return HfModel(str(tiny.make_opt(tmp_path_factory.mktemp("opt"), pre_ln=request.param)))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ def test_moments_and_fit_equal_least_squares_on_stored_activations(opt, tokens, 
     moments = collect(opt, tokens, lookahead, checkpoint=tmp_path / "m.safetensors")
     assert moments.num_tokens == tokens.numel()
     for i, (layer, s) in enumerate(zip(opt.layers, stored(opt, tokens, lookahead), strict=True)):
-        fitted = fit_mlp(moments, i, LayerWeights.of(opt, i), mlp, opt.config.hidden_size, CLOSED)
+        fitted = fit_mlp(moments, i, LayerWeights.of(opt, i), mlp, opt.geometry.hidden_size, CLOSED)
         # Full rank: the regression is ordinary (ridge) least squares with intercept.
         x = torch.cat([s["mlp_x"], torch.ones(len(s["mlp_x"]), 1, dtype=torch.double)], 1)
         best = x @ torch.linalg.lstsq(x, s["z"]).solution
@@ -130,7 +127,7 @@ def test_masks_take_effect_and_are_counted(opt, tokens, tmp_path):
 
 def test_describe_counts_what_a_stored_run_shows(opt, tokens, tmp_path):
     gates = {k: g for k, g in gates_of(opt, tokens, tmp_path, margin=0.0, cut=0.0).items() if k == (0, "mlp")}
-    specs, _ = describe(opt, gates, tokens, "float32", 5, seed=0)
+    specs, _ = describe(opt, gates, tokens, 5, seed=0)
     s = stored(opt, tokens, BOTH_SELF)[0]
     selected = gates[0, "mlp"].predictor.scores(s["mlp_x"].float()) > 0
     truly = s["z"] > 0
@@ -146,19 +143,18 @@ def test_describe_counts_what_a_stored_run_shows(opt, tokens, tmp_path):
 @pytest.mark.parametrize("budget", [0.0, 0.01, 0.2])
 def test_calibration_stays_inside_its_budget_and_uses_it(opt, tokens, tmp_path, budget):
     moments = collect(opt, tokens)
-    mlp = [fit_mlp(moments, i, LayerWeights.of(opt, i), "self", 32, CLOSED) for i in range(3)]
-    heads = [fit_heads(moments, i, "self") for i in range(3)]
+    fitted = [
+        FittedLayer(
+            fit_mlp(moments, i, LayerWeights.of(opt, i), "self", 32, CLOSED), fit_heads(moments, i, "self")
+        )
+        for i in range(3)
+    ]
     gates, record = Calibrator(
         opt,
-        mlp,
-        heads,
-        BOTH_SELF,
+        fitted,
         tokens,
-        budget=budget,
-        dtype="float32",
-        batch=5,
-        state=tmp_path / "c.json",
-        key={},
+        CalibrationSettings(BOTH_SELF, budget, "float32", batch=5),
+        Measurements(tmp_path / "c.json", {}),
     ).run()
     measured = Masked(opt, gates).nll(tokens, 5) - Masked(opt, {}).nll(tokens, 5)
     assert torch.tensor(measured).expm1() <= budget + 1e-6

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from vllm_dejavu.predictor_training import distributed, pipeline
 from vllm_dejavu.predictor_training.collect import Collector, Request
+from vllm_dejavu.predictor_training.config import TrainConfig
 from vllm_dejavu.predictor_training.distributed import OnRay, Shared, Worker, in_order, shared
-from vllm_dejavu.predictor_training.hf_opt import OptModel
-from vllm_dejavu.predictor_training.pipeline import Local, TrainConfig
+from vllm_dejavu.predictor_training.hf_model import HfModel
+from vllm_dejavu.predictor_training.pipeline import Local
 from vllm_dejavu.predictor_training.samples import SampleStore
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dejavu[ray]'")
@@ -38,7 +39,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def model(opt):
-    return OptModel(str(opt()))
+    return HfModel(str(opt()))
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,7 @@ def test_a_node_without_the_drivers_files_says_which(model, tmp_path):
     """What a worker on another host meets, in this process."""
     config = TrainConfig(model=model.name, data=("self",), output="unused")
     with pytest.raises(ValueError, match="other weights"):
-        _ = Worker(config, "another fingerprint", 1).opt
+        _ = Worker(config, "another fingerprint", 1).model
     with shared(store(tmp_path)) as place:
         assert place.seen().directory == tmp_path / "samples"
         with pytest.raises(ValueError, match="does not see .*samples.* --run-dir"):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dejavu.predictor_training.collect import Collector, Request
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.hf_model import HfModel
 from vllm_dejavu.predictor_training.labels import Labels, active_neurons, head_grams, neuron_energy, top_heads
 from vllm_dejavu.predictor_training.samples import (
     Rows,
@@ -168,7 +168,7 @@ def test_clearing_leaves_what_is_not_ours(tmp_path):
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory):
-    return OptModel(str(tiny.make_opt(tmp_path_factory.mktemp("opt"))))
+    return HfModel(str(tiny.make_opt(tmp_path_factory.mktemp("opt"))))
 
 
 @pytest.fixture(scope="module")

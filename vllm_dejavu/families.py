@@ -45,14 +45,18 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Names:
-    """Modules of a transformers model, by their paths: `layers` below the model, the others below a layer.
+    """Modules of a transformers model, by their paths: `layers` and `behind` below the model, the others
+    below a layer.
 
     Attributes:
+        behind: what hidden states pass between the last layer and the head, in order; skipped where a model
+            has None.
         qkv: the three projections. mlp_norm: what normalises the residual in front of the MLP, where `norm`
             is "pre".
     """
 
     layers: str
+    behind: tuple[str, ...]
     qkv: tuple[str, str, str]
     out: str
     up: str
@@ -102,6 +106,7 @@ FAMILIES = (
         serving="vllm_dejavu.models.opt:DejaVuOPTForCausalLM",
         names=Names(
             layers="model.decoder.layers",
+            behind=("model.decoder.final_layer_norm", "model.decoder.project_out"),
             qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             out="self_attn.out_proj",
             up="fc1",

@@ -9,13 +9,25 @@ import torch
 from vllm_dejavu.kernels import reference
 from vllm_dejavu.kernels.interface import Linear, LowRank
 
+# The meaning of a lookahead (config.LOOKAHEADS): the argument of `gate_input` that feeds the gate.
+STATES = {"self": "block_input", "attn_input": "attn_input", "previous": "previous"}
+BLOCK_INPUTS = {"mlp": "mlp_input", "attention": "attn_input"}
+
+
+def _state(lookahead: str) -> str:
+    if lookahead not in STATES:
+        raise ValueError(f"lookahead {lookahead!r} is unknown; expected 'self', 'attn_input' or 'previous'")
+    return STATES[lookahead]
+
 
 def state_name(block: str, lookahead: str) -> str:
-    """Name of the hidden state that feeds a gate: `mlp_input`, `attn_input` or `previous`; as `gate_input`,
-    without tensors.
+    """Name of the hidden state that feeds a gate: `mlp_input`, `attn_input` or `previous`.
+
+    Raises:
+        ValueError: unknown lookahead.
     """
-    block_input = "mlp_input" if block == "mlp" else "attn_input"
-    return gate_input(lookahead, block_input=block_input, attn_input="attn_input", previous="previous")
+    state = _state(lookahead)
+    return BLOCK_INPUTS[block] if state == "block_input" else state
 
 
 def gate_input(
@@ -25,7 +37,7 @@ def gate_input(
     attn_input: torch.Tensor,
     previous: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The hidden state that feeds a gate: the one place that gives a lookahead its meaning.
+    """The hidden state that feeds a gate.
 
     Args:
         lookahead: `self`, `attn_input` or `previous` (config.LOOKAHEADS).
@@ -40,18 +52,12 @@ def gate_input(
     Raises:
         ValueError: unknown lookahead, or `previous` where there is none.
     """
-    if lookahead == "self":
-        return block_input
-    if lookahead == "attn_input":
-        return attn_input
-    if lookahead == "previous":
-        if previous is None:
-            raise ValueError(
-                "lookahead 'previous' needs a layer in front; use 'self' in the first layer of a model or"
-                " stage"
-            )
-        return previous
-    raise ValueError(f"lookahead {lookahead!r} is unknown; expected 'self', 'attn_input' or 'previous'")
+    state = _state(lookahead)
+    if state == "previous" and previous is None:
+        raise ValueError(
+            "lookahead 'previous' needs a layer in front; use 'self' in the first layer of a model or stage"
+        )
+    return {"block_input": block_input, "attn_input": attn_input, "previous": previous}[state]
 
 
 def quantize(tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:

@@ -34,9 +34,10 @@ from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.kernels import reference
 from vllm_dejavu.manifest import check_fingerprint, check_model
 from vllm_dejavu.predictor_training import data
-from vllm_dejavu.predictor_training.calibrate import BATCH_SIZES, Gate, Key
-from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel, Resumable
-from vllm_dejavu.predictor_training.labels import active_neurons, head_contributions, head_grams
+from vllm_dejavu.predictor_training.describe import BATCH_SIZES
+from vllm_dejavu.predictor_training.gates import Gate, Key, gates_of
+from vllm_dejavu.predictor_training.hf_model import HfModel, LayerStates, Resumable
+from vllm_dejavu.predictor_training.labels import active_neurons, head_contributions
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import figures  # noqa: E402
@@ -186,19 +187,8 @@ def measure(
 # ----------------------------------------------------------------------------------------------------
 
 
-def gates_of(loaded: artifact.Artifact) -> dict[Key, Gate]:
-    """The artifact's gates, as calibration runs them."""
-    gates = {}
-    for layer in range(loaded.manifest.model.num_layers):
-        for block in BLOCKS:
-            spec, tensors = loaded.gate(layer, block)
-            if spec.sparse:
-                gates[layer, block] = Gate(block, spec.lookahead, tensors, spec.margin, spec.threshold)
-    return gates
-
-
 def layers(
-    opt: OptModel, gates: dict[Key, Gate], tokens: torch.Tensor
+    opt: HfModel, gates: dict[Key, Gate], tokens: torch.Tensor
 ) -> Iterator[tuple[int, dict[tuple[str, str], torch.Tensor]]]:
     """(layer, {(block, selection): mask [T, units]}) of every layer; one layer's masks are held at a time.
 
@@ -208,7 +198,7 @@ def layers(
 
     @functools.cache
     def grams(layer: int) -> torch.Tensor:
-        return head_grams(opt.weight(layer, "self_attn.out_proj"), opt.config.num_attention_heads)
+        return opt.head_grams(layer)
 
     def mask_of(
         key: Key, states: LayerStates, value: torch.Tensor, active: torch.Tensor | None
@@ -227,8 +217,8 @@ def layers(
 
     def on_attention(layer: int, states: LayerStates, attn: torch.Tensor) -> torch.Tensor | None:
         gate, active = gates.get((layer, "attention")), None
-        if gate is not None and gate.threshold is not None:
-            active = head_contributions(attn, grams(layer)) > gate.threshold
+        if gate is not None and gate.spec.threshold is not None:
+            active = head_contributions(attn, grams(layer)) > gate.spec.threshold
         return mask_of((layer, "attention"), states, attn, active)
 
     runs: list[Resumable] = [opt.start(part) for part in tokens.split(FORWARD)]
@@ -245,10 +235,10 @@ def study(args: argparse.Namespace) -> Table:
         ValueError: text, artifact and model do not fit each other or the batch sizes.
     """
     loaded = artifact.load(locate.resolve(args.predictor, args.model))
-    opt = OptModel(args.model, args.device)
+    opt = HfModel(args.model, args.device)
     check_model(loaded.manifest, opt.spec)
     check_fingerprint(loaded.manifest, opt.spec.fingerprint, args.model)
-    seq_len = min(args.seq_len, opt.config.max_position_embeddings)
+    seq_len = min(args.seq_len, opt.geometry.max_positions)
     documents = data.tokenize(data.read_documents(str(args.data)), opt.tokenizer())
     tokens, owner = windows_of(documents, seq_len, opt.bos, args.tokens, args.seed)
     generator = torch.Generator().manual_seed(args.seed)

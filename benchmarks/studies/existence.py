@@ -82,8 +82,8 @@ def write_report(study: Study, command: str) -> Path:
         f"    {command}",
         "",
         (
-            f"Model: {study.name}, {len(opt.layers)} layers, hidden {opt.config.hidden_size}, ffn"
-            f" {opt.config.ffn_dim}, {study.units['heads']} heads. Windows of {study.seq_len} tokens:"
+            f"Model: {study.name}, {len(opt.layers)} layers, hidden {opt.geometry.hidden_size}, ffn"
+            f" {opt.geometry.ffn_dim}, {study.units['heads']} heads. Windows of {study.seq_len} tokens:"
             f" {study.train.numel():,} tokens of {names['data']} to fit, {study.held_out.numel():,} of"
             f" {names['held_out']} for perplexity, the first {study.scored.numel():,} of these for everything"
             " else that is scored. ± is a standard error over windows."

@@ -8,7 +8,7 @@ from typing import Any
 from common import number, read_rows
 from existence_study import Study, markdown, trained_predictor
 
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.hf_model import HfModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Weights:
     stored: int
 
     @classmethod
-    def of(cls, opt: OptModel) -> Weights:
+    def of(cls, opt: HfModel) -> Weights:
         c, decoder, stored = (
             opt.config,
             opt.model.model.decoder,

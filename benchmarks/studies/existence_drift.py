@@ -34,10 +34,7 @@ def part_drift(study: Study) -> None:
             f"{name}_p95": quantile(values, 0.95),
         }
 
-    rows = [
-        {"model": study.name, "layer": i, "layer_norm": "pre" if opt.config.do_layer_norm_before else "post"}
-        for i in range(count)
-    ]
+    rows = [{"model": study.name, "layer": i, "layer_norm": opt.geometry.norm} for i in range(count)]
     for layer in range(count):
         found: dict[str, list[torch.Tensor]] = {}
         for seen in walk.layer():
@@ -84,7 +81,7 @@ def part_drift(study: Study) -> None:
         " CSV."
         + (
             ""
-            if opt.config.do_layer_norm_before
+            if opt.geometry.norm == "pre"
             else " This model is post-LN: the residual is taken after each LayerNorm."
         ),
         markdown(

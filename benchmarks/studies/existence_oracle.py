@@ -13,7 +13,7 @@ import torch
 from existence_statistics import LogHistogram, mean_error, rise
 from existence_study import Study, Walk, markdown, mean_of, span
 
-from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel
+from vllm_dejavu.predictor_training.hf_model import HfModel, LayerStates
 from vllm_dejavu.predictor_training.labels import Labels, active_neurons, head_contributions, neuron_energy
 
 # Perplexity that oracle selection may cost; the lower ends of the search for it, and how far apart its last
@@ -56,7 +56,7 @@ class Oracle:
         norms, grams: by layer, of fc2's rows and the heads.
     """
 
-    def __init__(self, opt: OptModel, norms: list[torch.Tensor], grams: list[torch.Tensor], batch: int):
+    def __init__(self, opt: HfModel, norms: list[torch.Tensor], grams: list[torch.Tensor], batch: int):
         self.opt, self.norms, self.grams, self.batch = opt, norms, grams, batch
 
     def score(self, tokens: torch.Tensor, cuts: dict[str, list[Cut]], two_pass: bool = False) -> Scored:

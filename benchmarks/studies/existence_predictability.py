@@ -187,7 +187,7 @@ def part_predictability(study: Study) -> None:
                 layer,
                 weights,
                 "attn_input",
-                opt.config.hidden_size,
+                opt.geometry.hidden_size,
                 forms.get("closed_form"),
             )
             report(

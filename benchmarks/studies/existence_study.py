@@ -17,8 +17,7 @@ from vllm_dejavu import artifact
 from vllm_dejavu.manifest import check_fingerprint, check_model
 from vllm_dejavu.markdown import table
 from vllm_dejavu.predictor_training import data
-from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel, Resumable
-from vllm_dejavu.predictor_training.labels import head_grams
+from vllm_dejavu.predictor_training.hf_model import HfModel, LayerStates, Resumable
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Seen:
     maps: torch.Tensor | None
 
 
-def see(opt: OptModel, run: Resumable) -> tuple[Seen, Resumable]:
+def see(opt: HfModel, run: Resumable) -> tuple[Seen, Resumable]:
     """One layer, dense: what it did, and the batch behind it."""
     layer, caught = opt.layers[run.layer], {}
 
@@ -83,7 +82,7 @@ def see(opt: OptModel, run: Resumable) -> tuple[Seen, Resumable]:
         for x in (run.hidden, following.hidden, caught["attn_update"], caught["mlp_update"])
     )
     inputs = {"attn_output": attn_update, **caught["inputs"]}
-    middle = before + attn_update if opt.config.do_layer_norm_before else inputs["mlp_input"]
+    middle = before + attn_update if opt.geometry.norm == "pre" else inputs["mlp_input"]
     maps = caught["self_attn"][1]
     seen = Seen(
         run.tokens.flatten().to(opt.device),
@@ -105,7 +104,7 @@ class Walk:
     states are held.
     """
 
-    def __init__(self, opt: OptModel, tokens: torch.Tensor, batch: int):
+    def __init__(self, opt: HfModel, tokens: torch.Tensor, batch: int):
         self.opt, self.runs = opt, [opt.start(part) for part in tokens.split(batch)]
 
     def layer(self) -> Iterator[Seen]:
@@ -125,11 +124,11 @@ class Study:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.output = args, Path(args.output)
-        self.opt = OptModel(args.model, device=args.device)
+        self.opt = HfModel(args.model, device=args.device)
         self.name = Path(args.model).name
-        config = self.opt.config
-        self.seq_len = min(args.seq_len or 2048, config.max_position_embeddings)
-        self.units = {"neurons": config.ffn_dim, "heads": config.num_attention_heads}
+        geometry = self.opt.geometry
+        self.seq_len = min(args.seq_len or 2048, geometry.max_positions)
+        self.units = {"neurons": geometry.ffn_dim, "heads": geometry.num_heads}
         self.train = self._windows(args.data, args.tokens, args.seed)
         self.held_out = self._windows(args.held_out, args.held_out_tokens, args.seed)
         self.scored = self.held_out[: max(1, args.scored_tokens // self.seq_len)]
@@ -149,10 +148,10 @@ class Study:
         return Table(self.output / f"existence_{name}.csv")
 
     def fc2_norms(self, layer: int) -> torch.Tensor:
-        return self.opt.weight(layer, "fc2").float().norm(dim=0)
+        return self.opt.fc2_norms(layer)
 
     def grams(self, layer: int) -> torch.Tensor:
-        return head_grams(self.opt.weight(layer, "self_attn.out_proj"), self.opt.config.num_attention_heads)
+        return self.opt.head_grams(layer)
 
     def some_layers(self) -> list[int]:
         """At most `--layers`, evenly spaced, the first and the last among them."""

@@ -24,28 +24,22 @@ import torch
 
 from vllm_dejavu.predictor import Predictor, quantize, state_name
 from vllm_dejavu.predictor_training import data, forms
-from vllm_dejavu.predictor_training.calibrate import (
-    Calibrator,
-    Gate,
-    Key,
-    Masked,
-    Seen,
-    make_mlp_gate,
-    quantile,
-)
+from vllm_dejavu.predictor_training.calibrate import CalibrationSettings, Calibrator, Seen, quantile
 from vllm_dejavu.predictor_training.collect import Collector, Moments, Request, layer_lookahead
 from vllm_dejavu.predictor_training.forms import FittedMlp
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.gates import Gate, Key, make_mlp_gate
+from vllm_dejavu.predictor_training.hf_model import HfModel
 from vllm_dejavu.predictor_training.labels import (
     Labels,
     head_contributions,
-    head_grams,
     neuron_energy,
     top_heads,
 )
+from vllm_dejavu.predictor_training.masked import Masked
 from vllm_dejavu.predictor_training.samples import SampleStore
 from vllm_dejavu.predictor_training.train import (
     FittedHeads,
+    FittedLayer,
     LayerWeights,
     fit_heads,
     fit_heads_by_gradient,
@@ -77,8 +71,8 @@ class Study:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.opt = args, OptModel(args.model)
-        self.seq_len = min(2048, self.opt.config.max_position_embeddings)
+        self.args, self.opt = args, HfModel(args.model)
+        self.seq_len = min(2048, self.opt.geometry.max_positions)
         self.documents = {
             name: self._documents(sources)
             for name, sources in (("train", args.data), ("held_out", args.held_out))
@@ -174,7 +168,7 @@ def stored(fit: FittedMlp, bits: int) -> dict[str, torch.Tensor]:
 def study_forms(study: Study) -> None:
     """Forms x byte budgets x weight types x seeds; the rank is what the bytes allow."""
     table, args, opt = study.table("forms"), study.args, study.opt
-    hidden, ffn = opt.config.hidden_size, opt.config.ffn_dim
+    hidden, ffn = opt.geometry.hidden_size, opt.geometry.ffn_dim
     points = defaultdict(list)
     for budget in BUDGETS:
         for dtype, bits in WEIGHT_BITS.items():
@@ -226,7 +220,7 @@ def study_quality(study: Study) -> None:
     int8.
     """
     table, args, opt = study.table("quality"), study.args, study.opt
-    hidden, ffn = opt.config.hidden_size, opt.config.ffn_dim
+    hidden, ffn = opt.geometry.hidden_size, opt.geometry.ffn_dim
     for seed in range(args.seeds):
         tokens = study.train(args.tokens, seed)
         with tempfile.TemporaryDirectory() as directory:
@@ -279,7 +273,7 @@ def study_lookahead(study: Study) -> None:
     """MLP: recall and perplexity by lookahead and rank; heads: what calibration saves by lookahead."""
     table, args, opt = study.table("lookahead"), study.args, study.opt
     every = {"mlp": ("self", "attn_input", "previous"), "attention": ("self", "previous")}
-    hidden = opt.config.hidden_size
+    hidden = opt.geometry.hidden_size
     for seed in range(args.seeds):
         moments = Collector(opt, Request(every, range(len(opt.layers)))).run(
             study.train(args.tokens, seed), 4
@@ -321,7 +315,7 @@ def study_lookahead(study: Study) -> None:
 def study_data(study: Study) -> None:
     """How much text the closed form needs, and the forms that use none."""
     table, opt = study.table("data"), study.opt
-    rank = opt.config.hidden_size // 4
+    rank = opt.geometry.hidden_size // 4
     request = Request({"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers)))
     total = sum(map(len, study.documents["train"]))
     for seed in range(study.args.seeds):
@@ -350,18 +344,18 @@ class OracleGate(Gate):
     """Selects the heads whose true contribution is above the threshold."""
 
     def __init__(self, plain: Gate, grams: torch.Tensor):
-        super().__init__(plain.block, plain.lookahead, plain.tensors, threshold=plain.threshold)
+        super().__init__(plain.block, plain.spec, plain.tensors)
         self.grams = grams
 
     def scores(self, states: Any, value: torch.Tensor) -> torch.Tensor:
-        return head_contributions(value, self.grams) - self.threshold
+        return head_contributions(value, self.grams) - self.spec.threshold
 
 
 class OracleCalibrator(Calibrator):
     """The same search with heads that are known instead of predicted."""
 
     def candidates(self, key: Key, seen: Seen) -> Any:
-        grams = head_grams(self.opt.weight(key[0], "self_attn.out_proj"), self.opt.config.num_attention_heads)
+        grams = self.model.head_grams(key[0])
         for gate, density, label in super().candidates(key, seen):
             yield OracleGate(gate, grams), density, label
 
@@ -379,21 +373,23 @@ def _heads_only(
     """
     calibrator = kind(
         study.opt,
-        fits,
-        heads,
-        {"mlp": "self", "attention": lookahead},
+        [FittedLayer(*pair) for pair in zip(fits, heads, strict=True)],
         study.held_out,
-        budget=budgets[0],
-        dtype="int8",
-        batch=4,
-        blocks=("attention",),
+        CalibrationSettings(
+            {"mlp": "self", "attention": lookahead},
+            budgets[0],
+            "int8",
+            batch=4,
+            blocks=("attention",),
+        ),
     )
     out = []
-    for calibrator.budget in budgets:  # what was measured for one is not measured again for the next
+    for budget in budgets:  # what was measured for one is not measured again for the next
+        calibrator.settings = dataclasses.replace(calibrator.settings, budget=budget)
         gates, record = calibrator.run()
         run = Masked(study.opt, gates, measure=True)
         run.nll(study.held_out, 4)
-        units = study.opt.config.num_attention_heads
+        units = study.opt.geometry.num_heads
         densities = [
             (
                 float(torch.cat(run.counts[i, "attention"]).float().mean()) / units
@@ -414,7 +410,7 @@ def study_heads(study: Study) -> None:
     for seed in range(args.seeds):
         tokens = study.train(args.tokens, seed)
         with tempfile.TemporaryDirectory() as directory:
-            store = SampleStore(Path(directory), opt.config.ffn_dim, with_energy=False, with_heads=True)
+            store = SampleStore(Path(directory), opt.geometry.ffn_dim, with_energy=False, with_heads=True)
             request = Request(
                 {"mlp": ("self",), "attention": ("previous",)}, range(len(opt.layers)), sample_stride=2
             )
@@ -429,7 +425,7 @@ def study_heads(study: Study) -> None:
                 chosen = top_heads(torch.cat([r.head_norms for r in rows]).float(), args.head_share)
                 paper.append(fit_heads_by_gradient(rows, start, chosen, seed))
             by_norm = [fit_heads(norms, i, "previous") for i in range(len(opt.layers))]
-            fits = _fits(study, moments, "self", opt.config.hidden_size // 4)
+            fits = _fits(study, moments, "self", opt.geometry.hidden_size // 4)
         for name, heads, kind in (
             ("closed_form", closed, Calibrator),
             ("closed_form on output norms", by_norm, Calibrator),

@@ -13,7 +13,7 @@ import torch
 from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.kernels import reference
 from vllm_dejavu.predictor_training.calibrate import Gate, Key
-from vllm_dejavu.predictor_training.hf_opt import LayerStates
+from vllm_dejavu.predictor_training.hf_model import LayerStates
 from vllm_dejavu.predictor_training.labels import active_neurons, head_contributions, neuron_energy
 
 # Padded tokens of a forward pass: activations of a layer still lie in a cache.

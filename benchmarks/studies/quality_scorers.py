@@ -9,13 +9,13 @@ import torch
 from quality_masks import BATCH_TOKENS, Batch, Masks
 from quality_tasks import Score, Text
 
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.hf_model import HfModel
 
 
 class MaskedScorer:
     """The model in transformers under a point's masks."""
 
-    def __init__(self, opt: OptModel, masks: Masks, batch_tokens: int = BATCH_TOKENS):
+    def __init__(self, opt: HfModel, masks: Masks, batch_tokens: int = BATCH_TOKENS):
         self.opt, self.masks, self.batch_tokens = opt, masks, batch_tokens
 
     @torch.inference_mode()

@@ -24,13 +24,13 @@ from vllm_dejavu import artifact, selection
 from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.predictor import state_name
 from vllm_dejavu.predictor_training import evaluate, forms
-from vllm_dejavu.predictor_training.calibrate import Gate, Key, make_head_gate, make_mlp_gate, quantile
+from vllm_dejavu.predictor_training.calibrate import quantile
 from vllm_dejavu.predictor_training.collect import Collector, Moments, Request, layer_lookahead
-from vllm_dejavu.predictor_training.hf_opt import LayerStates, OptModel
+from vllm_dejavu.predictor_training.gates import Gate, Key, make_head_gate, make_mlp_gate
+from vllm_dejavu.predictor_training.hf_model import HfModel, LayerStates
 from vllm_dejavu.predictor_training.labels import (
     active_neurons,
     head_contributions,
-    head_grams,
     neuron_energy,
 )
 from vllm_dejavu.predictor_training.train import LayerWeights, covariance, fit_heads, fit_mlp
@@ -51,7 +51,7 @@ class Scaled:
     def at(self, cut: float) -> Gate:
         """Selects the units whose scaled score is above `cut`: the bias is shifted, nothing else."""
         g = self.gate
-        return Gate(g.block, g.lookahead, {**g.tensors, "bias": g.tensors["bias"] - cut / self.scale})
+        return Gate(g.block, g.spec, {**g.tensors, "bias": g.tensors["bias"] - cut / self.scale})
 
 
 def comparable(
@@ -118,20 +118,17 @@ class Selections:
 
     def __init__(
         self,
-        opt: OptModel,
+        opt: HfModel,
         loaded: artifact.Artifact,
         train: torch.Tensor,
         calibration: torch.Tensor,
         seed: int,
     ):
         self.opt, self.loaded, self.seed = opt, loaded, seed
-        config = opt.config
-        self.units = {"mlp": config.ffn_dim, "attention": config.num_attention_heads}
-        self.layers = range(config.num_hidden_layers)
-        self.fc2_norms = [opt.weight(i, "fc2").float().norm(dim=0) for i in self.layers]
-        self.grams = [
-            head_grams(opt.weight(i, "self_attn.out_proj"), config.num_attention_heads) for i in self.layers
-        ]
+        self.units = {b: opt.geometry.units(b) for b in BLOCKS}
+        self.layers = range(opt.geometry.num_layers)
+        self.fc2_norms = [opt.fc2_norms(i) for i in self.layers]
+        self.grams = [opt.head_grams(i) for i in self.layers]
         specs = {
             b: [loaded.manifest.layers[i][b] for i in self.layers if loaded.manifest.layers[i][b].sparse]
             for b in BLOCKS
@@ -150,7 +147,7 @@ class Selections:
             for b, d in (("mlp", "self"), ("attention", "previous"))
         }
         self.dtype = {b: specs[b][0].dtype if specs[b] else "int8" for b in BLOCKS}
-        self.rank = max((s.rank for s in specs["mlp"]), default=config.hidden_size // 4)
+        self.rank = max((s.rank for s in specs["mlp"]), default=opt.geometry.hidden_size // 4)
         looks = {
             b: tuple(dict.fromkeys([self.lookahead[b], *(s.lookahead for s in specs[b])])) for b in BLOCKS
         }
@@ -166,7 +163,7 @@ class Selections:
         weights = LayerWeights.of(self.opt, layer)
         spec, tensors = self.loaded.gate(layer, block)
         if spec.sparse:
-            dtype, gate = spec.dtype, Gate(block, spec.lookahead, tensors, spec.margin, spec.threshold)
+            dtype, gate = spec.dtype, Gate(block, spec, tensors)
         else:
             self.fitted.append((layer, block))
             dtype = self.dtype[block]
@@ -177,7 +174,7 @@ class Selections:
                     layer,
                     weights,
                     look,
-                    min(self.rank, self.opt.config.hidden_size),
+                    min(self.rank, self.opt.geometry.hidden_size),
                     forms.get("closed_form"),
                 )
                 gate = make_mlp_gate(fit, 0.0, look, dtype)
@@ -188,7 +185,7 @@ class Selections:
         if weight.dtype.is_floating_point:  # stored as fitted: comparable already
             return Scaled(gate, dtype, torch.ones(self.units[block]))
         return Scaled(
-            gate, dtype, comparable(self.moments, layer, block, gate.lookahead, gate.tensors, weights)
+            gate, dtype, comparable(self.moments, layer, block, gate.spec.lookahead, gate.tensors, weights)
         )
 
     def _calibrate(self, tokens: torch.Tensor) -> None:
@@ -205,7 +202,7 @@ class Selections:
             layer, block = key
             rows = torch.arange(-place % stride, len(importance), stride, device=importance.device)
             predictor = self.predictors[key]
-            x = states.gate_input(block, predictor.gate.lookahead)[rows]
+            x = states.gate_input(block, predictor.gate.spec.lookahead)[rows]
             seen["importance", layer, block].append(importance[rows].cpu())
             seen["score", layer, block].append(
                 (predictor.gate.predictor.to(x.device).scores(x) * predictor.scale.to(x.device)).cpu()
@@ -301,7 +298,7 @@ class Selections:
             "total_sparsity": (
                 1
                 - evaluate._bytes_density(
-                    layers, self.opt.config, Stored if point.mode == "predictor" else None
+                    layers, self.opt.geometry, Stored if point.mode == "predictor" else None
                 )
             ),
         }

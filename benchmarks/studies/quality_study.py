@@ -30,7 +30,7 @@ from quality_tasks import (
 from vllm_dejavu import artifact, locate
 from vllm_dejavu.manifest import check_fingerprint, check_model
 from vllm_dejavu.predictor_training import data
-from vllm_dejavu.predictor_training.hf_opt import OptModel
+from vllm_dejavu.predictor_training.hf_model import HfModel
 
 
 class Study:
@@ -38,13 +38,13 @@ class Study:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.output = args, Path(args.output)
-        self.opt = OptModel(args.model, device=args.device)
+        self.opt = HfModel(args.model, device=args.device)
         self.loaded = artifact.load(locate.resolve(args.predictor, args.model))
         check_model(self.loaded.manifest, self.opt.spec)
         check_fingerprint(self.loaded.manifest, self.opt.spec.fingerprint, args.model)
         self.tokenizer = self.opt.tokenizer()
         # The engine wants room for one new token; the same windows are scored everywhere.
-        self.seq_len = min(2048, self.opt.config.max_position_embeddings) - 1
+        self.seq_len = min(2048, self.opt.geometry.max_positions) - 1
         self.read: dict[str, list[list[int]]] = {}
         self.dense_values: dict[str, torch.Tensor] = {}
         self.dense_scores: dict[str, list[Score]] = {}
@@ -107,7 +107,7 @@ class Study:
 
     def masked(self, point: Point) -> MaskedScorer:
         if point.mode == "dense":
-            layers = self.opt.config.num_hidden_layers
+            layers = self.opt.geometry.num_layers
             return MaskedScorer(self.opt, Masks({}, layers, {}))
         return MaskedScorer(self.opt, self.selections.masks(point))
 

@@ -1,6 +1,10 @@
-"""A transformers OPT, observed and masked layer by layer: what collection and calibration run on.
+"""A transformers causal LM, observed and masked layer by layer: what collection and calibration run on.
 
-Shapes: T = tokens of a batch, flattened; hidden states are [T, hidden].
+What its modules are called and how large they are comes from `families`; nothing here knows an architecture.
+fc1, fc2 and out_proj are our words for the projections up, down and behind the heads, whatever their names.
+
+Shapes: T = tokens of a batch, flattened; hidden states are [T, hidden], attention outputs [T, heads,
+head_size].
 """
 
 from __future__ import annotations
@@ -8,18 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import load_state_dict
 
 from vllm_dejavu.artifact import WeightsFingerprint
 from vllm_dejavu.families import family_of, geometry_of
 from vllm_dejavu.manifest import ModelSpec
 from vllm_dejavu.predictor import gate_input
+from vllm_dejavu.selection import head_grams
 
 
 @dataclass
@@ -65,8 +71,8 @@ class Resumable:
     previous: torch.Tensor | None
 
 
-class OptModel:
-    """A dense OPT in transformers with its tokenizer and fingerprint.
+class HfModel:
+    """A dense model in transformers with its tokenizer and fingerprint.
 
     Args:
         name: directory or hub id. device: one, or "auto": accelerate spreads the layers over GPUs, memory and
@@ -75,8 +81,11 @@ class OptModel:
         max_memory: with "auto", what each place may take, as accelerate has it: {0: "70GiB", "cpu":
             "100GiB"}.
 
+    Attributes:
+        geometry, names: of its family. layers: its decoder layers. behind: modules between them and the head.
+
     Raises:
-        ValueError: not an OPT, or not ReLU.
+        ValueError: an architecture or activation that is not supported.
     """
 
     def __init__(
@@ -93,8 +102,7 @@ class OptModel:
             raise ValueError(f"Model {name}: no such directory, and not a hub id (ORG/NAME).")
         self.name = name
         self.config = AutoConfig.from_pretrained(name)
-        self.geometry = geometry_of(self.config)
-        self.names = family_of(self.config.architectures).names
+        self.geometry, self.names = geometry_of(self.config), family_of(self.config.architectures).names
         spread = (
             {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory}
             if device == "auto"
@@ -103,14 +111,15 @@ class OptModel:
             else {}
         )
         try:
-            self.model = OPTForCausalLM.from_pretrained(name, dtype=dtype, **spread).eval()
+            self.model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread).eval()
         except SafetensorError as e:
             raise ValueError(
                 f"Weights of {name} cannot be read ({e}); the file is damaged or cut short."
             ) from e
-        self.layers = self.model.model.decoder.layers
+        self.layers = self.model.get_submodule(self.names.layers)
+        self.behind = [m for path in self.names.behind if (m := attrgetter(path)(self.model)) is not None]
         self.device = (
-            self.model.model.decoder.embed_tokens.weight.device if device == "auto" else torch.device(device)
+            self.model.get_input_embeddings().weight.device if device == "auto" else torch.device(device)
         )
         if self.device.type == "meta":  # offloaded; accelerate computes on the first device it has
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,16 +128,27 @@ class OptModel:
         self.states = [LayerStates() for _ in self.layers]
 
     def weight(self, layer: int, module: str, kind: str = "weight") -> torch.Tensor | None:
-        """A parameter of a layer on `device`, wherever accelerate keeps it: `weight(3, "fc1", "bias")`."""
+        """A parameter of a layer on `device`, wherever accelerate keeps it: `weight(3, names.up, "bias")`.
+
+        None where the module has none.
+        """
         found = self.layers[layer].get_submodule(module)
         if not hasattr(found, "_hf_hook"):
-            value = getattr(found, kind)
+            value = getattr(found, kind, None)
             return None if value is None else value.detach().to(self.device)
         from accelerate.utils import align_module_device
 
         with align_module_device(found, self.device):
-            value = getattr(found, kind)
+            value = getattr(found, kind, None)
             return None if value is None else value.detach().clone()
+
+    def head_grams(self, layer: int) -> torch.Tensor:
+        """What `selection.head_contributions` of a layer needs: [heads, head_size, head_size]."""
+        return head_grams(self.weight(layer, self.names.out), self.geometry.num_heads)
+
+    def fc2_norms(self, layer: int) -> torch.Tensor:
+        """Norms of fc2's columns, one a neuron: [ffn], fp32."""
+        return self.weight(layer, self.names.down).float().norm(dim=0)
 
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.name)
@@ -138,10 +158,9 @@ class OptModel:
         self, on_attention: OnAttention | None = None, on_mlp: OnMlp | None = None
     ) -> Iterator[None]:
         """Call back in every layer of every forward pass inside; a returned mask is applied."""
-        states = self.states
-        hooks = []
-        pre_ln = self.config.do_layer_norm_before
-        heads = self.config.num_attention_heads
+        states, names, hooks = self.states, self.names, []
+        heads = (self.geometry.num_heads, self.geometry.head_size)
+        mlp_residual = names.mlp_norm if self.geometry.norm == "pre" else names.up
 
         def flat(x: torch.Tensor) -> torch.Tensor:
             return x.reshape(-1, x.shape[-1])
@@ -152,9 +171,7 @@ class OptModel:
 
             return hook
 
-        def residual(
-            index: int,
-        ) -> Callable:  # in front of this layer's MLP block: `previous` of the next layer
+        def residual(index: int) -> Callable:  # in front of the MLP block: `previous` of the next layer
             def hook(module: Any, args: tuple) -> None:
                 if index + 1 < len(states):
                     states[index + 1].previous = flat(args[0])
@@ -165,7 +182,7 @@ class OptModel:
             def hook(module: Any, args: tuple) -> Any:
                 if on_attention is None:
                     return None
-                attn = flat(args[0]).unflatten(-1, (heads, -1))
+                attn = flat(args[0]).unflatten(-1, heads)
                 mask = on_attention(index, states[index], attn)
                 return None if mask is None else ((attn * mask[:, :, None]).view_as(args[0]),)
 
@@ -182,12 +199,11 @@ class OptModel:
             return hook
 
         for i, layer in enumerate(self.layers):
-            hooks.append(layer.self_attn.q_proj.register_forward_pre_hook(attn_input(i)))
-            hooks.append(layer.self_attn.out_proj.register_forward_pre_hook(attention(i)))
-            hooks.append(
-                (layer.final_layer_norm if pre_ln else layer.fc1).register_forward_pre_hook(residual(i))
-            )
-            hooks.append(layer.fc1.register_forward_hook(mlp(i)))
+            query, out, up = (layer.get_submodule(name) for name in (names.qkv[0], names.out, names.up))
+            hooks.append(query.register_forward_pre_hook(attn_input(i)))
+            hooks.append(out.register_forward_pre_hook(attention(i)))
+            hooks.append(layer.get_submodule(mlp_residual).register_forward_pre_hook(residual(i)))
+            hooks.append(up.register_forward_hook(mlp(i)))  # in front of the activation
         try:
             yield
         finally:
@@ -209,7 +225,7 @@ class OptModel:
     def _run_until(self, hook: Any, tokens: torch.Tensor) -> None:
         """The model, until this hook has had enough; the hook is removed."""
         try:
-            self.model.model(input_ids=tokens.to(self.device), use_cache=False)
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         except _Enough:
             pass
         finally:
@@ -248,14 +264,14 @@ class OptModel:
     @torch.inference_mode()
     def nll_from(self, run: Resumable) -> torch.Tensor:
         """As `nll`, running only the layers still to come."""
-        decoder, hidden = self.model.model.decoder, run.hidden
+        hidden = run.hidden
         if run.layer < len(self.layers):
             self.states[run.layer].previous = run.previous
         for layer in self.layers[run.layer :]:
             hidden = _hidden(layer(hidden, **run.kwargs))
-        for module in (decoder.final_layer_norm, decoder.project_out):
-            hidden = hidden if module is None else module(hidden)
-        logits = self.model.lm_head(hidden[:, :-1].flatten(0, 1)).float()
+        for module in self.behind:
+            hidden = module(hidden)
+        logits = self.model.get_output_embeddings()(hidden[:, :-1].flatten(0, 1)).float()
         targets = run.tokens[:, 1:]
         nll = torch.nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="none")
         return nll.view(targets.shape).cpu()
