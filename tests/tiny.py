@@ -11,7 +11,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from vllm_dejavu import artifact
 from vllm_dejavu.artifact import DTYPES, WeightsFingerprint
 from vllm_dejavu.manifest import TENSORS_FILE, GateSpec, Manifest, ModelSpec
-from vllm_dejavu.predictor_training import calibrate
+from vllm_dejavu.predictor_training.gates import stored
 
 VOCAB = 256
 
@@ -130,7 +130,7 @@ def make_artifact(
                 "bias": torch.full((units,), quantile),
                 "activation_rate": torch.rand(units, generator=g),
             }
-            tensors |= {f"layers.{i}.{block}.{n}": t for n, t in calibrate.stored(made, dtype).items()}
+            tensors |= {f"layers.{i}.{block}.{n}": t for n, t in stored(made, dtype).items()}
         layers.append(entry)
     artifact.save(directory, Manifest(model=model, layers=tuple(layers)), tensors)
     return Path(directory)
