@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import ROOT, Table
 from engine_columns import BUSY_CORES
@@ -53,22 +53,22 @@ def schedule(sides: Sequence[str], repeats: int) -> list[tuple[int, str]]:
     ]
 
 
-def serve(
-    args: argparse.Namespace,
-    shape: Geometry,
-    repeat: int,
-    side: str,
-    prompts: Path | None,
-    work: Path,
-    table: Table,
-) -> None:
-    """All rates of one server; a row each.
+class Turn(NamedTuple):
+    """One server. prompts: the file of its repeat; None: random tokens."""
+
+    repeat: int
+    side: str
+    prompts: Path | None
+
+
+def serve(args: argparse.Namespace, shape: Geometry, turn: Turn, work: Path, table: Table) -> None:
+    """All rates of one server; a row each. work: where the client's result goes.
 
     Raises:
         ClientError: requests failed, and --allow-failures was not given. ServerError: the server did not
         start or died.
     """
-    logs = args.output / "logs"
+    (repeat, side, prompts), logs = turn, args.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     shared = {
         "model": args.model.resolve().name,
@@ -95,7 +95,7 @@ def serve(
             result, log = work / "result.json", logs / f"serve-{side}-{repeat}-rate{rate:g}.log"
             others = Neighbours(server)
             found = run_client(
-                client_options(args, rate, args.seed + repeat, server.host, server.port, prompts, result),
+                client_options(args, server, rate, args.seed + repeat, prompts, result),
                 result,
                 log,
                 args.timeout_s + args.requests / rate,
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for repeat, side in schedule(SIDES, args.repeats):
             if repeat not in prompts:
                 prompts[repeat] = None if args.text is None else write_prompts(args, repeat, Path(work))
-            serve(args, shape, repeat, side, prompts[repeat], Path(work), table)
+            serve(args, shape, Turn(repeat, side, prompts[repeat]), Path(work), table)
     return table.rows
 
 

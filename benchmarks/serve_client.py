@@ -58,9 +58,9 @@ def write_prompts(args: argparse.Namespace, repeat: int, directory: Path) -> Pat
 
 
 def client_options(
-    args: argparse.Namespace, rate: float, seed: int, host: str, port: int, prompts: Path | None, result: Path
+    args: argparse.Namespace, server: Any, rate: float, seed: int, prompts: Path | None, result: Path
 ) -> list[str]:
-    """Of `vllm bench serve`."""
+    """Of `vllm bench serve`. server: a `server.Server`."""
     if prompts is None:
         dataset = [
             "--dataset-name",
@@ -83,9 +83,9 @@ def client_options(
         "--backend",
         "openai",
         "--host",
-        host,
+        server.host,
         "--port",
-        str(port),
+        str(server.port),
         "--model",
         str(args.model),
         *dataset,

@@ -147,7 +147,7 @@ def blimp_rows(
 
 def part_context(study: Study) -> None:
     """In-context learning: what a second look at the same passage gains, and loss by position."""
-    table, args = fresh(study, "quality_context"), study.args
+    table, args = ContextTable(fresh(study, "quality_context")), study.args
     path = args.texts[0].split("=", 1)[1]
     length = min(PASSAGE, (study.seq_len - 1) // 2)
     passages = study.windows(path, args.passages * (length + 1), length + 1)
@@ -155,7 +155,6 @@ def part_context(study: Study) -> None:
     long = [Text(tuple(row)) for row in study.windows(path, args.tokens).tolist()]
     own = [Point(mode, "both", OWN) for mode in ("predictor", "oracle", "random")]
     heads = [Point(mode, "attention", "0.5") for mode in ("predictor", "oracle", "random")]
-    dense: dict[str, torch.Tensor] = {}
     for point in (DENSE, *own, *heads):
         scorer = study.masked(point)
         scores = scorer.score(twice)
@@ -171,9 +170,8 @@ def part_context(study: Study) -> None:
             ("second - first", second - first),
             ("second occurrence, accuracy", right),
         ):
-            _context_row(
-                table, point, "repeat", name, values, dense, densities, len(twice) * (2 * length + 1)
-            )
+            row = {"kind": "repeat", "name": name, "tokens": len(twice) * (2 * length + 1)}
+            table.add(point, row, values, densities)
         if point in heads:
             continue
         nll = torch.stack([s.nll for s in scorer.score(long)])
@@ -181,45 +179,42 @@ def part_context(study: Study) -> None:
         for low, high in zip(POSITIONS, POSITIONS[1:], strict=False):
             if low <= nll.shape[1]:
                 name = f"{low}-{min(high - 1, nll.shape[1])}"
-                _context_row(
-                    table,
-                    point,
-                    "position",
-                    name,
-                    nll[:, low - 1 : high - 1].mean(1),
-                    dense,
-                    densities,
-                    nll.numel(),
-                )
+                row = {"kind": "position", "name": name, "tokens": nll.numel()}
+                table.add(point, row, nll[:, low - 1 : high - 1].mean(1), densities)
         print(f"context: {point.mode}, {point.blocks}, density {point.density} done", flush=True)
 
 
-def _context_row(
-    table: Table,
-    point: Point,
-    kind: str,
-    name: str,
-    values: torch.Tensor,
-    dense: dict[str, torch.Tensor],
-    densities: dict[str, float],
-    tokens: int,
-) -> None:
-    if point == DENSE:
-        dense[name] = values
-    value, value_se = mean_se(values)
-    difference, difference_se = mean_se(values - dense[name])
-    table.add(
-        **point.keys,
-        kind=kind,
-        name=name,
-        items=len(values),
-        tokens=tokens,
-        value=value,
-        value_se=value_se,
-        difference=difference,
-        difference_se=difference_se,
-        **densities,
-    )
+class ContextTable:
+    """Rows of a point beside dense, whose values come first.
+
+    Attributes:
+        dense: name of a row -> its values when dense.
+    """
+
+    def __init__(self, table: Table):
+        self.table = table
+        self.dense: dict[str, torch.Tensor] = {}
+
+    def add(
+        self, point: Point, row: dict[str, Any], values: torch.Tensor, densities: dict[str, float]
+    ) -> None:
+        """row: kind, name, and the tokens that were scored. values: an item each."""
+        if point == DENSE:
+            self.dense[row["name"]] = values
+        value, value_se = mean_se(values)
+        difference, difference_se = mean_se(values - self.dense[row["name"]])
+        self.table.add(
+            **point.keys,
+            kind=row["kind"],
+            name=row["name"],
+            items=len(values),
+            tokens=row["tokens"],
+            value=value,
+            value_se=value_se,
+            difference=difference,
+            difference_se=difference_se,
+            **densities,
+        )
 
 
 @contextmanager
