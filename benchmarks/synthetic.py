@@ -213,7 +213,10 @@ def write_artifact(
         hidden_size=g.hidden_size,
         ffn_dim=g.ffn_dim,
         num_heads=g.num_heads,
+        num_kv_heads=g.num_kv_heads,
+        head_size=g.head_size,
         activation="relu",
+        gated=False,
         layer_norm="pre",
         fingerprint="sha256:synthetic",
     )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.kernels import reference
+from vllm_dejavu.kernels.interface import Linear
 from vllm_dejavu.predictor_training.collect import layer_lookahead
 from vllm_dejavu.predictor_training.gates import Gate, Key, make_head_gate, make_mlp_gate
 from vllm_dejavu.predictor_training.hf_model import HfModel, LayerStates, Resumable
@@ -221,7 +222,7 @@ class Calibrator:
                     yield Candidate(gate, density, f"{multiple:g} x natural")
             return
         weight, bias = (t.to(seen.attn_x.device) for t in (fitted.heads.weight, fitted.heads.bias.float()))
-        predicted = reference.linear_scores(seen.attn_x, weight, bias)
+        predicted = reference.scores(seen.attn_x, Linear(weight, bias))
         for density in HEAD_DENSITIES:
             cut, threshold = (quantile(v, 1 - density) for v in (predicted, seen.norms))
             rate = (seen.norms > threshold).float().mean(0).cpu()

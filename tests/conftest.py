@@ -45,6 +45,7 @@ if not HAS_GPU:
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from artifact_files import copy, model_dir, original  # noqa: E402, F401
 from serving import Served  # noqa: E402
 from tiny import make_artifact, make_opt  # noqa: E402
 from training_runs import model, text, trained, undrawn  # noqa: E402, F401
@@ -167,3 +168,12 @@ def served(tmp_path_factory):
 def server(served):
     """The shared server, running."""
     return served.running()
+
+
+@pytest.fixture
+def isa(request):
+    """The native kernels' instruction set of this name, for one test."""
+    from native import instruction_set  # which skips whoever imports it where the kernels are not built
+
+    with instruction_set(request.param):
+        yield request.param

@@ -41,6 +41,13 @@ class Fault:
         return self.file.endswith((".cpp", ".h"))
 
 
+NATIVE_SOURCES = ("ops.cpp", "tiles.h", "common.h", "avx512_bf16.cpp")
+NATIVE_TESTS = (
+    "test_kernel_native.py",
+    "test_kernel_native_dense.py",
+    "test_kernel_native_rounding.py",
+    "test_kernel_native_refused.py",
+)
 STEPS = ("test_step.py", "test_engine_selection.py", "test_engine_metrics.py", "test_engine_replay.py")
 BLOCKS = (
     "test_engine_dense_gates.py",
@@ -51,10 +58,10 @@ BLOCKS = (
 MODELS = ("test_engine_metrics.py", "test_engine_parity.py", "test_engine_plugin.py")
 # Which test files should notice a change of a file; what is drawn from a file takes them all.
 TESTS_OF = {
-    "kernels/csrc/ops.cpp": ("test_kernel_native.py",),
-    "kernels/csrc/tiles.h": ("test_kernel_native.py",),
-    "kernels/csrc/common.h": ("test_kernel_native.py",),
-    "kernels/csrc/avx512_bf16.cpp": ("test_kernel_native.py",),
+    **dict.fromkeys(
+        [f"kernels/csrc/{name}" for name in ("ops.cpp", "tiles.h", "common.h", "avx512_bf16.cpp")],
+        NATIVE_TESTS,
+    ),
     "kernels/reference.py": ("test_kernel_reference.py",),
     "kernels/primitives.py": ("test_kernel_triton.py",),
     "kernels/tables.py": ("test_kernel_triton.py",),

@@ -1,62 +1,27 @@
-"""The artifact: written whole or not at all, and refused with a reason whenever anything about it is
-wrong.
-"""
+"""The artifact: written whole or not at all, and refused with a reason when anything about it is wrong."""
 
 import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from artifact_files import DOCS, edit_manifest
 from conftest import HANG_S
-from fuzz import fuzz
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from vllm_dejavu import artifact, locate
-from vllm_dejavu.artifact import WeightsFingerprint
-from vllm_dejavu.inspection import artifact_table
+from vllm_dejavu import artifact
 from vllm_dejavu.manifest import (
     MANIFEST_FILE,
     TENSORS_FILE,
     ArtifactError,
-    GateSpec,
-    ModelSpec,
     check_fingerprint,
     check_model,
 )
-
-DOCS = Path(__file__).parent.parent / "docs" / "artifact.md"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return tiny.make_opt(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def original(model_dir, tmp_path_factory):
-    return tiny.make_artifact(tmp_path_factory.mktemp("original") / "a", model_dir, dense_layers=(1,))
-
-
-@pytest.fixture
-def copy(original, tmp_path):
-    return Path(shutil.copytree(original, tmp_path / "copy"))
-
-
-def edit_manifest(directory, edit):
-    path = directory / MANIFEST_FILE
-    raw = json.loads(path.read_text())
-    edit(raw)
-    path.write_text(json.dumps(raw))
 
 
 def test_round_trip(original, tmp_path):
@@ -476,228 +441,3 @@ def test_tensors_that_do_not_fit_the_manifest_are_not_saved(original, tmp_path):
     with pytest.raises(ArtifactError, match="not finite"):
         artifact.save(tmp_path / "out", loaded.manifest, bad)
     assert list(tmp_path.iterdir()) == []
-
-
-def fingerprint(items) -> str:
-    f = WeightsFingerprint()
-    for name, tensor in items:
-        f.add(name, tensor)
-    return f.hexdigest()
-
-
-class TestFingerprint:
-    @pytest.fixture(scope="class")
-    def weights(self, model_dir):
-        return load_file(model_dir / "model.safetensors")
-
-    def test_order_prefix_and_tied_head_do_not_matter(self, weights):
-        base = fingerprint(weights.items())
-        assert base == fingerprint(reversed(weights.items()))
-        assert base == fingerprint((k.removeprefix("model."), v) for k, v in weights.items())
-        assert base == fingerprint([*weights.items(), ("lm_head.weight", torch.ones(3))])
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_a_16_bit_checkpoint_reads_the_same_in_32_bits(self, weights, dtype):
-        half = {k: v.to(dtype) for k, v in weights.items()}
-        assert fingerprint(half.items()) == fingerprint((k, v.float()) for k, v in half.items())
-
-    def test_any_changed_tensor_changes_it(self, weights):
-        base = fingerprint(weights.items())
-        for name in weights:
-            changed = {**weights, name: weights[name] * 1.01 + 0.01}
-            assert fingerprint(changed.items()) != base, name
-
-    def test_tee_passes_everything_on(self, weights):
-        f = WeightsFingerprint()
-        assert [name for name, _ in f.tee(weights.items())] == list(weights)
-        assert f.hexdigest() == fingerprint(weights.items())
-
-    def test_first_and_last_value_of_every_tensor_count(self, weights):
-        base = fingerprint(weights.items())
-        for name, place in ((name, place) for name in weights for place in (0, -1)):
-            changed = weights[name].clone()
-            changed.view(-1)[place] += 1
-            assert fingerprint({**weights, name: changed}.items()) != base, name
-
-    def test_it_is_as_documented(self, weights):
-        """The function printed in docs/artifact.md, without torch.
-
-        Bug: the sampled positions came from a floating-point linspace, whose rounding (1058 values: one
-        position) depends on who computes it; now they are integers.
-        """
-        documented = documented_code("fingerprint")
-        odd = {f"layers.0.odd{n}": torch.arange(float(n)) for n in (1, 2, 511, 512, 513, 1058, 2052, 19993)}
-        for tensors in (weights, {k: v.half() for k, v in weights.items()}, odd):
-            assert documented({k: v.numpy() for k, v in tensors.items()}) == fingerprint(tensors.items())
-
-
-class TestResolve:
-    def test_beside_the_model(self, tmp_path):
-        with pytest.raises(ArtifactError, match=r"looked for .*dejavu.json.*--output"):
-            locate.resolve(None, str(tmp_path))
-        (tmp_path / "dejavu").mkdir()
-        assert locate.resolve(None, str(tmp_path)) == tmp_path / "dejavu"
-
-    def test_a_directory(self, tmp_path):
-        assert locate.resolve(str(tmp_path), "any/model") == tmp_path
-
-    @pytest.mark.parametrize(
-        "name",
-        ["./missing", "/no/such/dir", "a/b/c", "~/x", "plain", "x" * 5000, "nul\0"],
-        ids=lambda n: ascii(n)[1:14],
-    )
-    def test_no_such_directory_and_no_hub_id(self, name):
-        """Bug: a name longer than any file system takes ended in an OSError."""
-        with pytest.raises(ArtifactError, match="no such directory, and not a hub id"):
-            locate.resolve(name, "model")
-
-    def test_hub(self, tmp_path, monkeypatch):
-        import huggingface_hub
-
-        asked = []
-
-        def download(repo, revision, allow_patterns):
-            asked.append((repo, revision, sorted(allow_patterns)))
-            return str(tmp_path)
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        assert locate.resolve("org/name", "any/model", "main") == tmp_path
-        assert locate.resolve(None, "org/model", "v1") == tmp_path / "dejavu"
-        assert asked == [
-            ("org/name", None, ["dejavu.json", "predictors.safetensors"]),
-            ("org/model", "v1", ["dejavu/dejavu.json", "dejavu/predictors.safetensors"]),
-        ]
-
-        def refuse(*args, **kwargs):
-            raise ConnectionError("offline")
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-        with pytest.raises(ArtifactError, match="the hub gave none .*offline"):
-            locate.resolve("org/name", "any/model")
-
-
-JUNK = st.sampled_from(
-    [
-        None,
-        True,
-        False,
-        -1,
-        0,
-        3,
-        10**400,
-        1.5,
-        float("nan"),
-        1e308,
-        "",
-        "x",
-        "sparse",
-        "²",
-        [],
-        [1],
-        {},
-        {"a": 1},
-        {"²": {"mean": 1, "upper": 1}},
-    ]
-)
-
-
-@fuzz(300)
-@given(data=st.data())
-def test_fuzzed_manifests_load_or_are_refused(original, tmp_path, data):
-    """Values replaced, removed or added anywhere in a good manifest: never another kind of error."""
-    raw = json.loads((original / MANIFEST_FILE).read_text())
-    for _ in range(data.draw(st.integers(1, 3))):
-        node = raw
-        for _ in range(data.draw(st.integers(0, 5))):
-            inner = [
-                v
-                for v in (node.values() if isinstance(node, dict) else node)
-                if isinstance(v, (dict, list)) and v
-            ]
-            if not inner:
-                break
-            node = inner[data.draw(st.integers(0, len(inner) - 1))]
-        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node)))))
-        action = data.draw(st.sampled_from(["replace", "remove", "add"]))
-        if action == "replace":
-            node[key] = deepcopy(data.draw(JUNK))
-        elif action == "remove":
-            del node[key]
-        elif isinstance(node, dict):
-            node[data.draw(st.text(max_size=4))] = deepcopy(data.draw(JUNK))
-        if not raw:
-            break
-    target = tmp_path / "fuzz"
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(original, target)
-    (target / MANIFEST_FILE).write_text(json.dumps(raw))
-    try:
-        loaded = artifact.load(target)
-    except ArtifactError:
-        return
-    artifact_table(loaded)  # what loads can be shown
-
-
-@fuzz(200)
-@given(
-    name=st.sampled_from([MANIFEST_FILE, TENSORS_FILE]),
-    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3),
-)
-def test_flipped_bytes_are_refused_or_change_nothing_that_is_checked(original, tmp_path, name, flips):
-    """In the tensors every flipped byte is noticed; in the manifest a changed digit may pass, but nothing
-    else than ArtifactError comes out.
-    """
-    target = tmp_path / "fuzz"
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(original, target)
-    data = bytearray((original / name).read_bytes())
-    for place, value in flips:
-        # half of the places lie in the first kilobyte, where safetensors has its header
-        index = (
-            int(2 * place * min(1023, len(data) - 1))
-            if place < 0.5
-            else int((2 * place - 1) * (len(data) - 1))
-        )
-        data[index] ^= value
-    (target / name).write_bytes(data)
-    if bytes(data) == (original / name).read_bytes():
-        return
-    try:
-        artifact.load(target)
-    except ArtifactError:
-        return
-    assert name == MANIFEST_FILE
-
-
-def documented_code(function):
-    """A function out of docs/artifact.md."""
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
-    names: dict = {}
-    exec(next(b for b in blocks if f"def {function}(" in b), names)
-    return names[function]
-
-
-def test_the_documented_manifest_is_one(tmp_path):
-    text = re.search(r"```json\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S).group(1)
-    (tmp_path / MANIFEST_FILE).write_text(text)
-    manifest, _ = artifact.load_manifest(tmp_path)
-    assert manifest.layers[0]["mlp"].sparse and not manifest.layers[0]["attention"].sparse
-
-
-def test_every_key_is_documented():
-    text = DOCS.read_text(encoding="utf-8")
-    for cls in (ModelSpec, GateSpec):
-        for field in dataclasses.fields(cls):
-            assert f"`{field.name}`" in text or f"`model.{field.name}`" in text, field.name
-
-
-def test_the_documented_example_writes_a_loadable_artifact(model_dir, tmp_path):
-    from transformers import OPTConfig
-
-    spec = ModelSpec.from_hf_config(
-        OPTConfig.from_pretrained(model_dir), "tiny", tiny.fingerprint_of(model_dir)
-    )
-    documented_code("write")(str(tmp_path / "made"), dataclasses.asdict(spec))
-    loaded = artifact.load(tmp_path / "made")
-    assert loaded.manifest.layers[0]["mlp"].sparse and not loaded.manifest.layers[1]["mlp"].sparse
-    check_model(loaded.manifest, spec)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from engine import TOLERANCE as ENGINE_TOLERANCE
 from engine import Recorder, engine, metrics_of, model_of, next_token_log_probs, random_prompt, run_requests
+from kernel_flat import flat_reference as reference
 from safetensors.torch import load_file
 from tiny import make_artifact, make_opt, rewrite_tensors
 from tolerances import RELATIVE_RMS, relative_rms
 from transformers import OPTConfig, OPTForCausalLM
 
 from vllm_dejavu import artifact, selection
-from vllm_dejavu.kernels import reference
 from vllm_dejavu.manifest import TENSORS_FILE, ArtifactError, ModelSpec, check_fingerprint, check_model
 from vllm_dejavu.predictor_training import hf_model
 from vllm_dejavu.published import GEOMETRIES

@@ -9,11 +9,11 @@ import synthetic
 import synthetic_rates
 import torch
 from common import percentile
+from kernel_flat import flat_reference as reference
 from profile_step import kernels_of, launches_per_layer, summarize
 from transformers import OPTConfig
 
 from vllm_dejavu import artifact
-from vllm_dejavu.kernels import reference
 from vllm_dejavu.manifest import ModelSpec, check_model
 from vllm_dejavu.predictor_training.pipeline import TrainConfig
 from vllm_dejavu.published import GEOMETRIES, opt_geometry

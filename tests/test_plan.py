@@ -15,7 +15,7 @@ from vllm_dejavu.roofline import DENSE_LAUNCHES, Device, Workload, account
 
 BOOKS = str(Path(__file__).parent.parent / "examples" / "opt-books-7m")
 TINY = opt_geometry(8, num_heads=2, num_layers=2, vocab_size=10, max_positions=4)
-TINY_SPEC = ModelSpec("tiny", "OPTForCausalLM", 2, 8, 32, 2, "relu", "pre", "")
+TINY_SPEC = ModelSpec("tiny", "OPTForCausalLM", 2, 8, 32, 2, 2, 4, "relu", False, "pre", "")
 SLOW = Device("slow", bandwidth_gbs=1, memory_gb=1, link_gbs=1, launch_us=2, all_reduce_us=5)
 DENSE = GateSpec(state="dense")
 

@@ -8,8 +8,8 @@ import torch
 from fuzz import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_flat import flat_reference as reference
 
-from vllm_dejavu.kernels import reference
 from vllm_dejavu.predictor import Predictor, quantize
 from vllm_dejavu.predictor_training import forms
 from vllm_dejavu.predictor_training.collect import Moments
