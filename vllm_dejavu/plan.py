@@ -26,6 +26,7 @@ from vllm_dejavu.manifest import (
 )
 from vllm_dejavu.published import DEVICES, GEOMETRIES, preset_densities
 from vllm_dejavu.roofline import DENSE_LAUNCHES, Account, Device, Workload, num_weights
+from vllm_dejavu.sizes import default_rank
 
 Layers = Sequence[dict[str, GateSpec]]
 
@@ -38,8 +39,6 @@ LARGEST_MODELLED_BATCH = 64
 
 # What `vllm-dejavu train` makes where nothing else is named; a test compares.
 PREDICTOR_DTYPE, HEAD_LOOKAHEAD = "int8", "previous"
-RANK_STEP = 16  # ranks are multiples of it
-LARGE_HIDDEN = 2048  # from here on a rank follows from the MLP's bytes
 
 
 def plan(
@@ -222,7 +221,7 @@ def assumed_layers(geometry: Geometry, batch: int) -> tuple[Layers, str]:
     mlp = GateSpec(
         state="sparse",
         form="low_rank",
-        rank=default_rank(geometry),
+        rank=default_rank(geometry.hidden_size, geometry.ffn_dim, DTYPES[PREDICTOR_DTYPE].itemsize),
         dtype=PREDICTOR_DTYPE,
         density={"mean": alone, "upper": alone},
         union_density={str(batch): {"mean": union, "upper": union}},
@@ -240,23 +239,6 @@ def assumed_layers(geometry: Geometry, batch: int) -> tuple[Layers, str]:
         first,
         *[{"mlp": mlp, "attention": attention}] * (geometry.num_layers - 1),
     ], nearest + source.removeprefix("assumed: ")
-
-
-def default_rank(geometry: Geometry) -> int:
-    """Rank that training takes where none is named: what PREDICTOR_DTYPE gets of 3% of the MLP's bytes, a
-    multiple of 16, at least 16; a quarter of hidden sizes below LARGE_HIDDEN."""
-    hidden, ffn = geometry.hidden_size, geometry.ffn_dim
-    rank = hidden // 4
-    if hidden >= LARGE_HIDDEN:
-        rank = int(
-            roofline.MLP_BYTE_BUDGET
-            * 2
-            * hidden
-            * ffn
-            * SERVED_BYTES
-            / ((hidden + ffn) * DTYPES[PREDICTOR_DTYPE].itemsize)
-        )
-    return min(max(RANK_STEP, rank // RANK_STEP * RANK_STEP), hidden)
 
 
 def largest_calibrated_batch(layers: Layers) -> int:
@@ -376,7 +358,7 @@ def predictor_bytes(layers: Layers, spec: ModelSpec, tp: int = 1) -> int:
     for layer in layers:
         for block, gate in layer.items():
             for name, (dtype, shape) in gate_tensors(gate, block, spec).items():
-                total += math.prod(shape) * dtype.itemsize // (1 if name == "down" else tp)
+                total += math.prod(shape) * DTYPES[dtype].itemsize // (1 if name == "down" else tp)
     return total
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 from vllm_dejavu.config import WEIGHT_BITS
 from vllm_dejavu.families import Geometry
+from vllm_dejavu.sizes import BYTE_BUDGET
 
 BANNER = "MODEL, not a measurement: time = bytes / bandwidth + launches x launch cost (+ all-reduces)"
 
@@ -59,7 +60,6 @@ SPARSE_LAUNCHES = (
 STEP_LAUNCHES = ("embedding", "position embedding+add", "LayerNorm", "lm_head", "sample")
 
 ALL_REDUCES_PER_LAYER = 2  # after out_proj and after fc2
-MLP_BYTE_BUDGET = 0.03  # share of a block's bytes that its predictor may have, for hidden size >= 2048
 POSITION_OFFSET = 2  # rows of OPT's table of positions that no token has
 SCALE_BYTES = 2  # of quantized weights: one scale for each group of inputs of an output
 
@@ -248,7 +248,7 @@ class Workload:
             return self.predictor_rank
         hidden, ffn = geometry.hidden_size, geometry.ffn_dim
         mlp_bytes = 2 * hidden * ffn * self.dtype_bytes
-        return int(MLP_BYTE_BUDGET * mlp_bytes / ((hidden + ffn) * self.predictor_dtype_bytes))
+        return int(BYTE_BUDGET * mlp_bytes / ((hidden + ffn) * self.predictor_dtype_bytes))
 
 
 @dataclass(frozen=True)
