@@ -71,6 +71,7 @@ def speculated(model, dejavu):
         return generate(llm, REPEATING, 24), metrics_of(llm)["steps"]
 
 
+@pytest.mark.on_demand
 def test_speculative_decoding_verifies_densely(opt, predictors):
     """A verified step adds several tokens a request, so it runs dense: vLLM's own tokens, with which
     speculation has nothing to do.
