@@ -200,7 +200,8 @@ def test_demo_leaves_no_server_behind(tmp_path, number):
 
 
 OWNER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell starts without
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from server import Server
