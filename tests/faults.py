@@ -41,7 +41,10 @@ class Fault:
         return self.file.endswith((".cpp", ".h"))
 
 
-NATIVE_SOURCES = ("ops.cpp", "tiles.h", "common.h", "avx512_bf16.cpp")
+NATIVE_SOURCES = (
+    *("ops.cpp", "arguments.h", "products.h", "select.h", "mlp.h", "heads.h"),
+    *("tiles.h", "common.h", "avx512_bf16.cpp"),
+)
 NATIVE_TESTS = (
     "test_kernel_native.py",
     "test_kernel_native_dense.py",
@@ -59,7 +62,7 @@ MODELS = ("test_engine_metrics.py", "test_engine_parity.py", "test_engine_plugin
 # Which test files should notice a change of a file; what is drawn from a file takes them all.
 TESTS_OF = {
     **dict.fromkeys(
-        [f"kernels/csrc/{name}" for name in ("ops.cpp", "tiles.h", "common.h", "avx512_bf16.cpp")],
+        [f"kernels/csrc/{name}" for name in NATIVE_SOURCES],
         NATIVE_TESTS,
     ),
     "kernels/reference.py": ("test_kernel_reference.py",),
@@ -103,7 +106,9 @@ def picked(name: str, file: str, old: str, new: str, *tests: str, needs: str = "
     return Fault(name, file, old, new, tests or TESTS_OF[file], needs=needs)
 
 
-OPS, TILES = "kernels/csrc/ops.cpp", "kernels/csrc/tiles.h"
+SELECT, MLP, HEADS, ARGUMENTS, TILES = (
+    f"kernels/csrc/{name}" for name in ("select.h", "mlp.h", "heads.h", "arguments.h", "tiles.h")
+)
 
 NATIVE = [
     picked(
@@ -113,40 +118,42 @@ NATIVE = [
         "scores[i] + bias[i] >= 0 ? 1 : 0",
     ),
     picked(
-        "native-padding-scores-heads", OPS, "weight.size(0)}, -1.0, scores", "weight.size(0)}, 1.0, scores"
+        "native-padding-scores-heads", SELECT, "weight.size(0)}, -1.0, scores", "weight.size(0)}, 1.0, scores"
     ),
-    picked("native-row-mask-of-another-row", OPS, "chosen_by[valid[t] * ffn", "chosen_by[t * ffn"),
-    picked("native-read-not-counted", OPS, "count(counters, READ, read);", ""),
-    picked("native-rider-scored-on-own-input", OPS, "score_heads(*head_x, ", "score_heads(x, "),
+    picked("native-row-mask-of-another-row", SELECT, "chosen_by[valid[t] * ffn", "chosen_by[t * ffn"),
+    picked("native-read-not-counted", SELECT, "count(counters, READ, read);", ""),
+    picked("native-rider-scored-on-own-input", SELECT, "score_heads(*head_x, ", "score_heads(x, "),
     picked(
         "native-wrong-segment",
-        OPS,
+        MLP,
         "std::copy_n(ids + s * SEGMENT,",
         "std::copy_n(ids + (s > 1 ? 1 : s) * SEGMENT,",
     ),
-    picked("native-row-mask-dropped", OPS, " n, row_mask ? mask.data_ptr<bool>() : nullptr", " n, nullptr"),
+    picked("native-row-mask-dropped", MLP, " n, row_mask ? mask.data_ptr<bool>() : nullptr", " n, nullptr"),
     picked(
         "native-one-thread-not-summed",
-        OPS,
+        MLP,
         "for (int64_t s = 1; s < splits; ++s)",
         "for (int64_t s = 2; s < splits; ++s)",
     ),
     picked(
         "native-linear-without-bias",
-        OPS,
+        MLP,
         "at::linear_out(out, x, weight, bias)",
         "at::linear_out(out, x, weight, MaybeTensor())",
     ),
-    picked("native-every-chunk-on-the-first", OPS, "out.narrow(0, begin, count)", "out.narrow(0, 0, count)"),
+    picked("native-every-chunk-on-the-first", MLP, "out.narrow(0, begin, count)", "out.narrow(0, 0, count)"),
     picked(
         "native-last-value-row-dropped",
-        OPS,
+        HEADS,
         "row = queries; row < all; ++row",
         "row = queries; row < all - 1; ++row",
     ),
-    picked("native-out-proj-reads-gaps", OPS, "segments.back().end == begin", "segments.back().end <= begin"),
-    picked("native-mask-heads-keeps-zero", OPS, "if (!(scores[i] > 0)) std", "if (!(scores[i] >= 0)) std"),
-    picked("native-dense-counts-padding", OPS, "return len > 0;", "return len >= 0;"),
+    picked(
+        "native-out-proj-reads-gaps", HEADS, "segments.back().end == begin", "segments.back().end <= begin"
+    ),
+    picked("native-mask-heads-keeps-zero", HEADS, "if (!(scores[i] > 0)) std", "if (!(scores[i] >= 0)) std"),
+    picked("native-dense-counts-padding", ARGUMENTS, "return len > 0;", "return len >= 0;"),
     picked("native-dot-tail-dropped", TILES, "if (k < end) {", "if (k + 1 < end) {"),
     picked("native-second-tile-of-tokens", TILES, "w, next, x + t * ldx, ldx", "w, next, x, ldx"),
     picked(

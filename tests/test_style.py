@@ -46,6 +46,13 @@ def sources() -> list[Path]:
     return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
 
 
+def test_cpp_is_short_and_narrow():
+    """Python's columns are ruff's business; kernels/csrc/.clang-format says how C++ is formatted."""
+    for path in [*(ROOT / "kernels/csrc").glob("*.cpp"), *(ROOT / "kernels/csrc").glob("*.h")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= MOST_LINES and max(map(len, lines)) <= 110, path.name
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_is_short_and_says_its_idea_first(path):
     text = path.read_text(encoding="utf-8")

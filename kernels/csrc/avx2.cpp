@@ -42,7 +42,9 @@ struct Vec {
 };
 
 inline Vec widen(const float* p) { return Vec::load(p); }
-inline Vec widen(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec widen(const Half* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline Vec widen(const BFloat* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
@@ -67,7 +69,8 @@ constexpr int MAX_TOKENS = 2, ACCUMULATE_TOKENS = 5, MANY_TOKENS = 5;
 #include "tiles.h"
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", input_widened, dot_widened, accumulate_widened, nullptr, nullptr, threshold, activate, widen_any, finish_any};
+const Kernels avx2_kernels = {"avx2",  input_widened, dot_widened, accumulate_widened, nullptr,
+                              nullptr, threshold,     activate,    widen_any,          finish_any};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

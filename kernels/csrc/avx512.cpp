@@ -14,7 +14,8 @@ constexpr int MAX_TOKENS = 6, ACCUMULATE_TOKENS = 12, MANY_TOKENS = 8;
 #include "tiles.h"
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", input_widened, dot_widened, accumulate_widened, nullptr, nullptr, threshold, activate, widen_any, finish_any};
+const Kernels avx512_kernels = {"avx512", input_widened, dot_widened, accumulate_widened, nullptr,
+                                nullptr,  threshold,     activate,    widen_any,          finish_any};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

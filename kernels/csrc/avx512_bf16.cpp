@@ -1,4 +1,5 @@
-// AVX-512 with bf16 products (VDPBF16PS): two neighbours along a row, or two rows, in one multiply-add of 32 lanes.
+// AVX-512 with bf16 products (VDPBF16PS): two neighbours along a row, or two rows, in one multiply-add of 32
+// lanes.
 #include "isa.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -33,7 +34,8 @@ struct Pair {
 };
 
 inline Pair paired(__m512i a, __m512i b) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                       38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   return {_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)};
 }
@@ -51,8 +53,9 @@ struct PairAccumulate {
   static void load(const BFloat* const* w, int64_t i, int64_t n, int64_t column, int64_t width, __m512i* to) {
     const BFloat *a = w[i] + column, *b = w[i + 1 < n ? i + 1 : i] + column;
     const __mmask32 mask = first32(width);
-    const Pair pair = width == COLUMNS ? paired(_mm512_loadu_si512(a), _mm512_loadu_si512(b))
-                                       : paired(_mm512_maskz_loadu_epi16(mask, a), _mm512_maskz_loadu_epi16(mask, b));
+    const Pair pair = width == COLUMNS
+                          ? paired(_mm512_loadu_si512(a), _mm512_loadu_si512(b))
+                          : paired(_mm512_maskz_loadu_epi16(mask, a), _mm512_maskz_loadu_epi16(mask, b));
     to[0] = pair.low;
     to[1] = pair.high;
   }
@@ -97,16 +100,19 @@ void pack_lanes(const void* x, int64_t ldx, int64_t tokens, int64_t columns, voi
     for (int64_t c = 0; c < columns; c += 32) {
       __m512i rows[16];
       for (int64_t t = 0; t < 16; ++t)
-        rows[t] = first + t < tokens ? _mm512_loadu_si512(input + (first + t) * ldx + c) : _mm512_setzero_si512();
+        rows[t] =
+            first + t < tokens ? _mm512_loadu_si512(input + (first + t) * ldx + c) : _mm512_setzero_si512();
       transpose(rows);
-      for (int64_t pair = 0; pair < 16; ++pair) _mm512_storeu_si512(out + (c / 2 + pair) * width + first, rows[pair]);
+      for (int64_t pair = 0; pair < 16; ++pair)
+        _mm512_storeu_si512(out + (c / 2 + pair) * width + first, rows[pair]);
     }
 }
 
-// R rows by V vectors of tokens. A pair of a row's elements is broadcast to all tokens: a row is read once for 16 V of them.
+// R rows by V vectors of tokens. A pair of a row's elements is broadcast to all tokens: a row is read once
+// for 16 V of them.
 template <int R, int V>
-void lane_tile(const BFloat* const* w, const BFloat* const* next, const int32_t* x, int64_t tokens, const Segment* segments,
-               int64_t num_segments, float* out, int64_t ldo) {
+void lane_tile(const BFloat* const* w, const BFloat* const* next, const int32_t* x, int64_t tokens,
+               const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
   constexpr int UNROLL = 4;
   constexpr int64_t LINE_PAIRS = 16;
   Vec acc[R][V];
@@ -119,7 +125,8 @@ void lane_tile(const BFloat* const* w, const BFloat* const* next, const int32_t*
     for (int r = 0; r < R; ++r)
       for (int u = 0; u < count.value; ++u) {
         const __m512bh weights = PairAccumulate::value(w[r] + 2 * (pair + u));
-        for (int v = 0; v < V; ++v) acc[r][v].v = _mm512_dpbf16_ps(acc[r][v].v, as_bf16(values[u][v]), weights);
+        for (int v = 0; v < V; ++v)
+          acc[r][v].v = _mm512_dpbf16_ps(acc[r][v].v, as_bf16(values[u][v]), weights);
       }
   };
   for (int64_t s = 0; s < num_segments; ++s) {
@@ -134,15 +141,17 @@ void lane_tile(const BFloat* const* w, const BFloat* const* next, const int32_t*
   }
   for (int v = 0; v < V; ++v) {
     __m512i lanes[16];
-    for (int r = 0; r < 16; ++r) lanes[r] = r < R ? _mm512_castps_si512(acc[r < R ? r : 0][v].v) : _mm512_setzero_si512();
+    for (int r = 0; r < 16; ++r)
+      lanes[r] = r < R ? _mm512_castps_si512(acc[r < R ? r : 0][v].v) : _mm512_setzero_si512();
     transpose(lanes);
-    for (int t = 0; t < 16 && 16 * v + t < tokens; ++t) _mm512_mask_storeu_epi32(out + (16 * v + t) * ldo, Vec::first(R), lanes[t]);
+    for (int t = 0; t < 16 && 16 * v + t < tokens; ++t)
+      _mm512_mask_storeu_epi32(out + (16 * v + t) * ldo, Vec::first(R), lanes[t]);
   }
 }
 
 template <int R, int V>
-void lane_group(const Rows& rows, int64_t i, int64_t last, const int32_t* x, int64_t tokens, const Segment* segments, int64_t num_segments,
-                float* out, int64_t ldo, bool prefetch) {
+void lane_group(const Rows& rows, int64_t i, int64_t last, const int32_t* x, int64_t tokens,
+                const Segment* segments, int64_t num_segments, float* out, int64_t ldo, bool prefetch) {
   const BFloat *w[R], *next[R];
   for (int r = 0; r < R; ++r) {
     w[r] = row<BFloat>(rows, i + r);
@@ -152,37 +161,51 @@ void lane_group(const Rows& rows, int64_t i, int64_t last, const int32_t* x, int
 }
 
 template <int V>
-void lane_rows(const Rows& rows, int64_t begin, int64_t end, int64_t last, const int32_t* x, int64_t tokens, const Segment* segments,
-               int64_t num_segments, float* out, int64_t ldo, bool prefetch) {
+void lane_rows(const Rows& rows, int64_t begin, int64_t end, int64_t last, const int32_t* x, int64_t tokens,
+               const Segment* segments, int64_t num_segments, float* out, int64_t ldo, bool prefetch) {
   constexpr int R = 8;
   int64_t i = begin;
-  for (; i + R <= end; i += R) lane_group<R, V>(rows, i, last, x, tokens, segments, num_segments, out + i - begin, ldo, prefetch);
-  for (; i < end; ++i) lane_group<1, V>(rows, i, last, x, tokens, segments, num_segments, out + i - begin, ldo, prefetch);
+  for (; i + R <= end; i += R)
+    lane_group<R, V>(rows, i, last, x, tokens, segments, num_segments, out + i - begin, ldo, prefetch);
+  for (; i < end; ++i)
+    lane_group<1, V>(rows, i, last, x, tokens, segments, num_segments, out + i - begin, ldo, prefetch);
 }
 
-void dot_lanes(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x, int64_t tokens, const Segment* segments,
-               int64_t num_segments, float* out, int64_t ldo, bool prefetch) {
+void dot_lanes(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x, int64_t tokens,
+               const Segment* segments, int64_t num_segments, float* out, int64_t ldo, bool prefetch) {
   const auto* input = static_cast<const int32_t*>(x);
-  if (lane_width(tokens) == 16) lane_rows<1>(rows, begin, end, last, input, tokens, segments, num_segments, out, ldo, prefetch);
-  else lane_rows<2>(rows, begin, end, last, input, tokens, segments, num_segments, out, ldo, prefetch);
+  if (lane_width(tokens) == 16)
+    lane_rows<1>(rows, begin, end, last, input, tokens, segments, num_segments, out, ldo, prefetch);
+  else
+    lane_rows<2>(rows, begin, end, last, input, tokens, segments, num_segments, out, ldo, prefetch);
 }
 
-Type dot_input(Type weights, Type inputs) { return weights == Type::bf16 && inputs == Type::bf16 ? Type::bf16 : Type::f32; }
-
-void dot(const Rows& rows, int64_t begin, int64_t end, const void* x, Type x_type, int64_t ldx, int64_t tokens,
-         const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
-  if (x_type == Type::bf16) dot_rows<PairDot>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-  else dot_widened(rows, begin, end, x, x_type, ldx, tokens, segments, num_segments, out, ldo);
+Type dot_input(Type weights, Type inputs) {
+  return weights == Type::bf16 && inputs == Type::bf16 ? Type::bf16 : Type::f32;
 }
 
-void accumulate(const Rows& rows, int64_t begin, int64_t end, const void* h, Type h_type, int64_t ldh, const int32_t* places, int64_t tokens, int64_t column_begin,
-                int64_t column_end, float* out, int64_t ldo, char* scratch) {
-  if (h_type == Type::bf16) accumulate_rows<PairAccumulate>(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
-  else accumulate_widened(rows, begin, end, h, h_type, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
+void dot(const Rows& rows, int64_t begin, int64_t end, const void* x, Type x_type, int64_t ldx,
+         int64_t tokens, const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
+  if (x_type == Type::bf16)
+    dot_rows<PairDot>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
+  else
+    dot_widened(rows, begin, end, x, x_type, ldx, tokens, segments, num_segments, out, ldo);
+}
+
+void accumulate(const Rows& rows, int64_t begin, int64_t end, const void* h, Type h_type, int64_t ldh,
+                const int32_t* places, int64_t tokens, int64_t column_begin, int64_t column_end, float* out,
+                int64_t ldo, char* scratch) {
+  if (h_type == Type::bf16)
+    accumulate_rows<PairAccumulate>(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out,
+                                    ldo, scratch);
+  else
+    accumulate_widened(rows, begin, end, h, h_type, ldh, places, tokens, column_begin, column_end, out, ldo,
+                       scratch);
 }
 }  // namespace
 
-const Kernels avx512_bf16_kernels = {"avx512_bf16", dot_input, dot, accumulate, dot_lanes, pack_lanes, threshold, activate, widen_any, finish_any};
+const Kernels avx512_bf16_kernels = {"avx512_bf16", dot_input, dot,      accumulate, dot_lanes,
+                                     pack_lanes,    threshold, activate, widen_any,  finish_any};
 }  // namespace dejavu
 
 DEJAVU_TARGET_END

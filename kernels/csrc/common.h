@@ -28,8 +28,8 @@ inline char* at_element(const at::Tensor& t, int64_t element) {
   return static_cast<char*>(t.data_ptr()) + element * t.element_size();
 }
 
-// Memory that is kept from call to call and only grows: fresh pages would cost more than the work done in them. One per
-// thread and purpose; what it held before is lost when it grows.
+// Memory that is kept from call to call and only grows: fresh pages would cost more than the work done in
+// them. One per thread and purpose; what it held before is lost when it grows.
 template <int PURPOSE, class T>
 T* scratch(int64_t count) {
   static thread_local std::unique_ptr<char[]> memory;
@@ -44,7 +44,8 @@ T* scratch(int64_t count) {
 
 enum Purpose { INPUT, BIAS, LIST, HIDDEN, ALIVE, ALIVE_LIST, PARTIALS, TILE, ADDED };
 
-// f(begin, end) for even shares of [0, n), in multiples of `unit`, on PyTorch's own threads: those that vLLM has bound to cores.
+// f(begin, end) for even shares of [0, n), in multiples of `unit`, on PyTorch's own threads: those that vLLM
+// has bound to cores.
 template <class F>
 void share_out(int64_t n, int64_t unit, const F& f) {
   const int64_t units = (n + unit - 1) / unit;

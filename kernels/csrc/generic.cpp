@@ -1,4 +1,5 @@
-// Plain C++ for every other CPU; the compiler makes what vectors it can of the fixed-size loops. And the choice.
+// Plain C++ for every other CPU; the compiler makes what vectors it can of the fixed-size loops. And the
+// choice.
 #include <cstdint>
 
 #include "isa.h"
@@ -39,7 +40,9 @@ struct Vec {
     for (int i = 0; i < WIDTH; ++i) a.v[i] = a.v[i] < 0 ? 0 : a.v[i];  // NaN stays
     return a;
   }
-  static float sum(Vec a) { return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7])); }
+  static float sum(Vec a) {
+    return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
+  }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = sum(a);
     out[1] = sum(b);
@@ -67,14 +70,16 @@ constexpr int MAX_TOKENS = 2, ACCUMULATE_TOKENS = 5, MANY_TOKENS = 5;
 #include "tiles.h"
 }  // namespace
 
-const Kernels generic_kernels = {"generic", input_widened, dot_widened, accumulate_widened, nullptr, nullptr, threshold, activate, widen_any, finish_any};
+const Kernels generic_kernels = {"generic", input_widened, dot_widened, accumulate_widened, nullptr,
+                                 nullptr,   threshold,     activate,    widen_any,          finish_any};
 
 const Kernels* const* supported(int* count) {
   static const Kernels* list[4];
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) list[n++] = &avx512_bf16_kernels;

@@ -1,5 +1,6 @@
-// What an instruction set offers, as plain functions over pointers: no PyTorch type crosses this line, because the files
-// that are compiled for AVX must not emit inline functions that the linker might then pick for every CPU.
+// What an instruction set offers, as plain functions over pointers: no PyTorch type crosses this line,
+// because the files that are compiled for AVX must not emit inline functions that the linker might then pick
+// for every CPU.
 #pragma once
 
 #include <cstdint>
@@ -33,25 +34,29 @@ constexpr int64_t accumulate_scratch(int64_t tokens, int64_t columns) {
 struct Kernels {
   const char* name;
 
-  // Which type `dot` takes the other operand in, for weights and inputs of a type: bf16 where bf16 products are native.
+  // Which type `dot` takes the other operand in, for weights and inputs of a type: bf16 where bf16 products
+  // are native.
   Type (*dot_input)(Type weights, Type inputs);
 
-  // out[t * ldo + i - begin] = sum over the segments' columns k of row_i[k] * x[t * ldx + k], for rows begin <= i < end
-  // and t < tokens; x in dot_input's type; accumulated in fp32.
-  void (*dot)(const Rows& rows, int64_t begin, int64_t end, const void* x, Type x_type, int64_t ldx, int64_t tokens,
-              const Segment* segments, int64_t num_segments, float* out, int64_t ldo);
+  // out[t * ldo + i - begin] = sum over the segments' columns k of row_i[k] * x[t * ldx + k], for rows begin
+  // <= i < end and t < tokens; x in dot_input's type; accumulated in fp32.
+  void (*dot)(const Rows& rows, int64_t begin, int64_t end, const void* x, Type x_type, int64_t ldx,
+              int64_t tokens, const Segment* segments, int64_t num_segments, float* out, int64_t ldo);
 
-  // out[t * ldo + c - column_begin] = sum over rows begin <= i < end of h[t * ldh + places[i]] * row_i[c], for columns
-  // column_begin <= c < column_end; the order of the sum does not depend on the columns. h is in dot_input's type. `scratch`,
-  // aligned to 64 bytes, has accumulate_scratch(tokens, columns) bytes.
-  void (*accumulate)(const Rows& rows, int64_t begin, int64_t end, const void* h, Type h_type, int64_t ldh, const int32_t* places,
-                     int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo, char* scratch);
+  // out[t * ldo + c - column_begin] = sum over rows begin <= i < end of h[t * ldh + places[i]] * row_i[c],
+  // for columns column_begin <= c < column_end; the order of the sum does not depend on the columns. h is in
+  // dot_input's type. `scratch`, aligned to 64 bytes, has accumulate_scratch(tokens, columns) bytes.
+  void (*accumulate)(const Rows& rows, int64_t begin, int64_t end, const void* h, Type h_type, int64_t ldh,
+                     const int32_t* places, int64_t tokens, int64_t column_begin, int64_t column_end,
+                     float* out, int64_t ldo, char* scratch);
 
-  // `dot` for bf16 weights, bf16 inputs and many tokens, of which one block is multiplied: `x` as pack_lanes left it, segments
-  // of even columns. Rows up to `last` are prefetched where `prefetch` says so. Null where bf16 products are not native.
-  void (*dot_lanes)(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x, int64_t tokens, const Segment* segments,
-                    int64_t num_segments, float* out, int64_t ldo, bool prefetch);
-  // A block of tokens [tokens][ldx] for dot_lanes: pairs of columns, each of lane_width(tokens) tokens; `columns` is a multiple of 32.
+  // `dot` for bf16 weights, bf16 inputs and many tokens, of which one block is multiplied: `x` as pack_lanes
+  // left it, segments of even columns. Rows up to `last` are prefetched where `prefetch` says so. Null where
+  // bf16 products are not native.
+  void (*dot_lanes)(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x, int64_t tokens,
+                    const Segment* segments, int64_t num_segments, float* out, int64_t ldo, bool prefetch);
+  // A block of tokens [tokens][ldx] for dot_lanes: pairs of columns, each of lane_width(tokens) tokens;
+  // `columns` is a multiple of 32.
   void (*pack_lanes)(const void* x, int64_t ldx, int64_t tokens, int64_t columns, void* to);
 
   // How many scores[i] + bias[i] are positive; any[i] becomes 1 where that one is.

@@ -1,13 +1,14 @@
-// The loops over rows, columns and tokens, written once for every instruction set. Included once by each ISA file, in its
-// anonymous namespace, after its vector types:
-//   Vec             WIDTH fp32 lanes: zero, load, load_n, store, store_n, set1, fma, relu, sum4 (of four vectors), sum
-//   widen, widen_n  WIDTH elements of a type as a Vec; the first n, then zeros
-//   Dot<W, X>       how weights W and inputs X are multiplied: STEP, load_w, load_x (and _n), mad
-//   MAX_TOKENS      tokens whose accumulators fit the registers beside four rows
-//   ACCUMULATE_TOKENS  likewise, two vectors of columns each, beside these of a row; MANY_TOKENS: of a tile when there are more
+// The loops over rows, columns and tokens, written once for every instruction set. Included once by each ISA
+// file, in its anonymous namespace, after its vector types:
+//   Vec             WIDTH fp32 lanes: zero, load, load_n, store, store_n, set1, fma, relu, sum4 (of four
+//   vectors), sum widen, widen_n  WIDTH elements of a type as a Vec; the first n, then zeros Dot<W, X> how
+//   weights W and inputs X are multiplied: STEP, load_w, load_x (and _n), mad MAX_TOKENS      tokens whose
+//   accumulators fit the registers beside four rows ACCUMULATE_TOKENS  likewise, two vectors of columns each,
+//   beside these of a row; MANY_TOKENS: of a tile when there are more
 
 constexpr int ROWS = 4;  // of a dot tile: enough independent chains to hide the latency of a multiply-add
-constexpr int64_t FEW_ROWS = 32, MANY_ROWS = 128;  // of accumulate at once: up to ACCUMULATE_TOKENS, and beyond
+constexpr int64_t FEW_ROWS = 32,
+                  MANY_ROWS = 128;  // of accumulate at once: up to ACCUMULATE_TOKENS, and beyond
 constexpr int64_t LINE = 64;
 
 template <int N>
@@ -23,11 +24,11 @@ inline const E* row(const Rows& rows, int64_t i) {
 // Into the second cache: in the first one it would drive out what is in use (20 to 30% slower on Zen 4).
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// While a group of rows is multiplied the next one is prefetched: rows of a list lie too far apart for the hardware's
-// own prefetcher, and each is only a few KB long.
+// While a group of rows is multiplied the next one is prefetched: rows of a list lie too far apart for the
+// hardware's own prefetcher, and each is only a few KB long.
 template <class D, int R, int T, bool PREFETCH>
-void dot_tile(const typename D::W* const* w, const typename D::W* const* next, const typename D::X* x, int64_t ldx,
-              const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
+void dot_tile(const typename D::W* const* w, const typename D::W* const* next, const typename D::X* x,
+              int64_t ldx, const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
   Vec acc[T][R];
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < R; ++r) acc[t][r] = Vec::zero();
@@ -55,22 +56,33 @@ void dot_tile(const typename D::W* const* w, const typename D::W* const* next, c
     }
   }
   for (int t = 0; t < T; ++t) {
-    if (R == 4) Vec::sum4(acc[t][0], acc[t][R > 1 ? 1 : 0], acc[t][R > 2 ? 2 : 0], acc[t][R > 3 ? 3 : 0], out + t * ldo);
+    if (R == 4)
+      Vec::sum4(acc[t][0], acc[t][R > 1 ? 1 : 0], acc[t][R > 2 ? 2 : 0], acc[t][R > 3 ? 3 : 0],
+                out + t * ldo);
     else
       for (int r = 0; r < R; ++r) out[t * ldo + r] = Vec::sum(acc[t][r]);
   }
 }
 
 template <class D, int R, bool PREFETCH>
-void dot_tokens(int tokens, const typename D::W* const* w, const typename D::W* const* next, const typename D::X* x, int64_t ldx,
-                const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
+void dot_tokens(int tokens, const typename D::W* const* w, const typename D::W* const* next,
+                const typename D::X* x, int64_t ldx, const Segment* segments, int64_t num_segments,
+                float* out, int64_t ldo) {
   switch (tokens) {
     case 1: return dot_tile<D, R, 1, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
     case 2: return dot_tile<D, R, 2, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
-    case 3: if constexpr (MAX_TOKENS >= 3) return dot_tile<D, R, 3, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
-    case 4: if constexpr (MAX_TOKENS >= 4) return dot_tile<D, R, 4, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
-    case 5: if constexpr (MAX_TOKENS >= 5) return dot_tile<D, R, 5, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
-    case 6: if constexpr (MAX_TOKENS >= 6) return dot_tile<D, R, 6, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
+    case 3:
+      if constexpr (MAX_TOKENS >= 3)
+        return dot_tile<D, R, 3, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
+    case 4:
+      if constexpr (MAX_TOKENS >= 4)
+        return dot_tile<D, R, 4, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
+    case 5:
+      if constexpr (MAX_TOKENS >= 5)
+        return dot_tile<D, R, 5, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
+    case 6:
+      if constexpr (MAX_TOKENS >= 6)
+        return dot_tile<D, R, 6, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
   }
 }
 
@@ -90,8 +102,10 @@ void dot_group(const Rows& rows, int64_t i, int64_t last, const typename D::X* x
   }
   for (int64_t t = 0; t < tokens;) {
     const int count = share(tokens - t, MAX_TOKENS);
-    if (t == 0) dot_tokens<D, R, true>(count, w, next, x, ldx, segments, num_segments, out, ldo);
-    else dot_tokens<D, R, false>(count, w, next, x + t * ldx, ldx, segments, num_segments, out + t * ldo, ldo);
+    if (t == 0)
+      dot_tokens<D, R, true>(count, w, next, x, ldx, segments, num_segments, out, ldo);
+    else
+      dot_tokens<D, R, false>(count, w, next, x + t * ldx, ldx, segments, num_segments, out + t * ldo, ldo);
     t += count;
   }
 }
@@ -103,7 +117,8 @@ void dot_rows(const Rows& rows, int64_t begin, int64_t end, const void* x, int64
   int64_t i = begin;
   for (; i + ROWS <= end; i += ROWS)
     dot_group<D, ROWS>(rows, i, end, input, ldx, tokens, segments, num_segments, out + i - begin, ldo);
-  for (; i < end; ++i) dot_group<D, 1>(rows, i, end, input, ldx, tokens, segments, num_segments, out + i - begin, ldo);
+  for (; i < end; ++i)
+    dot_group<D, 1>(rows, i, end, input, ldx, tokens, segments, num_segments, out + i - begin, ldo);
 }
 
 // Rows that are needed later, to be prefetched piece by piece along the rows, as memory likes it.
@@ -169,18 +184,21 @@ void accumulate_tile(const Source& source, int64_t n, const typename A::H* h, in
 }
 
 template <class A, int T = ACCUMULATE_TOKENS, class Source>
-void accumulate_tokens(int64_t tokens, const Source& source, int64_t n, const typename A::H* h, int64_t ldh, float* sums) {
+void accumulate_tokens(int64_t tokens, const Source& source, int64_t n, const typename A::H* h, int64_t ldh,
+                       float* sums) {
   if constexpr (T > 1)
     if (tokens < T) return accumulate_tokens<A, T - 1>(tokens, source, n, h, ldh, sums);
   accumulate_tile<A, T>(source, n, h, ldh, sums);
 }
 
-// Block by block of rows, tile by tile of columns. A few tokens read the rows where they lie; more read them several times,
-// so that the first tile of tokens keeps them as it multiplied them. While a block is worked through, the next is prefetched.
-// In `scratch`: sums [tiles][tokens][COLUMNS], kept rows [MANY_ROWS / GROUP][VECTORS], h of rows that are not neighbours.
+// Block by block of rows, tile by tile of columns. A few tokens read the rows where they lie; more read them
+// several times, so that the first tile of tokens keeps them as it multiplied them. While a block is worked
+// through, the next is prefetched. In `scratch`: sums [tiles][tokens][COLUMNS], kept rows [MANY_ROWS /
+// GROUP][VECTORS], h of rows that are not neighbours.
 template <class A>
-void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h, int64_t ldh, const int32_t* places, int64_t tokens, int64_t column_begin,
-                     int64_t column_end, float* out, int64_t ldo, char* scratch) {
+void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h, int64_t ldh,
+                     const int32_t* places, int64_t tokens, int64_t column_begin, int64_t column_end,
+                     float* out, int64_t ldo, char* scratch) {
   using W = typename A::W;
   using H = typename A::H;
   using WVec = typename A::WVec;
@@ -198,25 +216,30 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h
     const int64_t n = end - first < block ? end - first : block;
     const int64_t later = end - first - n < block ? end - first - n : block;
     for (int64_t i = 0; i < n; ++i) w[i] = row<W>(rows, first + i);
-    for (int64_t i = 0; i < later; ++i) next[i] = reinterpret_cast<const char*>(row<W>(rows, first + n + i) + column_begin);
+    for (int64_t i = 0; i < later; ++i)
+      next[i] = reinterpret_cast<const char*>(row<W>(rows, first + n + i) + column_begin);
     Ahead ahead{next, later, columns * int64_t(sizeof(W))};
     const H* values = static_cast<const H*>(h) + places[first];
     int64_t ldv = ldh;
     if (n % A::GROUP || places[first + n - 1] - places[first] != n - 1) {
       for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < n; ++i) gathered[t * MANY_ROWS + i] = static_cast<const H*>(h)[t * ldh + places[first + i]];
+        for (int64_t i = 0; i < n; ++i)
+          gathered[t * MANY_ROWS + i] = static_cast<const H*>(h)[t * ldh + places[first + i]];
         for (int64_t i = n; i % A::GROUP; ++i) gathered[t * MANY_ROWS + i] = H{};
       }
       values = gathered;
       ldv = MANY_ROWS;
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t column = tile * A::COLUMNS, left = columns - column, width = left < A::COLUMNS ? left : A::COLUMNS;
+      const int64_t column = tile * A::COLUMNS, left = columns - column,
+                    width = left < A::COLUMNS ? left : A::COLUMNS;
       float* sum = sums + column * tokens;
       const auto lying = [&](int64_t i, WVec* to) {
         ahead.template step<STEP_BYTES>();
-        if (width == A::COLUMNS) A::load(w, i, n, column_begin + column, A::COLUMNS, to);
-        else A::load(w, i, n, column_begin + column, width, to);
+        if (width == A::COLUMNS)
+          A::load(w, i, n, column_begin + column, A::COLUMNS, to);
+        else
+          A::load(w, i, n, column_begin + column, width, to);
       };
       const auto keep = [&](int64_t i, WVec* to) {
         lying(i, to);
@@ -231,8 +254,10 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h
       }
       for (int64_t t = 0; t < tokens;) {
         const int64_t count = share(tokens - t, MANY_TOKENS);
-        if (t == 0) accumulate_tokens<A, MANY_TOKENS>(count, keep, n, values, ldv, sum);
-        else accumulate_tokens<A, MANY_TOKENS>(count, again, n, values + t * ldv, ldv, sum + t * A::COLUMNS);
+        if (t == 0)
+          accumulate_tokens<A, MANY_TOKENS>(count, keep, n, values, ldv, sum);
+        else
+          accumulate_tokens<A, MANY_TOKENS>(count, again, n, values + t * ldv, ldv, sum + t * A::COLUMNS);
         t += count;
       }
     }
@@ -255,14 +280,16 @@ void widen_all(const void* from, float* to, int64_t n) {
 }
 
 inline Vec biased(Vec value, const float* bias, int64_t n) {
-  return bias ? Vec::fma(Vec::set1(1), n < Vec::WIDTH ? Vec::load_n(bias, n) : Vec::load(bias), value) : value;
+  return bias ? Vec::fma(Vec::set1(1), n < Vec::WIDTH ? Vec::load_n(bias, n) : Vec::load(bias), value)
+              : value;
 }
 
 template <class E>
 void finish_all(const float* from, const float* bias, void* to, int64_t n) {
   E* p = static_cast<E*>(to);
   int64_t i = 0;
-  for (; i + Vec::WIDTH <= n; i += Vec::WIDTH) store_as(biased(Vec::load(from + i), bias ? bias + i : bias, Vec::WIDTH), p + i);
+  for (; i + Vec::WIDTH <= n; i += Vec::WIDTH)
+    store_as(biased(Vec::load(from + i), bias ? bias + i : bias, Vec::WIDTH), p + i);
   if (i < n) {
     E last[Vec::WIDTH];
     store_as(biased(Vec::load_n(from + i, n - i), bias ? bias + i : bias, n - i), last);
@@ -300,8 +327,10 @@ void activate_all(const float* values, const float* bias, float* alive, void* to
 }
 
 void activate(const float* values, const float* bias, float* alive, void* to, Type type, int64_t n) {
-  if (type == Type::bf16) activate_all<BFloat>(values, bias, alive, to, n);
-  else activate_all<float>(values, bias, alive, to, n);
+  if (type == Type::bf16)
+    activate_all<BFloat>(values, bias, alive, to, n);
+  else
+    activate_all<float>(values, bias, alive, to, n);
 }
 
 void widen_any(const void* from, Type type, float* to, int64_t n) {
@@ -338,22 +367,33 @@ struct WidenDot {
 
 inline Type input_widened(Type, Type) { return Type::f32; }
 
-void dot_widened(const Rows& rows, int64_t begin, int64_t end, const void* x, Type, int64_t ldx, int64_t tokens, const Segment* segments,
-                 int64_t num_segments, float* out, int64_t ldo) {
+void dot_widened(const Rows& rows, int64_t begin, int64_t end, const void* x, Type, int64_t ldx,
+                 int64_t tokens, const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
   switch (rows.type) {
-    case Type::f32: return dot_rows<WidenDot<float>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-    case Type::f16: return dot_rows<WidenDot<Half>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-    case Type::bf16: return dot_rows<WidenDot<BFloat>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-    case Type::i8: return dot_rows<WidenDot<int8_t>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
+    case Type::f32:
+      return dot_rows<WidenDot<float>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
+    case Type::f16:
+      return dot_rows<WidenDot<Half>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
+    case Type::bf16:
+      return dot_rows<WidenDot<BFloat>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
+    case Type::i8:
+      return dot_rows<WidenDot<int8_t>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
   }
 }
 
-void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const void* h, Type, int64_t ldh, const int32_t* places, int64_t tokens,
-                        int64_t column_begin, int64_t column_end, float* out, int64_t ldo, char* scratch) {
+void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const void* h, Type, int64_t ldh,
+                        const int32_t* places, int64_t tokens, int64_t column_begin, int64_t column_end,
+                        float* out, int64_t ldo, char* scratch) {
   switch (rows.type) {
-    case Type::f32: return accumulate_rows<Accumulate<float>>(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
-    case Type::f16: return accumulate_rows<Accumulate<Half>>(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
-    case Type::bf16: return accumulate_rows<Accumulate<BFloat>>(rows, begin, end, h, ldh, places, tokens, column_begin, column_end, out, ldo, scratch);
+    case Type::f32:
+      return accumulate_rows<Accumulate<float>>(rows, begin, end, h, ldh, places, tokens, column_begin,
+                                                column_end, out, ldo, scratch);
+    case Type::f16:
+      return accumulate_rows<Accumulate<Half>>(rows, begin, end, h, ldh, places, tokens, column_begin,
+                                               column_end, out, ldo, scratch);
+    case Type::bf16:
+      return accumulate_rows<Accumulate<BFloat>>(rows, begin, end, h, ldh, places, tokens, column_begin,
+                                                 column_end, out, ldo, scratch);
     case Type::i8: return;
   }
 }

@@ -1,0 +1,61 @@
+// What an operation asks of its tensors, and the counters of a gate. Included by ops.cpp alone.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "common.h"
+
+namespace dejavu {
+
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t SEGMENT = 128;  // of a neuron list; as in kernels/interface.py
+enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED };
+
+void check_matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns,
+              "dejavu: ", name, " must be a CPU tensor [", rows < 0 ? "rows" : std::to_string(rows), ", ",
+              columns, "], got ", t.sizes(), " on ", t.device());
+  TORCH_CHECK(t.stride(1) == 1, "dejavu: rows of ", name, " must be contiguous, strides are ", t.strides());
+}
+
+void check_vector(const Tensor& t, int64_t size, at::ScalarType type, const char* name) {
+  TORCH_CHECK(t.device().is_cpu() && t.dim() == 1 && t.size(0) == size && t.scalar_type() == type &&
+                  t.is_contiguous(),
+              "dejavu: ", name, " must be a contiguous CPU tensor [", size, "] of ", type, ", got ",
+              t.sizes(), " of ", t.scalar_type(), " on ", t.device());
+}
+
+void check_counters(const MaybeTensor& counters) {
+  if (!counters) return;
+  TORCH_CHECK(counters->device().is_cpu() && counters->scalar_type() == at::kLong &&
+                  counters->is_contiguous() && counters->numel() > SURVIVED,
+              "dejavu: counters must be a contiguous CPU tensor of int64 with at least ", SURVIVED + 1,
+              " elements, got ", counters->sizes(), " of ", counters->scalar_type(), " on ",
+              counters->device());
+}
+
+void count(const MaybeTensor& counters, Counter which, int64_t amount) {
+  if (counters) counters->data_ptr<int64_t>()[which] += amount;
+}
+
+void count_dense(const Tensor& counters, const Tensor& once, const Tensor& per_row, const Tensor& row_lens) {
+  check_counters(counters);
+  check_vector(once, counters.numel(), at::kLong, "once");
+  check_vector(per_row, counters.numel(), at::kLong, "per_row");
+  check_vector(row_lens, row_lens.numel(), at::kInt, "row_lens");
+  const auto* lens = row_lens.data_ptr<int32_t>();
+  const int64_t rows = std::count_if(lens, lens + row_lens.numel(), [](int32_t len) { return len > 0; });
+  auto* counter = counters.data_ptr<int64_t>();
+  for (int64_t i = 0; i < counters.numel(); ++i)
+    counter[i] += once.data_ptr<int64_t>()[i] + rows * per_row.data_ptr<int64_t>()[i];
+}
+
+}  // namespace
+
+}  // namespace dejavu

@@ -1,0 +1,219 @@
+// The MLP of selected neurons, and of all of them; dense linears.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "products.h"
+
+namespace dejavu {
+
+namespace {
+
+constexpr int64_t COLUMN_UNIT = 64;     // columns that an accumulate tile takes at once
+constexpr int64_t LEAST_COLUMNS = 256;  // of a task of fc2: narrower pieces of rows would waste prefetches
+constexpr int64_t LEAST_ROWS = 64;
+constexpr int64_t SUMS_BYTES = 256 << 10;  // of fc2's columns at a time: in the second cache
+constexpr int64_t MLP_TOKENS = 256;        // at once: what is between fc1 and fc2 stays in the caches
+// Tokens from which on PyTorch's linears overtake ours where bf16 products are not native.
+constexpr int64_t PLAIN_TOKENS = 16;
+
+// What is between fc1 and fc2: rows [tokens][width] of n neurons, and of each neuron the sum over the tokens,
+// which is 0 where none is positive.
+struct Activations {
+  char* rows;
+  Type type;
+  int64_t width;
+  float* alive;
+};
+
+// x through fc1's rows of the list (null: all of n) and ReLU; row_mask [tokens, ffn] may restrict a token to
+// its own.
+Activations up(const Inputs& x, const Tensor& fc1, const float* bias, const int32_t* list, int64_t n,
+               const bool* row_mask) {
+  const int64_t ffn = fc1.size(0), size = size_of(x.type);
+  const Rows rows = rows_of(fc1, list);
+  const int64_t width = (n + 15) / 16 * 16 + CACHE_LINE / 4;  // a line more, as in Inputs
+  char* h = scratch<HIDDEN, char>(x.tokens * width * size);
+  float* alive = scratch<ALIVE, float>(n);
+  share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
+    const Segment all{0, x.columns};
+    const auto id = [&](int64_t i) { return list ? static_cast<int64_t>(list[i]) : i; };
+    const int64_t chunk = x.chunk(last - first, rows.stride * size_of(rows.type));
+    float* added = scratch<ADDED, float>(chunk);
+    float* values = scratch<TILE, float>(x.block_tokens(0) * chunk);
+    for (int64_t begin = first; begin < last; begin += chunk) {
+      const int64_t end = std::min(last, begin + chunk), mine = end - begin;
+      for (int64_t i = 0; i < mine; ++i) added[i] = bias ? bias[id(begin + i)] : 0;
+      std::fill_n(alive + begin, mine, 0);
+      for (int64_t block = 0; block < x.blocks(); ++block) {
+        x.multiply(rows, begin, end, last, block, &all, 1, values, mine);
+        for (int64_t i = 0; i < x.block_tokens(block); ++i) {
+          const int64_t t = block * LANE_BLOCK + i;
+          if (row_mask)
+            for (int64_t j = 0; j < mine; ++j)
+              if (!row_mask[t * ffn + id(begin + j)]) values[i * mine + j] = -INFINITY;
+          kernels().activate(values + i * mine, added, alive + begin, h + (t * width + begin) * size, x.type,
+                             mine);
+        }
+      }
+    }
+  });
+  return {h, x.type, width, alive};
+}
+
+// Neurons that some token needs: their numbers, and their places among the n.
+struct Survivors {
+  const int32_t *numbers, *places;
+  int64_t count;
+};
+
+Survivors compact(const Activations& h, const int32_t* list, int64_t n) {
+  auto* numbers = scratch<ALIVE_LIST, int32_t>(2 * n);
+  auto* places = numbers + n;
+  int64_t m = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    numbers[m] = list ? list[i] : static_cast<int32_t>(i);
+    places[m] = static_cast<int32_t>(i);
+    m += h.alive[i] != 0;
+  }
+  return {numbers, places, m};
+}
+
+// Through fc2's rows of the survivors. Threads share the columns; where they are too few, the neurons too,
+// whose partial sums are added in order.
+void down(const Activations& h, const Survivors& survivors, int64_t tokens, const Tensor& fc2,
+          const Tensor& out) {
+  const int64_t columns = fc2.size(1), m = survivors.count;
+  const int64_t threads = at::get_num_threads(),
+                column_tasks = std::clamp<int64_t>(columns / LEAST_COLUMNS, 1, threads);
+  const int64_t splits = std::clamp<int64_t>(m / LEAST_ROWS, 1, threads / column_tasks);
+  float* partials = scratch<PARTIALS, float>(splits * tokens * columns);
+  const Rows rows2 = rows_of(fc2, survivors.numbers);
+  const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
+  const Type type = type_of(out);
+  const auto finish = [&](int64_t t, int64_t begin, int64_t end) {
+    kernels().finish(partials + t * columns + begin, nullptr, at_element(out, t * columns + begin), type,
+                     end - begin);
+  };
+  const int64_t panel =
+      std::max(LEAST_COLUMNS, SUMS_BYTES / (4 * std::max<int64_t>(tokens, 1)) / COLUMN_UNIT * COLUMN_UNIT);
+  at::parallel_for(0, column_tasks * splits, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t split = task / column_tasks, place = task % column_tasks;
+      const int64_t begin = units * place / column_tasks * COLUMN_UNIT,
+                    end = std::min(columns, units * (place + 1) / column_tasks * COLUMN_UNIT);
+      if (begin >= end) continue;
+      char* memory = scratch<TILE, char>(accumulate_scratch(tokens, panel));
+      for (int64_t column = begin; column < end; column += panel) {
+        const int64_t stop = std::min(end, column + panel);
+        kernels().accumulate(rows2, m * split / splits, m * (split + 1) / splits, h.rows, h.type, h.width,
+                             survivors.places, tokens, column, stop,
+                             partials + split * tokens * columns + column, columns, memory);
+        if (splits == 1)
+          for (int64_t t = 0; t < tokens; ++t) finish(t, column, stop);
+      }
+    }
+  });
+  if (splits > 1)
+    share_out(tokens * units, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t t = i / units, begin = i % units * COLUMN_UNIT,
+                      end = std::min(columns, begin + COLUMN_UNIT);
+        for (int64_t s = 1; s < splits; ++s)
+          for (int64_t c = begin; c < end; ++c)
+            partials[t * columns + c] += partials[(s * tokens + t) * columns + c];
+        finish(t, begin, end);
+      }
+    });
+}
+
+// x [tokens, hidden] through fc1's rows of the list, ReLU, and fc2's rows of the neurons that came out
+// positive.
+void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tensor& fc2, const int32_t* list,
+              int64_t n, const bool* row_mask, const MaybeTensor& counters, const Tensor& out) {
+  const Inputs inputs(x, type_of(fc1));
+  const Activations h = up(inputs, fc1, bias, list, n, row_mask);
+  const Survivors survivors = compact(h, list, n);
+  count(counters, SURVIVED, survivors.count);
+  down(h, survivors, x.size(0), fc2, out);
+}
+
+void check_mlp(const Tensor& x, const Tensor& fc1, const Tensor& fc2) {
+  check_matrix(x, -1, fc1.size(1), "x");
+  check_matrix(fc1, -1, x.size(1), "fc1's weight");
+  check_matrix(fc2, fc1.size(0), fc2.size(1), "fc2's transposed weight");
+  TORCH_CHECK(x.scalar_type() == fc1.scalar_type() && x.scalar_type() == fc2.scalar_type(),
+              "dejavu: x, fc1 and fc2 must have one dtype, got ", x.scalar_type(), ", ", fc1.scalar_type(),
+              ", ", fc2.scalar_type());
+}
+
+Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bias, const Tensor& fc2,
+                  const Tensor& neuron_ids, const Tensor& counts, const Tensor& row_lens,
+                  const MaybeTensor& row_mask, const MaybeTensor& counters) {
+  check_mlp(x, fc1, fc2);
+  const int64_t ffn = fc1.size(0), segments = (ffn + SEGMENT - 1) / SEGMENT;
+  check_vector(neuron_ids, ffn, at::kInt, "neuron_ids");
+  check_vector(counts, segments, at::kInt, "counts");
+  check_vector(row_lens, x.size(0), at::kInt, "row_lens");
+  if (row_mask) check_matrix(*row_mask, x.size(0), ffn, "row_mask");
+  check_counters(counters);
+  const auto valid = valid_rows(row_lens);
+  const Tensor some = rows_at(x, valid), mask = row_mask ? rows_at(*row_mask, valid) : Tensor();
+  Tensor out = at::empty({some.size(0), fc2.size(1)}, x.options());
+
+  const auto *ids = neuron_ids.data_ptr<int32_t>(), *number = counts.data_ptr<int32_t>();
+  auto* list = scratch<LIST, int32_t>(ffn);
+  int64_t n = 0;
+  for (int64_t s = 0; s < segments; ++s) n = std::copy_n(ids + s * SEGMENT, number[s], list + n) - list;
+  mlp_rows(some, fc1, widened(fc1_bias, ffn), fc2, list, n, row_mask ? mask.data_ptr<bool>() : nullptr,
+           counters, out);
+  if (some.size(0) == x.size(0)) return out;
+  return at::zeros({x.size(0), fc2.size(1)}, x.options()).index_copy_(0, at::tensor(valid, at::kLong), out);
+}
+
+// Whether PyTorch's own linears are faster.
+bool better_plain(const Tensor& x, const Tensor& weight) {
+  return x.size(0) >= PLAIN_TOKENS &&
+         (kernels().dot_lanes == nullptr || weight.scalar_type() != at::kBFloat16);
+}
+
+void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& output) {
+  check_matrix(x, -1, weight.size(1), "x");
+  check_matrix(weight, -1, x.size(1), "weight");
+  check_matrix(output, x.size(0), weight.size(0), "output");
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && x.scalar_type() == output.scalar_type() &&
+                  output.is_contiguous(),
+              "dejavu: x, weight and output must have one dtype, and output must be contiguous; got ",
+              x.scalar_type(), ", ", weight.scalar_type(), ", ", output.scalar_type(), ", output's strides ",
+              output.strides());
+  const float* wide = widened(bias, weight.size(0));
+  if (better_plain(x, weight)) {
+    Tensor out = output;
+    at::linear_out(out, x, weight, bias);
+    return;
+  }
+  const Tensor input = x.contiguous();
+  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), {{0, x.size(1)}}, wide, output);
+}
+
+// The MLP over all neurons, but fc2's rows of neurons that came out 0 for all tokens of a chunk: that changes
+// nothing but the time.
+Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bias, const Tensor& fc2) {
+  check_mlp(x, fc1, fc2);
+  const float* bias = widened(fc1_bias, fc1.size(0));
+  if (better_plain(x, fc1)) return at::mm(at::linear(x, fc1, fc1_bias).relu_(), fc2);
+  const Tensor input = x.contiguous();
+  const int64_t tokens = x.size(0), chunks = std::max<int64_t>(1, (tokens + MLP_TOKENS - 1) / MLP_TOKENS);
+  Tensor out = at::empty({tokens, fc2.size(1)}, x.options());
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t begin = tokens * i / chunks, count = tokens * (i + 1) / chunks - begin;
+    mlp_rows(input.narrow(0, begin, count), fc1, bias, fc2, nullptr, fc1.size(0), nullptr, std::nullopt,
+             out.narrow(0, begin, count));
+  }
+  return out;
+}
+
+}  // namespace
+
+}  // namespace dejavu
