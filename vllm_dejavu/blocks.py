@@ -100,9 +100,8 @@ class GatedBlock(nn.Module):
         step = self.step()
         return step if step is not None and step.sparse and self.gate.takes(num_tokens) else None
 
-    def call(self, step: Step, x: torch.Tensor, *, counted: bool = True) -> Call:
-        counters = self.gate.counters if counted else None
-        return Call(step.row_lens(x.shape[0], x.device), counters, self.workspace)
+    def call(self, step: Step, x: torch.Tensor) -> Call:
+        return Call(step.row_lens(x.shape[0], x.device), self.gate.counters, self.workspace)
 
     def count_dense(self, x: torch.Tensor) -> None:
         """Count a dense pass: nothing in a dense step; everything where only this layer, above its crossover,
