@@ -159,7 +159,7 @@ class TestEngine:
     @pytest.fixture(scope="class")
     def served(self, model, predictors, tmp_path_factory):
         """(log-probabilities, counts, warnings, sharded state) of a sparse engine in 4 bits."""
-        from vllm_dejavu import model as served_model
+        from vllm_dejavu.models import base as served_model
 
         directory = tmp_path_factory.mktemp("sharded")
         with mock.patch.object(served_model.logger, "warning") as warning:
