@@ -51,6 +51,17 @@ NATIVE_TESTS = (
     "test_kernel_native_rounding.py",
     "test_kernel_native_refused.py",
 )
+TRITON_TESTS = (
+    "test_kernel_triton.py",
+    "test_kernel_triton_attention.py",
+    "test_kernel_triton_interface.py",
+)
+ARTIFACT_TESTS = (
+    "test_artifact.py",
+    "test_artifact_page.py",
+    "test_artifact_fuzz.py",
+    "test_engine_dense_gates.py",
+)
 STEPS = ("test_step.py", "test_engine_selection.py", "test_engine_metrics.py", "test_engine_replay.py")
 BLOCKS = (
     "test_engine_dense_gates.py",
@@ -66,14 +77,14 @@ TESTS_OF = {
         NATIVE_TESTS,
     ),
     "kernels/reference.py": ("test_kernel_reference.py",),
-    "kernels/primitives.py": ("test_kernel_triton.py",),
-    "kernels/tables.py": ("test_kernel_triton.py",),
-    "kernels/workspace.py": ("test_kernel_triton.py",),
-    "kernels/checks.py": ("test_kernel_triton.py",),
-    "kernels/predict.py": ("test_kernel_triton.py",),
-    "kernels/projections.py": ("test_kernel_triton.py",),
-    "kernels/sparse_attention.py": ("test_kernel_triton.py",),
-    "kernels/sparse_mlp.py": ("test_kernel_triton.py",),
+    "kernels/primitives.py": TRITON_TESTS,
+    "kernels/tables.py": TRITON_TESTS,
+    "kernels/workspace.py": TRITON_TESTS,
+    "kernels/checks.py": TRITON_TESTS,
+    "kernels/predict.py": TRITON_TESTS,
+    "kernels/projections.py": TRITON_TESTS,
+    "kernels/sparse_attention.py": TRITON_TESTS,
+    "kernels/sparse_mlp.py": TRITON_TESTS,
     **dict.fromkeys(("vllm_dejavu/steps.py", "vllm_dejavu/ops.py"), STEPS),
     **dict.fromkeys(
         [f"vllm_dejavu/{name}.py" for name in ("gate", "recall", "blocks", "mlp", "attention")], BLOCKS
@@ -83,8 +94,7 @@ TESTS_OF = {
     "vllm_dejavu/monitoring.py": ("test_engine_metrics.py",),
     "vllm_dejavu/selection.py": ("test_selection.py", "test_engine_selection.py"),
     "vllm_dejavu/predictor.py": ("test_selection.py", "test_training_forms.py"),
-    "vllm_dejavu/artifact.py": ("test_artifact.py", "test_engine_dense_gates.py"),
-    "vllm_dejavu/manifest.py": ("test_artifact.py", "test_engine_dense_gates.py"),
+    **dict.fromkeys(("vllm_dejavu/artifact.py", "vllm_dejavu/manifest.py"), ARTIFACT_TESTS),
     "vllm_dejavu/tune.py": ("test_tune.py",),
     "vllm_dejavu/config.py": ("test_config.py",),
     "vllm_dejavu/engine.py": ("test_capture_sizes.py", "test_engine_plugin.py", "test_engine_metrics.py"),
