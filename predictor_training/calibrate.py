@@ -282,7 +282,10 @@ def _choices(points: Points) -> list[Choice]:
     choices: list[Choice] = []
     for exponent in range(160, -41, -1):
         price = 2.0 ** (exponent / 8)
-        choice = {k: min(ps, key=lambda p: p.bytes + price * p.nats) for k, ps in points.items()}  # noqa: B023
+        choice = {
+            key: min(candidates, key=lambda point, price=price: point.bytes + price * point.nats)
+            for key, candidates in points.items()
+        }
         if not choices or choice != choices[-1]:
             choices.append(choice)
     return choices
