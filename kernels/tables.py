@@ -65,11 +65,10 @@ def tiles() -> dict[str, dict[int, Tile]]:
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     own = "triton-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    table = read(own if (DIRECTORY / f"{own}.json").exists() else "triton")["tiles"]
     return {
         kernel: {int(tokens): Tile(**tile) for tokens, tile in buckets.items()}
-        for kernel, buckets in read(own if (DIRECTORY / f"{own}.json").exists() else "triton")[
-            "tiles"
-        ].items()
+        for kernel, buckets in table.items()
     }
 
 

@@ -134,8 +134,9 @@ class GatedAttention(GatedBlock):
 
     def stock(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """vLLM's own layers."""
-        query, key, value = self.split(self.qkv_proj(x)[0], positions)
-        return self.out_proj(self.attn(query, key, value).flatten(1))[0]
+        # flat, as vLLM's own models pass them: older versions take the output's shape from the query's
+        query, key, value = (part.flatten(1) for part in self.split(self.qkv_proj(x)[0], positions))
+        return self.out_proj(self.attn(query, key, value))[0]
 
     def split(
         self, qkv: torch.Tensor, positions: torch.Tensor

@@ -63,7 +63,7 @@ class GatedMLP(GatedBlock):
         """In front of the attention: start the prediction, where it can run beside it."""
         if self.gate is None or not self.early:
             return flow
-        x = attn_input if self.gate.lookahead == "attn_input" else flow.previous
+        x = self.gate_input(attn_input, flow._replace(attn_input=attn_input))
         name = encode_layer_name(self.layer_name)
         chosen = ops.select_neurons(x, flow.positions, self.units, self.masked, name)
         return flow._replace(early=(*chosen, x))
@@ -151,7 +151,7 @@ class GatedMLP(GatedBlock):
             return out, scores
         chosen = self.choose(gate_input, positions, call) if early is None else early
         if self.pending is not None:
-            torch.cuda.current_stream().wait_event(self.pending[0])
+            self.pending[0].wait()  # the current stream does
             self.pending = None
         if self.settings.measure:
             self.gate.count(chosen.mask, call.row_lens > 0, self.true_active(x))

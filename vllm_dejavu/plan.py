@@ -26,14 +26,13 @@ from vllm_dejavu.manifest import (
 )
 from vllm_dejavu.published import DEVICES, GEOMETRIES, preset_densities
 from vllm_dejavu.roofline import DENSE_LAUNCHES, Account, Device, Workload, num_weights
-from vllm_dejavu.sizes import default_rank
+from vllm_dejavu.sizes import WEIGHT_BYTES, default_rank
 
 Layers = Sequence[dict[str, GateSpec]]
 
 # Beside the dense layer's launches. A gated MLP: predictor down, predictor up + select, and no ReLU; gated
 # heads: no merge of the splits; their scores take a launch unless they ride along (docs/kernels.md).
 MLP_GATE_LAUNCHES, HEAD_GATE_LAUNCHES, HEAD_SCORE_LAUNCHES = 2 - 1, -1, 1
-SERVED_BYTES = 2  # of a weight and of a cached value
 SMALLEST_MEASURED_HIDDEN = 2048
 LARGEST_MODELLED_BATCH = 64
 
@@ -301,7 +300,7 @@ def layer_workloads(layers: Layers, batch: int, context: int, tp: int) -> list[W
                 batch=batch,
                 context=context,
                 tp=tp,
-                dtype_bytes=SERVED_BYTES,
+                dtype_bytes=WEIGHT_BYTES,
                 mlp_density=_share(mlp.density_at(batch)),
                 head_density=head_density,
                 # Both are means over samples: at small batches the union's may lie outside of what the other
@@ -367,8 +366,8 @@ def memory_cost(
 ) -> dict[str, Any]:
     """Of predictors, on one rank. Workspaces are not counted."""
     predictors = predictor_bytes(layers, spec, tp)
-    weights = num_weights(geometry) * SERVED_BYTES / tp
-    token = geometry.num_layers * 2 * geometry.hidden_size * SERVED_BYTES / tp
+    weights = num_weights(geometry) * WEIGHT_BYTES / tp
+    token = geometry.num_layers * 2 * geometry.hidden_size * WEIGHT_BYTES / tp
     needed = step.accounts[0].need_gb * 1e9 + predictors
     return {
         "predictor_bytes": predictors,
