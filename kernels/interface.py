@@ -202,7 +202,7 @@ class Kernels:
         selection, head_scores = self.select_neurons(
             asked.x, asked.predictor, call, asked.with_mask, asked.rider
         )
-        masked = selection if asked.row_exact else selection._replace(mask=None)
+        masked = selection if asked.row_exact or selection.mask is None else selection._replace(mask=None)
         return self.sparse_mlp(x, mlp, masked, call), selection, head_scores
 
     def attention_block(

@@ -316,7 +316,7 @@ SERVING = [
     picked(
         "rows-not-masked",
         "kernels/interface.py",
-        "selection if asked.row_exact else selection._replace(mask=None)",
+        "selection if asked.row_exact or selection.mask is None else selection._replace(mask=None)",
         "selection._replace(mask=None)",
         "test_engine_selection.py",
     ),

@@ -5,6 +5,7 @@ Shapes as in `blocks`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -142,15 +143,15 @@ class GatedAttention(GatedBlock):
         self, qkv: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[T, sum of columns] -> query [T, units, head_size], key and value [T, kv_heads, head_size]."""
-        query, key, value = qkv.split(self.columns, dim=-1)
+        query, key, value = qkv.split_with_sizes(self.columns, -1)
         if self.rotary is not None:
             query, key = self.rotary(positions, query, key)
-        size = self.head_size
-        return query.unflatten(-1, (-1, size)), key.unflatten(-1, (-1, size)), value.unflatten(-1, (-1, size))
+        rows, size = qkv.shape[0], self.head_size
+        return query.view(rows, -1, size), key.view(rows, -1, size), value.view(rows, -1, size)
 
     # Inside the ops:
 
-    @property
+    @functools.cached_property
     def weights(self) -> interface.Attention:
         qkv, out = rows_of(self.qkv_proj), rows_of(self.out_proj, bias=False)
         return interface.Attention(qkv, out, self.head_size, self.split)

@@ -70,6 +70,7 @@ class GatedBlock(nn.Module):
     def attach(self, calibrated: Calibrated, block: str, site: Site, units: int) -> None:
         """Give this block its gate, and make it findable by the ops."""
         self.gate = Gate(calibrated, block, site.layer, units, site.settings, self.kernels)
+        vars(self)["gate"] = self.gate  # found without Module's own search, at each of a step's questions
         self.recall = Recall(self.gate)
         self.layer_name = f"{site.prefix}.dejavu_{block}"
         context = site.vllm_config.compilation_config.static_forward_context
@@ -94,11 +95,13 @@ class GatedBlock(nn.Module):
         return current_step(self.attention_name, self.settings.apply_to)
 
     def sparse_step(self, num_tokens: int) -> Step | None:
-        """The step if this block runs sparse in it, else None."""
-        if self.gate is None:
-            return None
+        """The step if this block, which has a gate, runs sparse in it, else None."""
         step = self.step()
-        return step if step is not None and step.sparse and self.gate.takes(num_tokens) else None
+        return step if self.takes(step, num_tokens) else None
+
+    def takes(self, step: Step | None, num_tokens: int) -> bool:
+        """Whether this block, which has a gate, runs sparse in a step."""
+        return step is not None and step.sparse and self.gate.takes(num_tokens)
 
     def call(self, step: Step, x: torch.Tensor) -> Call:
         return Call(step.row_lens(x.shape[0], x.device), self.gate.counters, self.workspace)

@@ -43,4 +43,5 @@ def keep_gathered(kernels: Kernels, *linears: nn.Module) -> None:
 
 def rows_of(linear: nn.Module, *, bias: bool = True) -> Rows:
     """A linear's weight as kernels take it; without the bias where that is added after the sum over ranks."""
-    return Rows(linear.weight, linear.bias if bias else None)
+    # Plain tensors: an op that is given one of vLLM's parameters asks its Python class first.
+    return Rows(linear.weight.data, linear.bias.data if bias and linear.bias is not None else None)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -93,7 +95,7 @@ class GatedMLP(GatedBlock):
     def masked(self) -> bool:
         return self.with_mask or self.gate.recorder is not None
 
-    @property
+    @functools.cached_property
     def weights(self) -> Mlp:
         return Mlp(rows_of(self.fc1), rows_of(self.fc2, bias=False), self.activation)
 
@@ -131,13 +133,14 @@ class GatedMLP(GatedBlock):
         Args:
             previous: what a rider reads. early: from `predict_early`.
         """
-        step, rider = self.sparse_step(x.shape[0]), self.rider
-        if rider is not None and rider.sparse_step(x.shape[0]) is None:
+        # All layers of a pass run by one predicate, so that the rider's step is this one.
+        step, rider, rows = self.step(), self.rider, x.shape[0]
+        if rider is not None and not rider.takes(step, rows):
             rider = None
-        if step is None:
+        if not self.takes(step, rows):
             scores = None
             if rider is not None:
-                scores = rider.choose(previous, positions, rider.call(rider.step(), x))
+                scores = rider.choose(previous, positions, rider.call(step, x))
             return self.dense(x, gate_input), scores
         call = self.call(step, x)
         if self.settings.mode == "sparse" and early is None and not self.settings.measure:

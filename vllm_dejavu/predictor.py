@@ -4,6 +4,8 @@ this.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from vllm_dejavu.kernels import reference
@@ -130,7 +132,7 @@ class Predictor(torch.nn.Module):
         """[num_tokens, hidden] -> [num_tokens, units], fp32."""
         return reference.scores(x, self.weights)
 
-    @property
+    @functools.cached_property
     def weights(self) -> LowRank | Linear:
         """As kernels take them."""
         if self.low_rank:
