@@ -12,6 +12,7 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from vllm_dejavu import engine, steps
+from vllm_dejavu.config import DejaVuConfig
 
 
 @pytest.fixture
@@ -68,6 +69,21 @@ def test_what_cannot_be_captured_is_said(max_num_seqs, mode, warning, heard):
 def test_without_graphs_nothing_happens():
     assert sizes_after([], 7) == []
     assert sizes_after([1, 8], 7, CUDAGraphMode.NONE) == [1, 8]
+
+
+@pytest.mark.parametrize("given", [None, {"other": 1}, {"other": 1, "dejavu": {"seed": 3}}], ids=str)
+def test_what_is_settled_joins_what_was_given(given):
+    """The digest of the artifact, for the compile cache's key, and where it lies."""
+    config = SimpleNamespace(
+        additional_config=given,
+        parallel_config=SimpleNamespace(worker_extension_cls="theirs"),
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        compilation_config=SimpleNamespace(),
+    )
+    settings = DejaVuConfig(predictor="there")
+    engine.update_engine(config, settings, "abc")
+    own = (given or {}).get("dejavu", {}) | {"artifact_digest": "abc", "predictor": "there"}
+    assert config.additional_config == (given or {}) | {"dejavu": own}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from engine import one_collection
 
 from vllm_dejavu import artifact, cli
 from vllm_dejavu.predictor_training import data, evaluate
-from vllm_dejavu.predictor_training.evaluate import EvaluateConfig, _increase
+from vllm_dejavu.predictor_training.evaluate import PROMPT_TOKENS, EvaluateConfig, _increase, _prompts
 from vllm_dejavu.predictor_training.gates import gates_of
 from vllm_dejavu.predictor_training.hf_model import HfModel
 from vllm_dejavu.predictor_training.masked import Masked
@@ -141,6 +141,17 @@ def test_simulated_quantization_dense_and_sparse(text, sparse):
         (1 + result["ppl_increase"]) * (1 + result["quantization_ppl_increase"]), abs=rounding
     )
     assert result["weight_bits"] == 4 and result["sparse_ppl"] != sparse[0]["sparse_ppl"]
+
+
+def test_prompts_begin_with_bos_at_evenly_spaced_places():
+    """Rows of BOS and text; the prompts are cut out of the text as if it were one."""
+    bos, body = 2, torch.arange(100, 100 + 10 * 99).view(10, 99)
+    tokens = torch.cat([torch.full((10, 1), bos), body], 1)
+    prompts = _prompts(tokens, EvaluateConfig(model=MODEL, data=("text",), prompts=3, new_tokens=8), 100)
+    length = min(PROMPT_TOKENS, 92)
+    assert [p[0] for p in prompts] == [bos] * 3 and [len(p) for p in prompts] == [length] * 3
+    assert [p[1] for p in prompts] == [100, 100 + (990 - length) // 2, 100 + 990 - length]
+    assert all(p[1:] == list(range(p[1], p[1] + length - 1)) for p in prompts)
 
 
 def test_increase_and_its_error_by_hand():

@@ -180,6 +180,12 @@ def test_sparse_mlp_for_every_size(hidden, ffn, dtype, isa):
         checks.sparse_mlp(tokens, hidden=hidden, ffn=ffn, dtype=dtype, density=0.6)
 
 
+@best_isa
+def test_more_tokens_than_have_sums_in_the_cache(isa):
+    """As many as a prompt's, where prompts are sparse: columns are still taken some hundred at a time."""
+    checks.sparse_mlp(1100, hidden=300, ffn=130)
+
+
 @every_isa_and_dtype
 @pytest.mark.parametrize("hidden", [256, 512], ids=lambda n: f"{n}-columns")
 def test_rows_of_a_power_of_two_of_bytes(hidden, dtype, isa):
@@ -296,9 +302,11 @@ def test_sparse_out_proj_for_every_density_and_padding(tokens, given_output, den
     ids=["one-head", "odd", "odder", "wide-heads", "large", "odd-heads-in-even-rows", "heads-inside-a-line"],
 )
 def test_sparse_out_proj_for_every_size(heads, head_size, hidden, dtype, isa):
-    """Selected heads side by side are one segment of columns; between them lie NaN."""
-    for tokens in (1, 5, 20):
-        for density in (0.4, 0.8):
+    """Selected heads side by side are one segment of columns; between them lie NaN. Many rows select few
+    heads each, or the union is all of them.
+    """
+    for tokens, densities in ((1, (0.4, 0.8)), (5, (0.1, 0.4)), (20, (0.03, 0.1))):
+        for density in densities:
             checks.sparse_out_proj(tokens, heads, head_size, hidden, dtype, density)
 
 

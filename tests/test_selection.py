@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from vllm_dejavu import metrics
 from vllm_dejavu.kernels import reference
 from vllm_dejavu.predictor import Predictor, gate_input
-from vllm_dejavu.selection import head_contributions, head_grams, random_mask, static_units
+from vllm_dejavu.selection import (
+    contributions,
+    head_contributions,
+    head_grams,
+    random_mask,
+    static_units,
+)
 
 IDS = torch.arange(1024)
 
@@ -64,6 +70,7 @@ def test_head_contributions_are_norms_after_out_proj():
     attn, weight = torch.randn(7, 3, 8, generator=g), torch.randn(20, 24, generator=g)
     explicit = torch.stack([(attn[:, h] @ weight[:, 8 * h : 8 * h + 8].T).norm(dim=1) for h in range(3)], 1)
     assert torch.allclose(head_contributions(attn, head_grams(weight, 3)), explicit, rtol=1e-4)
+    assert torch.allclose(contributions(attn, weight), explicit, rtol=1e-4)
 
 
 @fuzz(100)

@@ -16,6 +16,8 @@ from vllm_dejavu.predictor_training.calibrate import (
     CalibrationSettings,
     Calibrator,
     Measurements,
+    Point,
+    _refined,
 )
 from vllm_dejavu.predictor_training.collect import Collector, Request, layer_lookahead
 from vllm_dejavu.predictor_training.describe import describe
@@ -290,6 +292,29 @@ def free(tmp_path_factory):
             tensor.zero_()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return HfModel(str(directory))
+
+
+def test_what_is_left_of_the_budget_is_spent_gate_by_gate():
+    """The best bargain first; one that costs more together than alone is refused, and the next one tried."""
+    keys = (0, "mlp"), (1, "mlp")
+    points = {
+        key: [
+            Point(None, 1.0, 1.0, 0.0, "dense"),
+            Point(None, 0.5, half, 0.01, "half"),
+            Point(None, 0.2, 0.2, 0.9, "beyond the budget"),
+        ]
+        for key, half in zip(keys, (0.4, 0.6), strict=True)
+    }
+    dense = {key: points[key][0] for key in keys}
+    asked = []
+
+    def rise(choice):
+        asked.append([p.label for p in choice.values()])
+        return 0.5 if choice[keys[0]].label == "half" else 0.01 * sum(p.density < 1 for p in choice.values())
+
+    chosen, nats = _refined(points, dense, 0.0, rise, budget=0.05)
+    assert asked == [["half", "dense"], ["dense", "half"]]
+    assert [p.label for p in chosen.values()] == ["dense", "half"] and nats == 0.01
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.02])

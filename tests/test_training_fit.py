@@ -77,8 +77,10 @@ def test_moments_and_fit_equal_least_squares_on_stored_activations(opt, tokens, 
         y = Labels().head_targets(s["attn"].float(), head_grams(layer.self_attn.out_proj.weight, 2)).double()
         x = torch.cat([s["attn_x"], torch.ones(len(y), 1, dtype=torch.double)], 1)
         floor = (x @ torch.linalg.lstsq(x, y).solution - y).pow(2).mean()
-        error = (s["attn_x"] @ head_fit.weight.T + head_fit.bias - y).pow(2).mean()
-        assert error <= floor + 2e-2 * y.var()
+        left = s["attn_x"] @ head_fit.weight.T + head_fit.bias - y
+        assert left.pow(2).mean() <= floor + 2e-2 * y.var()
+        explained = 1 - left.pow(2).mean(0) / y.var(0, correction=0)
+        assert torch.allclose(head_fit.r2, explained, atol=2e-2) and 0 < explained.min() < 0.999
 
 
 def in_units_of_z(fitted, s):
@@ -171,6 +173,7 @@ def gates_of(opt, tokens, tmp_path, margin, cut):
         gates[i, "attention"] = make_head_gate(
             fit_heads(moments, i, "self"), cut, 0.0, torch.zeros(2), "self", "float32"
         )
+    assert all(gate.spec.rank == (16 if block == "mlp" else 0) for (_, block), gate in gates.items())
     return gates
 
 
