@@ -82,7 +82,7 @@ def mlp_rows(weights: Layers, x: torch.Tensor, layers: int, number: int) -> list
     tokens, ffn = x.shape[0], weights.fc1[0].shape[0]
     call = Call(torch.ones(tokens, dtype=torch.int32))
     pairs = zip(weights.fc1, weights.fc2_t, strict=True)
-    mlps = [Mlp(Rows(fc1, weights.fc1_bias), Rows(fc2_t)) for fc1, fc2_t in pairs]
+    mlps = [Mlp(Rows(fc1, weights.fc1_bias), Rows(fc2_t, transposed=True)) for fc1, fc2_t in pairs]
     lists = {d: reference.compact_union(torch.rand(1, ffn) < d) for d in DENSITIES}
 
     def stock(i: int) -> torch.Tensor:

@@ -161,7 +161,7 @@ def _mlp(model: Model, tokens: int, dtype: torch.dtype) -> None:
     )
     sparse_mlp.sparse_mlp(
         empty(tokens, model.hidden, dtype=dtype),
-        Mlp(Rows(weight, empty(model.ffn, dtype=dtype)), Rows(weight)),
+        Mlp(Rows(weight, empty(model.ffn, dtype=dtype)), Rows(weight, transposed=True)),
         selection,
         Call(empty(tokens, dtype=torch.int32), _counters()),
     )

@@ -207,7 +207,8 @@ class Bench:
         number = sum(int(selection.counts.sum()) for selection in lists) / copies
 
         def call(kernels: Kernels, i: int) -> torch.Tensor:
-            return kernels.sparse_mlp(x, Mlp(Rows(fc1[i], bias), Rows(fc2_t[i])), lists[i], self.call)
+            mlp = Mlp(Rows(fc1[i], bias), Rows(fc2_t[i], transposed=True))
+            return kernels.sparse_mlp(x, mlp, lists[i], self.call)
 
         def dense(i: int) -> None:
             # the same memory, read as vLLM's [hidden, ffn]

@@ -63,6 +63,7 @@ class NativeKernels(Kernels):
     """
 
     name = "native CPU kernels"
+    weight_bits = (16, 8)
     crossovers = tables.crossovers("native")
     paged_attention = staticmethod(reference.paged_attention)
 
@@ -102,23 +103,27 @@ class NativeKernels(Kernels):
     ) -> torch.Tensor:
         if mlp.activation not in self.activations:
             raise ValueError(f"the native CPU kernels know the activation relu, got {mlp.activation!r}")
-        weights = mlp.up.weight, mlp.up.bias, mlp.down.weight
+        weights = mlp.up.weight, mlp.up.scale, mlp.up.bias, mlp.down.weight, mlp.down.scale
         if selection is None:
             return torch.ops.dejavu_cpu.dense_mlp(x, *weights)
         chosen = selection.ids, selection.counts, call.row_lens, selection.mask
         return torch.ops.dejavu_cpu.sparse_mlp(x, *weights, *chosen, call.counters)
 
     def linear(self, x: torch.Tensor, rows: Rows, output: torch.Tensor | None = None) -> torch.Tensor:
+        """A transposed weight is that of `sparse_out_proj`: without a bias."""
         if output is None:
-            output = x.new_empty(x.shape[0], rows.weight.shape[0])
-        torch.ops.dejavu_cpu.linear(x, rows.weight, rows.bias, output)
+            output = x.new_empty(x.shape[0], rows.weight.shape[1 if rows.transposed else 0])
+        if rows.transposed:
+            torch.ops.dejavu_cpu.transposed_out_proj(x[:, None], rows.weight, rows.scale, None, output)
+        else:
+            torch.ops.dejavu_cpu.linear(x, rows.weight, rows.scale, rows.bias, output)
         return output
 
     def sparse_qkv(
         self, x: torch.Tensor, qkv: Rows, head_scores: torch.Tensor, head_size: int, call: Call
     ) -> torch.Tensor:
         return torch.ops.dejavu_cpu.sparse_qkv(
-            x, qkv.weight, qkv.bias, head_scores, call.row_lens, head_size, call.counters
+            x, qkv.weight, qkv.scale, qkv.bias, head_scores, call.row_lens, head_size, call.counters
         )
 
     def mask_heads(self, attn: torch.Tensor, head_scores: torch.Tensor) -> torch.Tensor:
@@ -128,8 +133,11 @@ class NativeKernels(Kernels):
         self, attn: torch.Tensor, out: Rows, head_scores: torch.Tensor, output: torch.Tensor | None = None
     ) -> torch.Tensor:
         if output is None:
-            output = attn.new_empty(attn.shape[0], out.weight.shape[0])
-        torch.ops.dejavu_cpu.sparse_out_proj(attn, out.weight, head_scores, output)
+            output = attn.new_empty(attn.shape[0], out.weight.shape[1 if out.transposed else 0])
+        if out.transposed:
+            torch.ops.dejavu_cpu.transposed_out_proj(attn, out.weight, out.scale, head_scores, output)
+        else:
+            torch.ops.dejavu_cpu.sparse_out_proj(attn, out.weight, head_scores, output)
         return output
 
 

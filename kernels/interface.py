@@ -26,11 +26,20 @@ class Rows(NamedTuple):
     """A weight that rows or columns are gathered from.
 
     Attributes:
-        weight: [rows, columns]. bias: [rows], or None.
+        weight: [rows, columns], of the inputs' dtype, or int8. bias: [outputs], or None.
+        scale: [outputs], fp32, of int8: an output is its sum of products times its scale, plus its bias.
+        transposed: whether the columns are the outputs, not the rows.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    transposed: bool = False
+
+    def floats(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [outputs, inputs] with its scales, in a float type."""
+        weight = self.weight.t() if self.transposed else self.weight
+        return weight.to(dtype) if self.scale is None else (weight * self.scale[:, None]).to(dtype)
 
 
 class LowRank(NamedTuple):
@@ -86,8 +95,8 @@ class Mlp(NamedTuple):
     """Weights of an MLP.
 
     Attributes:
-        up: [ffn, hidden]. down: [ffn, hidden], transposed, so that a neuron is a row of both; its bias is
-            added by the caller, after the sum over ranks.
+        up: [ffn, hidden]. down: [ffn, hidden], transposed, so that a neuron is a row of both; of up's dtype;
+            its bias is added by the caller, after the sum over ranks.
         activation: 0 at 0, so that neurons that came out <= 0 add nothing and `down` skips them.
     """
 
@@ -101,7 +110,8 @@ class Attention(NamedTuple):
 
     Attributes:
         qkv: [(heads + 2 * kv_heads) * head_size, hidden], rows in the order Q, K, V.
-        out: [hidden, heads * head_size]; its bias is added by the caller, after the sum over ranks.
+        out: [hidden, heads * head_size], or, transposed, [heads * head_size, hidden]; its bias is added by
+            the caller, after the sum over ranks.
         split: (qkv [T, rows of qkv], positions [T]) -> query [T, heads, head_size], key and value
             [T, kv_heads, head_size], turned by a rotary embedding where there is one.
     """
@@ -163,16 +173,18 @@ class Kernels:
     """An implementation, on one kind of device. `reference` says what each function gives.
 
     Attributes:
-        name: for people. activations: that its MLPs know.
+        name: for people. activations: that its MLPs know. weight_bits: of the weights that it takes.
         crossovers: {block: {hidden size: {tokens: union density}}} above which dense is faster than sparse,
-            as measured for it; where nothing was measured, never.
+            as measured for it; where nothing was measured, never. int8_crossovers: with weights of 8 bits.
         largest_batch: tokens of the largest batch that runs sparse until `tune` has measured a larger one;
             None: any.
     """
 
     name: str
     activations: tuple[str, ...] = ("relu",)
+    weight_bits: tuple[int, ...] = (16,)
     crossovers: dict[str, dict[int, dict[int, float]]] = {}
+    int8_crossovers: dict[str, dict[int, dict[int, float]]] = {}
     largest_batch: int | None = None
 
     score_heads: Callable[..., torch.Tensor]
@@ -238,13 +250,17 @@ def implementation(device_type: str) -> Kernels:
     return cpu.KERNELS if device_type == "cpu" and cpu.available() else reference.KERNELS
 
 
-def choose(device_type: str, activation: str) -> Kernels:
+def choose(device_type: str, activation: str, weight_bits: int = 16) -> Kernels:
     """The kernels of a block, once, when it is built.
 
     Raises:
         ValueError: there are none for such a block.
     """
     kernels = implementation(device_type)
+    if weight_bits not in kernels.weight_bits:
+        raise ValueError(
+            f"{kernels.name} know weights of {list(kernels.weight_bits)} bits, not weight_bits={weight_bits}."
+        )
     if activation not in kernels.activations:
         raise ValueError(
             f"{kernels.name} know the activations {list(kernels.activations)}, this model has {activation!r}."

@@ -152,7 +152,7 @@ def sparse_qkv(
     Raises:
         ValueError: on shape, dtype or stride mismatch.
     """
-    (weight, bias), (row_lens, counters, _) = qkv, call
+    (weight, bias), (row_lens, counters, _) = qkv[:2], call
     (num_tokens, hidden), out_size = x.shape, weight.shape[0]
     check_matrix("x", x, (None, None))
     check_matrix("weight", weight, (None, hidden), x.dtype)

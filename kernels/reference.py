@@ -116,8 +116,16 @@ def select_neurons(
 
 
 def mlp_activations(x: torch.Tensor, up: Rows) -> torch.Tensor:
-    """Pre-activations `up(x)`: [T, hidden] -> [T, ffn], fp32."""
-    return F.linear(x.float(), up.weight.float(), None if up.bias is None else up.bias.float())
+    """Pre-activations `up(x)`: [T, hidden] -> [T, ffn], fp32, as any linear's outputs."""
+    return F.linear(x.float(), up.floats(), None if up.bias is None else up.bias.float())
+
+
+def taken(rows: Rows, ids: torch.Tensor) -> Rows:
+    """Some rows of a weight; where they are its outputs, with their scales and biases."""
+    if rows.transposed:
+        return rows._replace(weight=rows.weight[ids])
+    parts = (None if part is None else part[ids] for part in rows[:3])
+    return Rows(*parts)
 
 
 ACTIVATIONS = {"relu": F.relu}
@@ -141,21 +149,20 @@ def sparse_mlp(
     """
     activation = ACTIVATIONS[mlp.activation]
     if selection is None:
-        return activation(linear(x, mlp.up)) @ mlp.down.weight
+        return linear(activation(linear(x, mlp.up)), mlp.down)
     ids = listed(selection)
-    up = Rows(mlp.up.weight[ids], None if mlp.up.bias is None else mlp.up.bias[ids])
     keep = (call.row_lens > 0)[:, None]
     if selection.mask is not None:
         keep = keep & selection.mask[:, ids]
-    h = torch.where(keep, activation(mlp_activations(x, up)), 0.0)
+    h = torch.where(keep, activation(mlp_activations(x, taken(mlp.up, ids))), 0.0)
     alive = (h > 0).any(dim=0)
     count(call.counters, survived=alive.sum())
-    return (h[:, alive] @ mlp.down.weight[ids[alive]].float()).to(x.dtype)
+    return F.linear(h[:, alive], taken(mlp.down, ids[alive]).floats()).to(x.dtype)
 
 
 def linear(x: torch.Tensor, rows: Rows, output: torch.Tensor | None = None) -> torch.Tensor:
     """[T, in] -> [T, out], in the dtype of x; `output`, if given, is filled and returned."""
-    result = F.linear(x, rows.weight, rows.bias)
+    result = F.linear(x, rows.floats(x.dtype), rows.bias)
     return result if output is None else output.copy_(result)
 
 
@@ -177,12 +184,10 @@ def sparse_qkv(
     read = chosen.any(dim=0)
     valid = call.row_lens > 0
     count(call.counters, steps=1, rows=valid.sum(), selected=chosen.sum(), read=read.sum())
-    weight, bias = qkv
-    rows = torch.ones(weight.shape[0], dtype=torch.bool, device=x.device)
+    rows = torch.ones(qkv.weight.shape[0], dtype=torch.bool, device=x.device)
     rows[: chosen.shape[1] * head_size] = read.repeat_interleave(head_size)
-    out = x.new_zeros(x.shape[0], weight.shape[0])
-    bias = None if bias is None else bias[rows].float()
-    out[:, rows] = F.linear(x.float(), weight[rows].float(), bias).to(x.dtype)
+    out = x.new_zeros(x.shape[0], qkv.weight.shape[0])
+    out[:, rows] = mlp_activations(x, taken(qkv, rows)).to(x.dtype)
     return out
 
 
@@ -208,8 +213,9 @@ def sparse_out_proj(
     Returns:
         [T, hidden], dtype of attn, without bias; accumulates in fp32.
     """
-    columns = (head_scores > 0).any(dim=0).repeat_interleave(attn.shape[2])
-    result = F.linear(attn.flatten(1)[:, columns].float(), out.weight[:, columns].float()).to(attn.dtype)
+    inputs = (head_scores > 0).any(dim=0).repeat_interleave(attn.shape[2])
+    weight = out.floats()[:, inputs]
+    result = F.linear(attn.flatten(1)[:, inputs].float(), weight).to(attn.dtype)
     return result if output is None else output.copy_(result)
 
 
@@ -239,6 +245,7 @@ def paged_attention(
 
 class ReferenceKernels(Kernels):
     name = "PyTorch reference kernels"
+    weight_bits = (16, 8)
     score_heads = staticmethod(score_heads)
     select_neurons = staticmethod(select_neurons)
     sparse_mlp = staticmethod(sparse_mlp)

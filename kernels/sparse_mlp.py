@@ -210,7 +210,7 @@ def sparse_mlp(
     """
     if selection is None:
         return reference.sparse_mlp(x, mlp)
-    (fc1_weight, fc1_bias), fc2_weight_t = mlp.up, mlp.down.weight
+    fc1_weight, fc1_bias, fc2_weight_t = mlp.up.weight, mlp.up.bias, mlp.down.weight
     (neuron_ids, counts, row_mask), (row_lens, counters, workspace) = selection, call
     (num_tokens, hidden), ffn = x.shape, fc1_weight.shape[0]
     segments = -(-ffn // SEGMENT)

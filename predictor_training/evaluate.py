@@ -2,8 +2,9 @@
 
 Three engines, one after the other: dense (scores the text, writes greedy continuations); the mode under test
 with `apply_to: all` (scores the same text, every token through the sparse path, counting density and recall);
-the mode under test as it serves (continuations through the decode path). With simulated quantization all
-three have the rounded weights, and a fourth engine, dense with the weights as they are, goes before them.
+the mode under test as it serves (continuations through the decode path). With weights of 8 bits, or of 4,
+which are simulated, all three have the rounded weights, and a fourth engine, dense with the weights as they
+are, goes before them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class EvaluateConfig:
         max_tokens: tokens of text scored; also limits the number of prompts. None: all of the text.
         prompts, new_tokens: greedy continuations compared with dense.
         dtype: the engine's; "auto" is the checkpoint's.
-        weight_bits: 8 or 4: all but the first engine simulate weight-only quantization (`quantization`).
+        weight_bits: of all but the first engine: 8, which they keep and read, or 4, simulated
+            (`quantization`). LM heads follow as they do when serving.
     """
 
     model: str
@@ -113,9 +115,9 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     unquantized_nll = None
     if config.weight_bits < 16:
         with _engine(config, mode="dense") as unquantized:
-            unquantized_nll, _ = _score(unquantized, windows.tokens, "dense text, 16-bit weights")
+            unquantized_nll, _ = score(unquantized, windows.tokens, "dense text, 16-bit weights")
     with _engine(config, mode="dense", weight_bits=config.weight_bits) as dense:
-        dense_nll, dense_top = _score(dense, windows.tokens, "dense text")
+        dense_nll, dense_top = score(dense, windows.tokens, "dense text")
         dense_texts = _continue(dense, prompts, config.new_tokens, "dense continuations")
     if unquantized_nll is None:
         unquantized_nll = dense_nll
@@ -128,7 +130,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         "weight_bits": config.weight_bits,
     }
     with _engine(config, **settings, apply_to="all", measure=True) as scoring:
-        sparse_nll, sparse_top = _score(scoring, windows.tokens, f"{config.mode} text")
+        sparse_nll, sparse_top = score(scoring, windows.tokens, f"{config.mode} text")
         counted = metrics.summarize(scoring.collective_rpc("dejavu_metrics"))
     with _engine(config, **settings, row_exact=True) as decoding:
         sparse_texts = _continue(decoding, prompts, config.new_tokens, f"{config.mode} continuations")
@@ -146,11 +148,11 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         "dtype": config.dtype,
         "dense_ppl": math.exp(float(dense_nll.mean())),
         "sparse_ppl": math.exp(float(sparse_nll.mean())),
-        **_increase("ppl_increase", sparse_nll, dense_nll),
+        **increase("ppl_increase", sparse_nll, dense_nll),
         "weight_bits": config.weight_bits,
         "unquantized_dense_ppl": math.exp(float(unquantized_nll.mean())),
-        **_increase("quantization_ppl_increase", dense_nll, unquantized_nll),
-        **_increase("total_ppl_increase", sparse_nll, unquantized_nll),
+        **increase("quantization_ppl_increase", dense_nll, unquantized_nll),
+        **increase("total_ppl_increase", sparse_nll, unquantized_nll),
         "mlp_density": counted["mlp_density"],
         "head_density": counted["head_density"],
         "mlp_density_per_layer": [x["mlp"]["density"] for x in layers],
@@ -158,7 +160,9 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         "oracle_mlp_density": _oracle_density(layers, loaded),
         "mlp_recall": _recall(layers, "mlp"),
         "head_recall": _recall(layers, "attention"),
-        "bytes_density": _bytes_density(layers, geometry, loaded if config.mode == "sparse" else None),
+        "bytes_density": _bytes_density(
+            layers, geometry, loaded if config.mode == "sparse" else None, config.weight_bits
+        ),
         "sparse_step_share": served["sparse_step_share"],
         "steps": served["steps"],
         "agreement_mean_tokens": sum(agreement) / len(agreement),
@@ -200,7 +204,7 @@ def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
         skip_tokenizer_init=True,
         seed=config.seed,
         disable_log_stats=True,
-        **({"kv_cache_memory_bytes": _cache_bytes(geometry)} if not torch.cuda.is_available() else {}),
+        **({"kv_cache_memory_bytes": cache_bytes(geometry)} if not torch.cuda.is_available() else {}),
     )
     try:
         if llm.model_config.architecture != expected:
@@ -217,13 +221,13 @@ def _engine(config: EvaluateConfig, **settings: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def _cache_bytes(geometry: Geometry) -> int:
+def cache_bytes(geometry: Geometry) -> int:
     """KV cache of BATCH full sequences in 4 bytes, on machines where vLLM would take a fixed large share."""
     token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_size * 4
     return max(64 << 20, (BATCH + 2) * min(2048, geometry.max_positions) * token)
 
 
-def _score(llm: Any, tokens: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+def score(llm: Any, tokens: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Teacher-forced scores: (nll [windows, seq_len - 1], most likely token [windows, seq_len - 1])."""
     from tqdm import tqdm
     from vllm import SamplingParams
@@ -272,7 +276,7 @@ def _prompts(tokens: torch.Tensor, config: EvaluateConfig, seq_len: int) -> list
     return [[int(tokens[0, 0]), *body[s : s + length - 1].tolist()] for s in starts]
 
 
-def _increase(name: str, nll: torch.Tensor, baseline: torch.Tensor) -> dict[str, float | None]:
+def increase(name: str, nll: torch.Tensor, baseline: torch.Tensor) -> dict[str, float | None]:
     """Relative rise of perplexity, and its standard error from the spread over windows, the unit that is
     sampled.
     """
@@ -308,15 +312,18 @@ def _oracle_density(layers: list[dict[str, Any]], loaded: artifact.Artifact | No
 
 
 def _bytes_density(
-    layers: list[dict[str, Any]], geometry: Geometry, loaded: artifact.Artifact | None
+    layers: list[dict[str, Any]], geometry: Geometry, loaded: artifact.Artifact | None, weight_bits: int = 16
 ) -> float:
     """Weight bytes of the decoder layers read for one token at batch 1, predictors included, over those of
     dense.
 
     Embeddings, LM head and KV cache are left out. K and V are always read; fc2 rows only of neurons that came
-    out positive. Weights have 16 bits here, also where fewer are simulated.
+    out positive. Weights have the bits that they have in memory: 16 where 4 are simulated.
     """
-    mlp_whole, heads_whole, always = mlp_bytes(geometry), query_bytes(geometry), key_value_bytes(geometry)
+    share = 0.5 if weight_bits == 8 else 1.0
+    mlp_whole, heads_whole, always = (
+        share * size(geometry) for size in (mlp_bytes, query_bytes, key_value_bytes)
+    )
     read = dense = 0.0
     for i, x in enumerate(layers):
         mlp = x["mlp"]

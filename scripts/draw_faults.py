@@ -1,8 +1,9 @@
 """Draw faults by seed: operators, bounds and constants of the code, changed where chance says.
 
-    python scripts/draw_faults.py SEED NUMBER
+    python scripts/draw_faults.py SEED NUMBER [FILE ...]
 
 writes tests/drawn_faults.json; what that says of equivalent changes stays with those that are drawn again.
+With files, such as what was written since, the new ones are drawn from these and added.
 
 Each file of tests/faults.py's TESTS_OF gets one, and the rest fall on them by how much there is to change;
 in a file every change is as likely as any other. Changed are comparisons, arithmetic, `and` and `or`, `min`
@@ -17,7 +18,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,9 +206,10 @@ def spoken(word: str) -> str:
     return names.get(word, word)
 
 
-def draw(seed: int, number: int) -> list[dict[str, str]]:
-    chance = random.Random(seed)
-    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in TESTS_OF}
+def draw(seed: int, number: int, among: Iterable[str], taken: Iterable[str]) -> list[dict[str, str]]:
+    """New entries; `taken`: names that there are."""
+    chance, names = random.Random(seed), list(taken)
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in among}
     changes = {
         f: list((python_changes if f.endswith(".py") else native_changes)(t)) for f, t in texts.items()
     }
@@ -217,13 +219,17 @@ def draw(seed: int, number: int) -> list[dict[str, str]]:
     for file in sorted(turns, key=files.index):
         change = changes[file].pop(chance.randrange(len(changes[file])))
         made = entry(file, texts[file], change)
-        same = sum(e["name"].split("--")[0] == made["name"] for e in entries)
-        entries.append({**made, "name": f"{made['name']}--{same + 1}" if same else made["name"]})
+        same = sum(name.split("--")[0] == made["name"] for name in names)
+        names.append(f"{made['name']}--{same + 1}" if same else made["name"])
+        entries.append({**made, "name": names[-1]})
     return entries
 
 
 if __name__ == "__main__":
-    entries = draw(int(sys.argv[1]), int(sys.argv[2]))
+    among = sys.argv[3:]
+    before = json.loads(DRAWN_FILE.read_text(encoding="utf-8")) if among else []
+    taken = [known["name"] for known in before]
+    entries = before + draw(int(sys.argv[1]), int(sys.argv[2]), among or TESTS_OF, taken)
     reasons = {(f.file, f.old, f.new): f.equivalent for f in DRAWN if f.equivalent}
     for made in entries:
         if reason := reasons.get((made["file"], made["old"], made["new"])):

@@ -43,13 +43,14 @@ class Fault:
 
 NATIVE_SOURCES = (
     *("ops.cpp", "arguments.h", "products.h", "select.h", "mlp.h", "heads.h"),
-    *("tiles.h", "common.h", "avx512_bf16.cpp"),
+    *("tiles.h", "integers.h", "lanes.h", "common.h", "avx512_bf16.cpp"),
 )
 NATIVE_TESTS = (
     "test_kernel_native.py",
     "test_kernel_native_dense.py",
     "test_kernel_native_rounding.py",
     "test_kernel_native_refused.py",
+    "test_kernel_int8.py",
 )
 TRITON_TESTS = (
     "test_kernel_triton.py",
@@ -98,7 +99,8 @@ TESTS_OF = {
     "vllm_dejavu/tune.py": ("test_tune.py",),
     "vllm_dejavu/config.py": ("test_config.py",),
     "vllm_dejavu/engine.py": ("test_capture_sizes.py", "test_engine_plugin.py", "test_engine_metrics.py"),
-    "vllm_dejavu/quantization.py": ("test_quantization.py",),
+    "vllm_dejavu/quantization.py": ("test_quantization.py", "test_kernel_int8.py"),
+    "vllm_dejavu/formats.py": ("test_engine_int8.py",),
     "predictor_training/calibrate.py": ("test_training_fit.py", "test_training_calibrate.py"),
     "predictor_training/describe.py": ("test_training_fit.py", "test_training_calibrate.py"),
     "predictor_training/gates.py": ("test_training_fit.py", "test_training_calibrate.py"),
@@ -149,8 +151,8 @@ NATIVE = [
     picked(
         "native-linear-without-bias",
         MLP,
-        "at::linear_out(out, x, weight, bias)",
-        "at::linear_out(out, x, weight, MaybeTensor())",
+        "output.copy_(plain_linear(x, weight, scale, bias))",
+        "output.copy_(plain_linear(x, weight, scale, MaybeTensor()))",
     ),
     picked("native-every-chunk-on-the-first", MLP, "out.narrow(0, begin, count)", "out.narrow(0, 0, count)"),
     picked(
@@ -393,8 +395,74 @@ REFUSALS = [
     ),
 ]
 
-PICKED = [*NATIVE, *TRITON, *REFERENCE, *SERVING, *METRICS, *TRAINING, *ARTIFACT, *REFUSALS]
-# As `scripts/draw_faults.py SEED NUMBER` wrote them; only `equivalent` was added by hand.
+INTEGERS, LANES, FORMATS = "kernels/csrc/integers.h", "kernels/csrc/lanes.h", "vllm_dejavu/formats.py"
+INT8 = [
+    picked(
+        "int8-scale-of-another-row",
+        MLP,
+        "scaled[i] = affine.scale[id(begin + i)]",
+        "scaled[i] = affine.scale[begin + i]",
+        "test_kernel_int8.py",
+    ),
+    picked(
+        "int8-unread-heads-are-rounded-too",
+        HEADS,
+        "if (n == heads * attn.size(2)) return",
+        "if (true) return",
+        "test_kernel_int8.py",
+    ),
+    picked(
+        "int8-sums-overflow",
+        INTEGERS,
+        "by_sum > by_most ? by_sum : by_most",
+        "by_most",
+        "test_kernel_int8.py",
+    ),
+    picked(
+        "int8-infinity-passes", INTEGERS, "sum - sum == 0 ? scale :", "true ? scale :", "test_kernel_int8.py"
+    ),
+    picked(
+        "int8-offset-too-small",
+        INTEGERS,
+        "= -128 * to_integers",
+        "= -127 * to_integers",
+        "test_kernel_int8.py",
+    ),
+    picked("int8-odd-row-meets-itself", TILES, "for (int64_t i = n; i % A::GROUP; ++i)", "for (; false;)"),
+    picked(
+        "int8-scales-of-the-first-group",
+        LANES,
+        "at = first / GROUP * V * 16",
+        "at = 0",
+        "test_kernel_int8.py",
+    ),
+    picked(
+        "int8-scales-of-the-first-tokens",
+        TILES,
+        "of.offsets += count * of.groups;",
+        "of.offsets += 0;",
+        "test_kernel_int8.py",
+    ),
+    picked("int8-groups-cut-anywhere", MLP, "m * split / splits / GROUP * GROUP", "m * split / splits"),
+    picked("int8-scales-cut-short", "vllm_dejavu/quantization.py", "wide.abs().amax(1)", "wide.amax(1)"),
+    picked(
+        "int8-embedding-without-scale",
+        FORMATS,
+        "layer.weight[ids] * layer.weight_scale[ids, None]",
+        "layer.weight[ids]",
+    ),
+    picked("int8-dummies-stay-empty", FORMATS, "module.weight.copy_(integers)", "module.weight.zero_()"),
+    picked(
+        "int8-tuned-as-16",
+        "vllm_dejavu/models/base.py",
+        "model_config.dtype, tp, bits)",
+        "model_config.dtype, tp)",
+        "test_tune.py",
+    ),
+]
+
+PICKED = [*NATIVE, *TRITON, *REFERENCE, *SERVING, *METRICS, *TRAINING, *ARTIFACT, *REFUSALS, *INT8]
+# As `scripts/draw_faults.py` wrote them; only `equivalent` was added by hand.
 DRAWN_FILE = Path(__file__).with_name("drawn_faults.json")
 DRAWN = [
     Fault(**entry, tests=TESTS_OF[entry["file"]], drawn=True)

@@ -63,12 +63,12 @@ class Flat:
         counters=None,
         workspace=None,
     ):
-        mlp = Mlp(Rows(fc1_weight, fc1_bias), Rows(fc2_weight_t), activation)
+        mlp = Mlp(Rows(fc1_weight, fc1_bias), Rows(fc2_weight_t, transposed=True), activation)
         selection = Selection(neuron_ids, counts, row_mask)
         return self.kernels.sparse_mlp(x, mlp, selection, Call(row_lens, counters, workspace))
 
     def dense_mlp(self, x, fc1_weight, fc1_bias, fc2_weight_t, activation="relu"):
-        mlp = Mlp(Rows(fc1_weight, fc1_bias), Rows(fc2_weight_t), activation)
+        mlp = Mlp(Rows(fc1_weight, fc1_bias), Rows(fc2_weight_t, transposed=True), activation)
         return self.kernels.sparse_mlp(x, mlp)
 
     def linear(self, x, weight, bias=None, output=None):

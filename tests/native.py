@@ -35,14 +35,23 @@ TOKENS = [1, 2, 5, 6, 7, 12, 13, 16, 17, 32, 33, 70, 130]
 some_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}-tokens")
 # Where only sums differ between functions that share their way through the tiles.
 few_tokens = pytest.mark.parametrize("tokens", [1, 7, 33], ids=lambda n: f"{n}-tokens")
-every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
+
+
+def is_again(isa):
+    return isa == "avx512_vnni" and isa != ISAS[0]
+
+
+EVERY = [pytest.param(isa, marks=[pytest.mark.on_demand] if is_again(isa) else []) for isa in ISAS]
+every_isa = pytest.mark.parametrize("isa", EVERY, indirect=True)
 best_isa = pytest.mark.parametrize("isa", ISAS[:1], indirect=True)  # for what ops.cpp does alike for all
 TWO_ISAS = list(dict.fromkeys([ISAS[0], ISAS[-1]]))
 
 
 def isa_and_dtype(isa, dtype, name):
-    """avx512_bf16 differs from avx512 in bf16 products alone: its fp32 and fp16 are the same templates."""
-    again = isa == "avx512_bf16" and dtype != torch.bfloat16
+    """avx512_bf16 differs from avx512 in bf16 and integer products alone: its fp32 and fp16 are the same
+    templates; avx512_vnni has nothing that is not in one of them.
+    """
+    again = (isa == "avx512_bf16" and dtype != torch.bfloat16) or is_again(isa)
     return pytest.param(isa, dtype, id=f"{isa}-{name}", marks=[pytest.mark.on_demand] if again else [])
 
 

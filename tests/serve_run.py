@@ -84,6 +84,8 @@ def rank(sparse: int = 6, mixed: int = 3, piecewise: int = 1) -> dict:
         "gates": gates,
         "artifact": {},
         "mode": "sparse",
+        "weight_bits": 16,
+        "lm_head_bits": 16,
         "dense_switch": False,
         "predictor_bytes": 0,
     }

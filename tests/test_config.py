@@ -27,6 +27,7 @@ def test_defaults():
         "overlap": False,
         "seed": 0,
         "weight_bits": 16,
+        "lm_head_bits": None,
     }
 
 
@@ -52,6 +53,9 @@ def test_defaults():
         ("weight_bits", 16),
         ("weight_bits", 8),
         ("weight_bits", 4),
+        ("lm_head_bits", 16),
+        ("lm_head_bits", 8),
+        ("lm_head_bits", None),
     ],
     ids=str,
 )
@@ -90,6 +94,9 @@ def test_allowed_values(key, value):
         ("weight_bits", 4.0, "[16, 8, 4]"),
         ("weight_bits", "4", "[16, 8, 4]"),
         ("weight_bits", None, "[16, 8, 4]"),
+        ("lm_head_bits", 4, "[16, 8]"),
+        ("lm_head_bits", "8", "[16, 8]"),
+        ("lm_head_bits", True, "[16, 8]"),
     ],
     ids=str,
 )
@@ -166,3 +173,13 @@ def test_every_setting_is_documented():
     text = (Path(__file__).parent.parent / "docs" / "settings.md").read_text(encoding="utf-8")
     for name in FIELDS:
         assert re.search(rf"^\| `{name}` +\|", text, re.M), name
+
+
+@pytest.mark.parametrize(
+    ("weights", "head", "stored", "of_head"),
+    [(16, None, 16, 16), (8, None, 8, 8), (4, None, 16, 16), (8, 16, 8, 16), (16, 8, 16, 8), (4, 8, 16, 8)],
+)
+def test_bits_in_memory(weights, head, stored, of_head):
+    """4 are simulated; the LM head goes along with 8 unless told otherwise."""
+    settings = DejaVuConfig.from_dict({"weight_bits": weights, "lm_head_bits": head})
+    assert (settings.stored_bits, settings.head_bits) == (stored, of_head)

@@ -219,6 +219,8 @@ def summary_of(steps):
         "predictor_bytes": 1,
         "dense_switch": False,
         "mode": "sparse",
+        "weight_bits": 16,
+        "lm_head_bits": 16,
         "artifact": {"digest": "d", "fingerprint_verified": True},
     }
 
@@ -255,9 +257,8 @@ def test_prometheus_metrics_follow_the_counters(opt, predictors, exporter):
         )
         assert sample("predictor_bytes") == summary["predictor_bytes"] > 0 and sample("dense_switch") == 0
         digest = summary["artifact"]["digest"]
-        assert (
-            digest and sample("info", mode="sparse", artifact_digest=digest, fingerprint_verified="true") == 1
-        )
+        labels = {"mode": "sparse", "artifact_digest": digest, "fingerprint_verified": "true"}
+        assert digest and sample("info", weight_bits="16", lm_head_bits="16", **labels) == 1
         # The counters were reset: a Prometheus counter goes on from where it was.
         tokens_of(llm, random_prompt(70), max_tokens=4)
         exporter.update(metrics.summarize(llm.collective_rpc("dejavu_metrics")))

@@ -12,7 +12,7 @@ from engine import one_collection
 
 from vllm_dejavu import artifact, cli
 from vllm_dejavu.predictor_training import data, evaluate
-from vllm_dejavu.predictor_training.evaluate import PROMPT_TOKENS, EvaluateConfig, _increase, _prompts
+from vllm_dejavu.predictor_training.evaluate import PROMPT_TOKENS, EvaluateConfig, _prompts, increase
 from vllm_dejavu.predictor_training.gates import gates_of
 from vllm_dejavu.predictor_training.hf_model import HfModel
 from vllm_dejavu.predictor_training.masked import Masked
@@ -159,9 +159,9 @@ def test_increase_and_its_error_by_hand():
     e^0.2.
     """
     nll = torch.tensor([[1.0, 1.2], [2.5, 2.1]])
-    found = _increase("x", nll, torch.ones(2, 2) * torch.tensor([[1.0], [2.0]]))
+    found = increase("x", nll, torch.ones(2, 2) * torch.tensor([[1.0], [2.0]]))
     assert found == {"x": pytest.approx(math.expm1(0.2)), "x_stderr": pytest.approx(0.1 * math.exp(0.2))}
-    assert _increase("x", nll[:1], nll[:1]) == {"x": 0.0, "x_stderr": None}
+    assert increase("x", nll[:1], nll[:1]) == {"x": 0.0, "x_stderr": None}
 
 
 def test_mode_dense_is_its_own_baseline(text):

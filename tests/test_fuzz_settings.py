@@ -44,12 +44,14 @@ VALID = {
     "overlap": [True, False],
     "seed": [0, 7, 2**31 - 1],
     "weight_bits": [16, 8, 4],
+    "lm_head_bits": [None, 16, 8],
 }
 # Said once more, apart from the code: what docs/settings.md allows.
 ALLOWED = {
     "predictor": lambda v: v is None or isinstance(v, str) and bool(v.strip()),
     "blocks": lambda v: v in (["mlp"], ["attention"], ["mlp", "attention"], ["attention", "mlp"]),
     "weight_bits": lambda v: type(v) is int and v in (16, 8, 4),
+    "lm_head_bits": lambda v: v is None or (type(v) is int and v in (16, 8)),
     "crossover": lambda v: v is None or type(v) in (int, float) and 0 < v <= 1,
     **{key: lambda v: type(v) is int and 0 <= v < 2**31 for key in ("seed", "sample_recall")},
     **{key: lambda v: type(v) is bool for key in ("row_exact", "measure", "overlap")},

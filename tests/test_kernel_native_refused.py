@@ -75,8 +75,8 @@ REFUSED = [
     ("select_neurons", "heads", lambda h: (one_less(h[0]), *h[1:]), "row_lens must be"),
     ("select_neurons", "heads", lambda h: (*h[:2], one_less(h[2])), "bias of the head predictor must be"),
     ("sparse_mlp", "x", narrower, r"x must be a CPU tensor \[rows, 100\], got \[20, 99\]"),
-    ("sparse_mlp", "x", as_half, "x, fc1 and fc2 must have one dtype, got Half, Float, Float"),
-    ("sparse_mlp", "fc1_weight", as_half, "x, fc1 and fc2 must have one dtype, got Float, Half, Float"),
+    ("sparse_mlp", "x", as_half, "fc1's weight must have x's dtype Half and no scale, or be int8, got Float"),
+    ("sparse_mlp", "fc1_weight", as_half, "fc1's weight must have x's dtype Float"),
     ("sparse_mlp", "fc1_weight", column_major, "rows of fc1's weight must be contiguous"),
     ("sparse_mlp", "fc1_bias", one_less, r"bias must have 300 contiguous elements, got \[299\]"),
     ("sparse_mlp", "fc1_bias", as_int64, "got Long"),
@@ -123,7 +123,7 @@ REFUSED = [
         r"counters must be .* at least 5 elements, got \[2\] of Long",
     ),
     ("dense_mlp", "x", narrower, r"x must be a CPU tensor \[rows, 100\], got \[20, 99\]"),
-    ("dense_mlp", "fc1_weight", as_half, "x, fc1 and fc2 must have one dtype, got Float, Half, Float"),
+    ("dense_mlp", "fc1_weight", as_half, "fc1's weight must have x's dtype Float"),
     ("dense_mlp", "fc1_bias", one_less, r"bias must have 300 contiguous elements, got \[299\]"),
     (
         "dense_mlp",
@@ -137,7 +137,7 @@ REFUSED = [
         "linear",
         "weight",
         as_half,
-        "x, weight and output must have one dtype, and output must be contiguous; got Float, Half",
+        "weight must have x's dtype Float and no scale, or be int8, got Half",
     ),
     ("linear", "weight", column_major, "rows of weight must be contiguous"),
     ("linear", "bias", one_less, r"bias must have 300 contiguous elements, got \[299\]"),
@@ -145,9 +145,9 @@ REFUSED = [
         "sparse_qkv",
         "weight",
         as_half,
-        "weight must have x's dtype Float and at least 64 rows, got Half and 128",
+        "weight must have x's dtype Float and no scale, or be int8, got Half",
     ),
-    ("sparse_qkv", "weight", lambda w: w[:63], "at least 64 rows, got Float and 63"),
+    ("sparse_qkv", "weight", lambda w: w[:63], "at least 64 rows, got 63"),
     ("sparse_qkv", "bias", one_less, r"bias must have 128 contiguous elements, got \[127\]"),
     ("sparse_qkv", "head_scores", one_less, r"head_scores must be a CPU tensor \[20, 4\], got \[19, 4\]"),
     ("sparse_qkv", "head_scores", as_half, "head_scores must be contiguous float32, got Half"),
@@ -273,7 +273,7 @@ def test_one_openmp_library_serves_all():
     code = """
 import torch
 torch.set_num_threads(2)
-torch.ops.dejavu_cpu.dense_mlp(torch.ones(20, 64), torch.ones(300, 64), None, torch.ones(300, 64))
+torch.ops.dejavu_cpu.dense_mlp(torch.ones(20, 64), torch.ones(300, 64), None, None, torch.ones(300, 64), None)
 names = "libgomp", "libiomp", "libomp"
 print(*{line.split()[-1] for line in open("/proc/self/maps") if any(n in line for n in names)})
 """

@@ -1,5 +1,5 @@
-"""Simulated weight-only quantization: against round-to-nearest written out in NumPy, and as engines and
-transformers apply it.
+"""Weights rounded to 8 and 4 bits, against round-to-nearest written out in NumPy; and the simulation in 4
+bits as engines and transformers apply it (8 bits: test_engine_int8.py).
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ PROMPTS = [random_prompt(5), random_prompt(11)]
 
 
 def brute_force(weight: np.ndarray, bits: int, group: int = 128) -> np.ndarray:
-    """Group by group: the largest magnitude becomes (2^bits - 1) / 2 steps, the nearest step is taken, ends
-    are cut.
+    """4 bits, group by group: the largest magnitude becomes 7.5 steps, the nearest step is taken, ends are
+    cut. 8 bits, row by row: it becomes 127.
     """
     out = np.zeros(weight.shape, np.float32)
+    if bits == 8:
+        for row in range(weight.shape[0]):
+            values = weight[row].astype(np.float32)
+            scale = np.float32(np.abs(values).max() / np.float32(127))
+            out[row] = np.rint(values / scale) * scale if scale > 0 else 0
+        return out
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], group):
             values = weight[row, start : start + group].astype(np.float32)
@@ -63,21 +69,23 @@ class TestRounding:
         rounded = quantize_dequantize(NAME, weight, bits)
         assert rounded.dtype == torch.float32
         np.testing.assert_array_equal(rounded.numpy(), brute_force(weight.float().numpy(), bits))
-        levels = max(len(set(group.tolist())) for group in rounded.unflatten(1, (-1, 128)).flatten(0, 1))
+        groups = rounded if bits == 8 else rounded.unflatten(1, (-1, 128)).flatten(0, 1)
+        levels = max(len(set(group.tolist())) for group in groups)
         assert 2 ** (bits - 1) // 2 < levels <= 2**bits, "the groups use their levels, and no more"
 
     def test_fewer_bits_lose_more(self):
-        """As much as rounding by a group's own step does: evenly within the step, so step / sqrt(12).
+        """As much as rounding by an own step does: evenly within the step, so step / sqrt(12).
 
         Was red by chance: noise without a seed, and 2.7 taken for the largest of 128 normal values, in eight
         groups (1 seed in 20).
         """
         weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
-        largest = weight.unflatten(1, (-1, 128)).abs().amax(-1)
+        groups = {8: weight, 4: weight.unflatten(1, (-1, 128))}
         errors = [float((quantize_dequantize(NAME, weight, bits) - weight).norm()) for bits in (16, 8, 4)]
         for bits, error in ((8, errors[1]), (4, errors[2])):
-            steps = largest / ((2**bits - 1) / 2)
-            assert error == pytest.approx(float((128 * steps**2 / 12).sum().sqrt()), rel=0.02), bits
+            steps = groups[bits].abs().amax(-1) / {8: 127, 4: 7.5}[bits]
+            each = groups[bits].shape[-1]
+            assert error == pytest.approx(float((each * steps**2 / 12).sum().sqrt()), rel=0.02), bits
         assert errors[0] == 0 < errors[1] < errors[2]
 
     @pytest.mark.parametrize(
@@ -101,16 +109,10 @@ class TestRounding:
         assert quantize_dequantize(name, tensor, 16) is tensor
 
     def test_scheme_is_what_the_documentation_says(self):
-        for bits in (8, 4):
-            args = quantization._scheme(bits)
-            assert (args.num_bits, args.type, args.strategy, args.symmetric, args.group_size) == (
-                bits,
-                "int",
-                "group",
-                True,
-                quantization.GROUP_SIZE,
-            )
-            assert args.scale_dtype == torch.float16
+        args = quantization._scheme()
+        found = args.num_bits, args.type, args.strategy, args.symmetric, args.group_size
+        assert found == (4, "int", "group", True, quantization.GROUP_SIZE)
+        assert args.scale_dtype == torch.float16
 
     @pytest.mark.parametrize("inputs", [64, 192], ids=str)
     def test_a_group_that_is_not_whole_is_refused(self, inputs):
@@ -249,7 +251,7 @@ class TestEngine:
     def test_sizes_that_are_no_multiple_of_the_group(self, opt):
         with (
             pytest.raises(ValueError, match="hidden_size has 64"),
-            engine(opt(), dejavu={"mode": "dense", "weight_bits": 8}),
+            engine(opt(), dejavu={"mode": "dense", "weight_bits": 4}),
         ):
             pass
 

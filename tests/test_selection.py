@@ -130,6 +130,8 @@ def snapshot(gates, steps=(8, 2, 0, 0, 0, 0)):
     gates = [(*g, *[0] * (len(names) - len(g))) for g in gates]
     return {
         "mode": "sparse",
+        "weight_bits": 16,
+        "lm_head_bits": 16,
         "num_layers": 2,
         "dense_switch": False,
         "predictor_bytes": 7,

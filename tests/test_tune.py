@@ -36,8 +36,8 @@ def place(made, tmp_path):
     return copy
 
 
-def key_of(place, dtype=torch.float32, tp=1):
-    return tune.Key.of(artifact.load(place), CPU, dtype, tp)
+def key_of(place, dtype=torch.float32, tp=1, bits=16):
+    return tune.Key.of(artifact.load(place), CPU, dtype, tp, bits)
 
 
 def write(place, key, table=TABLE):
@@ -101,11 +101,14 @@ def test_of_neighbouring_batch_sizes_the_lowest_counts():
     assert tune._cautious({4: 0.7}) == {4: 0.7}
 
 
-def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch):
+@pytest.mark.parametrize("bits", [16, 8])
+def test_what_is_timed_is_what_a_layer_runs(made, monkeypatch, bits):
     """The sparse side at density 1 gives the dense side's numbers, so that neither does less than it
     should.
     """
-    layers, results = tune._Layers(key_of(made[1]), 32, CPU, 4), []
+    layers, results = tune._Layers(key_of(made[1], bits=bits), 32, CPU, 4), []
+    weights = [rows[0].weight for rows in (layers.fc1, layers.fc2, layers.qkv, layers.out)]
+    assert {w.dtype for w in weights} == {torch.int8 if bits == 8 else torch.float32}
     for side in ("sparse_mlp", "linear", "sparse_qkv"):
         inner = getattr(layers.impl, side)
         monkeypatch.setattr(
@@ -159,9 +162,32 @@ def test_kept_and_found_again(place):
         {"threads": 77},
         {"dtype": "bfloat16"},
         {"hidden": 1},
+        {"weight_bits": 8},
     ):
         assert tune.load(place, dataclasses.replace(key, **changed)) is None, changed
     assert key_of(place, tp=2).ffn * 2 == key.ffn and tune.load(place, key_of(place, tp=2)) is None
+
+
+def test_a_file_from_before_there_were_weight_bits(place):
+    key = key_of(place)
+    path = write(place, key)
+    found = json.loads(path.read_text())
+    del found["key"]["weight_bits"]
+    path.write_text(json.dumps(found))
+    assert tune.load(place, key) == TABLE
+
+
+def test_8_bits_are_measured_and_taken_apart(made, place):
+    in_8 = {"predictor": place, "weight_bits": 8}
+    with engine(made[0], dejavu=in_8):
+        threads = torch.get_num_threads()  # of the worker, which is this process
+    for bits, densities in ((16, 0.0), (8, 1.0)):
+        table = {block: {1: densities, 2: densities} for block in TABLE}
+        write(place, dataclasses.replace(key_of(place, bits=bits), threads=threads), table)
+    with engine(made[0], dejavu=in_8) as llm:
+        assert {gate.max_tokens for gate in model_of(llm).gates} == {None}
+    with engine(made[0], dejavu={"predictor": place}) as llm:
+        assert {gate.max_tokens for gate in model_of(llm).gates} == {0}
 
 
 @pytest.mark.parametrize(

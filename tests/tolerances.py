@@ -24,12 +24,18 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error / scale if scale else error
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """Same shape, and apart by no more than the tolerance of `dtype` (that of `actual` unless given); NaN
-    never passes.
+def assert_close(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    allowed: float | None = None,
+) -> None:
+    """Same shape, and apart by no more than `allowed`, or the tolerance of `dtype` (that of `actual` unless
+    given); NaN never passes.
     """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error, allowed = relative_rms(actual, expected), RELATIVE_RMS[dtype or actual.dtype]
+    error = relative_rms(actual, expected)
+    allowed = RELATIVE_RMS[dtype or actual.dtype] if allowed is None else allowed
     assert error <= allowed, (
         f"relative RMS error {error:.2e}, allowed {allowed:.0e} ({dtype or actual.dtype})"
     )

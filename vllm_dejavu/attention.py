@@ -9,12 +9,12 @@ import functools
 from collections.abc import Callable
 
 import torch
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from vllm_dejavu import ops, selection
 from vllm_dejavu.blocks import Flow, GatedBlock, Site
 from vllm_dejavu.compat import Attention, encode_layer_name, get_attention_context
-from vllm_dejavu.formats import keep_gathered, rows_of
+from vllm_dejavu.formats import config_of, keep_gathered, row_parallel, rows_of
 from vllm_dejavu.gate import Calibrated
 from vllm_dejavu.kernels import interface
 from vllm_dejavu.kernels.interface import Call
@@ -67,7 +67,7 @@ class GatedAttention(GatedBlock):
     ):
         super().__init__(site)
         geometry, vllm_config = site.geometry, site.vllm_config
-        hidden, size = geometry.hidden_size, geometry.head_size
+        hidden, size, bits = geometry.hidden_size, geometry.head_size, site.settings.stored_bits
         self.units, self.rotary = geometry.num_heads // self.ranks, rotary
         self.kv_heads = max(1, geometry.num_kv_heads // self.ranks)
         self.qkv_proj = QKVParallelLinear(
@@ -76,11 +76,10 @@ class GatedAttention(GatedBlock):
             geometry.num_heads,
             geometry.num_kv_heads,
             bias=bias,
+            quant_config=config_of(bits),
             prefix=f"{site.prefix}.qkv_proj",
         )
-        self.out_proj = RowParallelLinear(
-            geometry.num_heads * size, hidden, bias=bias, prefix=f"{site.prefix}.out_proj"
-        )
+        self.out_proj = row_parallel(geometry.num_heads * size, hidden, bias, bits, f"{site.prefix}.out_proj")
         self.attn = DejaVuAttention(
             self.units,
             size,
@@ -105,7 +104,7 @@ class GatedAttention(GatedBlock):
         self.max_model_len = vllm_config.model_config.max_model_len
         if calibrated is None:
             return
-        self.kernels = interface.implementation(self.device_type)
+        self.kernels = interface.choose(self.device_type, geometry.activation, bits)
         keep_gathered(self.kernels, self.qkv_proj, self.out_proj)
         self.attach(calibrated, "attention", site, self.units)
         self.threshold = calibrated.spec.threshold
@@ -276,7 +275,7 @@ class GatedAttention(GatedBlock):
 
     def contributes(self, attn: torch.Tensor) -> torch.Tensor:
         """[rows, units], bool: whether a head adds more than the threshold; without memory for grams."""
-        return selection.contributions(attn, self.out_proj.weight) > self.threshold
+        return selection.contributions(attn, self.weights.out.floats(attn.dtype)) > self.threshold
 
     def measured(self, attn: torch.Tensor, head_scores: torch.Tensor, step: Step) -> torch.Tensor:
         """Count a selection against the true contributions; the scores that hold, which are the oracle's
@@ -284,7 +283,7 @@ class GatedAttention(GatedBlock):
         """
         valid = step.row_lens(attn.shape[0], attn.device) > 0
         if self.grams is None:
-            self.grams = selection.head_grams(self.out_proj.weight, self.units)
+            self.grams = selection.head_grams(self.weights.out.floats(), self.units)
         active = selection.head_contributions(attn, self.grams) > self.threshold
         if self.settings.mode == "oracle":
             head_scores = _scores_of(active & valid[:, None])

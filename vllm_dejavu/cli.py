@@ -203,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel size (%(default)s)")
     p.add_argument(
+        "--weight-bits", type=int, choices=[16, 8], default=16, help="of the layers' weights (%(default)s)"
+    )
+    p.add_argument(
         "--threads",
         type=int,
         help="that compute on a CPU, as many as the server's worker has (default: all cores)",
@@ -306,6 +309,7 @@ def _tune(args: argparse.Namespace) -> int:
         device=device,
         dtype=args.dtype,
         tp=args.tp,
+        weight_bits=args.weight_bits,
         tokens=sorted(set(args.tokens)),
         rounds=args.rounds,
         progress=lambda line: print(line, flush=True),

@@ -13,6 +13,7 @@ MODES = ("sparse", "dense", "oracle", "random", "static")
 APPLY_TO = ("decode", "all")
 BLOCKS = ("mlp", "attention")
 WEIGHT_BITS = (16, 8, 4)
+LM_HEAD_BITS = (16, 8)
 # Which hidden state feeds a gate; `predictor.gate_input` maps the name to the tensor.
 LOOKAHEADS = {"mlp": ("self", "attn_input", "previous"), "attention": ("self", "previous")}
 
@@ -45,8 +46,11 @@ class DejaVuConfig:
         overlap: predict neurons on a side stream, beside the attention (GPU; gates whose lookahead is not
             `self`). Saves latency, not bytes; off until measured.
         seed: of the control mode `random`.
-        weight_bits: 8 or 4 *simulate* weight-only quantization, for evaluation: linear weights are rounded
-            while they are loaded and computed with as usual (`quantization`). 16: they stay as they are.
+        weight_bits: of the layers' linear weights. 8: rounded to int8, one scale for each output, while a
+            16-bit checkpoint loads (CPU). 4 *simulates* weight-only quantization, for evaluation: they are
+            rounded and computed with as usual (`quantization`). 16: they stay as they are.
+        lm_head_bits: 8 or 16, of the LM head, and of the embedding where that is tied to it; None: 8 where
+            weight_bits is.
     """
 
     predictor: str | None = None
@@ -60,6 +64,7 @@ class DejaVuConfig:
     overlap: bool = False
     seed: int = 0
     weight_bits: int = 16
+    lm_head_bits: int | None = None
 
     def __post_init__(self) -> None:
         _check_type("predictor", self.predictor, (str, type(None)), "a path, a hub id or null")
@@ -88,6 +93,19 @@ class DejaVuConfig:
                 raise _error(key, value, "an integer in [0, 2147483648)")
         if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
             raise _error("weight_bits", self.weight_bits, f"one of {list(WEIGHT_BITS)}")
+        bits = self.lm_head_bits
+        if bits is not None and (type(bits) is not int or bits not in LM_HEAD_BITS):
+            raise _error("lm_head_bits", self.lm_head_bits, f"one of {list(LM_HEAD_BITS)} or null")
+
+    @property
+    def stored_bits(self) -> int:
+        """Of the layers' weights in memory: 4 are simulated in 16."""
+        return 8 if self.weight_bits == 8 else 16
+
+    @property
+    def head_bits(self) -> int:
+        """Of the LM head's weights in memory."""
+        return self.stored_bits if self.lm_head_bits is None else self.lm_head_bits
 
     @property
     def masks_rows(self) -> bool:

@@ -64,7 +64,8 @@ class Gate(nn.Module):
         self.lookahead = "self" if settings.mode == "oracle" else spec.lookahead
         cap = kernels.largest_batch
         if tuned is None:
-            tuned = _of_size(kernels.crossovers.get(block, {}), self.predictor.hidden)
+            built_in = kernels.crossovers if settings.stored_bits == 16 else kernels.int8_crossovers
+            tuned = _of_size(built_in.get(block, {}), self.predictor.hidden)
         elif cap is not None:
             cap = max((cap, *tuned))
         self.max_tokens = _largest_batch(spec, settings.crossover, tuned, cap)

@@ -124,6 +124,8 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "sparse_step_share": steps["sparse"] / total if total else None,
         "artifact": ranks[0]["artifact"],
         "mode": ranks[0]["mode"],
+        "weight_bits": ranks[0]["weight_bits"],
+        "lm_head_bits": ranks[0]["lm_head_bits"],
         "dense_switch": ranks[0]["dense_switch"],
         "predictor_bytes": sum(rank["predictor_bytes"] for rank in ranks),
         "layers": layers,

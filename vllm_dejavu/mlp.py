@@ -7,13 +7,19 @@ from __future__ import annotations
 import functools
 
 import torch
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from vllm_dejavu import ops
 from vllm_dejavu.attention import GatedAttention
 from vllm_dejavu.blocks import Flow, GatedBlock, Site
 from vllm_dejavu.compat import encode_layer_name
-from vllm_dejavu.formats import TransposedRowParallelLinear, keep_gathered, rows_of
+from vllm_dejavu.formats import (
+    TransposedRowParallelLinear,
+    config_of,
+    keep_gathered,
+    row_parallel,
+    rows_of,
+)
 from vllm_dejavu.gate import Calibrated
 from vllm_dejavu.kernels import interface, reference
 from vllm_dejavu.kernels.interface import Asked, Call, Mlp, Rider, Selection
@@ -32,12 +38,15 @@ class GatedMLP(GatedBlock):
         self.activation, self.attention_name = site.geometry.activation, attention_name
         self.units = ffn // self.ranks
         self._rider: tuple[GatedAttention, ...] = ()
-        self.fc1 = ColumnParallelLinear(hidden, ffn, bias=bias, prefix=f"{site.prefix}.fc1")
+        bits = site.settings.stored_bits
+        self.fc1 = ColumnParallelLinear(
+            hidden, ffn, bias=bias, quant_config=config_of(bits), prefix=f"{site.prefix}.fc1"
+        )
         if calibrated is None:
-            self.fc2 = RowParallelLinear(ffn, hidden, bias=bias, prefix=f"{site.prefix}.fc2")
+            self.fc2 = row_parallel(ffn, hidden, bias, bits, f"{site.prefix}.fc2")
             return
-        self.kernels = interface.choose(self.device_type, self.activation)
-        self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias)
+        self.kernels = interface.choose(self.device_type, self.activation, bits)
+        self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias, bits)
         keep_gathered(self.kernels, self.fc1, self.fc2)
         self.attach(calibrated, "mlp", site, self.units)
         settings = site.settings

@@ -180,11 +180,18 @@ class Exporter:
             summary["dense_switch"],
         )
         artifact = summary["artifact"]
-        labels = (*common, summary["mode"], artifact["digest"], str(artifact["fingerprint_verified"]).lower())
+        labels = (
+            *common,
+            summary["mode"],
+            artifact["digest"],
+            str(artifact["fingerprint_verified"]).lower(),
+            str(summary["weight_bits"]),
+            str(summary["lm_head_bits"]),
+        )
         self._gauge(
             "info",
             "What is served.",
-            (*_COMMON, "mode", "artifact_digest", "fingerprint_verified"),
+            (*_COMMON, "mode", "artifact_digest", "fingerprint_verified", "weight_bits", "lm_head_bits"),
             labels,
             1,
         )

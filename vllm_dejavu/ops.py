@@ -20,7 +20,7 @@ from vllm_dejavu.compat import (
     eager_break_during_capture,
     resolve_layer_name,
 )
-from vllm_dejavu.kernels.interface import SEGMENT, Selection
+from vllm_dejavu.kernels.interface import SEGMENT, Rows, Selection, implementation
 
 _library = Library("dejavu", "FRAGMENT")
 
@@ -207,6 +207,28 @@ def _attention_block_fake(
     return torch.empty_like(x)
 
 
+def _int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+) -> torch.Tensor:
+    """A linear in 8 bits that belongs to no gated block: [T, inputs] -> [T, outputs]."""
+    rows = Rows(weight.data, bias, scale.data, transposed)
+    return implementation(x.device.type).linear(x, rows)
+
+
+def _int8_linear_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], scale.shape[0]))
+
+
 # Our attention runs eagerly between the pieces of a PIECEWISE graph, as vLLM's does
 # (compilation_config.splitting_ops).
 SPLITTING_OPS = ("dejavu::attention",)
@@ -217,6 +239,7 @@ for _name, _function, _fake, _mutates in (
     ("qkv", _qkv, _qkv_fake, []),
     ("attention", _attention, _attention_fake, ["output"]),
     ("attention_block", _attention_block, _attention_block_fake, []),
+    ("int8_linear", _int8_linear, _int8_linear_fake, []),
 ):
     direct_register_custom_op(_name, _function, mutates_args=_mutates, fake_impl=_fake, target_lib=_library)
 
@@ -225,3 +248,4 @@ mlp = torch.ops.dejavu.mlp
 qkv = torch.ops.dejavu.qkv
 attention = torch.ops.dejavu.attention
 attention_block = torch.ops.dejavu.attention_block
+int8_linear = torch.ops.dejavu.int8_linear

@@ -1,10 +1,13 @@
-"""Weight-only quantization, *simulated*: what INT8 or INT4 weights would do to quality. No byte is saved.
+"""Weights rounded to few bits: INT8 as engines keep and read it, and, *simulated*, what INT4 would do to
+quality.
 
-The linear weights of the decoder layers (q, k, v, out_proj, fc1, fc2) are rounded to integers with one scale
-a group, turned back and computed with as usual; embeddings, LM head, biases and norms stay. The scheme is
-compressed-tensors' W4A16 or W8A16: symmetric, groups of 128 along the input dimension, each with a scale of
-its own from its largest magnitude, round to nearest (RTN; neither GPTQ nor AWQ, which look at data and lose
-less).
+Both are symmetric and round to nearest (RTN; neither GPTQ nor AWQ, which look at data and lose less).
+Embeddings, LM head, biases and norms stay, but that INT8 may take the LM head along (`lm_head_bits`).
+
+- 8 bits: one scale for each output, int8 in memory (`formats`).
+- 4 bits: the layers' linear weights (q, k, v, out_proj, fc1, fc2) are rounded in compressed-tensors' scheme
+  W4A16, groups of 128 along the input dimension with a scale each, turned back and computed with as usual: no
+  byte is saved.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from typing import Any
 
 import torch
 
-SCHEMES = {8: "W8A16", 4: "W4A16"}  # bits -> compressed-tensors' name
-GROUP_SIZE = 128  # of these schemes; a test compares
+SCHEME = "W4A16"  # compressed-tensors' name of 4 bits
+GROUP_SIZE = 128  # of that scheme; a test compares
 # Of the scales: compressed-tensors takes the checkpoint's, which for facebook/opt-* is this one.
 SCALE_DTYPE = torch.float16
-# Load formats that put tensors into parameters without showing them to the model's load_weights.
+# Load formats that put tensors into parameters without showing them to the model's load_weights, where what
+# is simulated happens.
 BLIND_FORMATS = {
     "dummy": "its weights are random",
     **dict.fromkeys(
@@ -35,6 +39,18 @@ _LINEAR = re.compile(
 def is_linear(name: str) -> bool:
     """Whether a checkpoint's tensor is one that is quantized."""
     return _LINEAR.fullmatch(name) is not None
+
+
+def int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear's weight [outputs, inputs] as int8, one scale for each output: symmetric, round to nearest.
+
+    Returns:
+        Integers of at most 127 in magnitude, [outputs, inputs], int8; scales [outputs], fp32, positive also
+        where an output is all zeros.
+    """
+    wide = weight.float()
+    scale = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
 
 
 def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Tensor:
@@ -53,11 +69,14 @@ def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Ten
     """
     if bits == 16 or not is_linear(name):
         return tensor
+    if bits == 8:
+        integers, scale = int8_rows(tensor)
+        return integers * scale[:, None]
     _check_inputs(tensor.shape[-1], name, bits)
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    args = _scheme(bits)
+    args = _scheme()
     weight = tensor.float()
     groups = weight.unflatten(-1, (-1, args.group_size))
     scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
@@ -65,12 +84,10 @@ def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Ten
 
 
 @functools.cache
-def _scheme(bits: int) -> Any:
+def _scheme() -> Any:
     from compressed_tensors.quantization import preset_name_to_scheme
 
-    return preset_name_to_scheme(SCHEMES[bits], ["Linear"]).weights.model_copy(
-        update={"scale_dtype": SCALE_DTYPE}
-    )
+    return preset_name_to_scheme(SCHEME, ["Linear"]).weights.model_copy(update={"scale_dtype": SCALE_DTYPE})
 
 
 @torch.no_grad()
@@ -104,18 +121,18 @@ def check_model(sizes: Any, bits: int) -> None:
     Raises:
         ValueError: naming the size.
     """
-    if bits < 16:
+    if bits == 4:
         _check_inputs(sizes.hidden_size, "hidden_size", bits)
         _check_inputs(sizes.ffn_dim, "ffn_dim", bits)
 
 
 def check_load_format(load_format: Any, bits: int) -> None:
-    """Refuse load formats that would leave the weights as they are.
+    """Refuse load formats that would leave weights as they are which are rounded where they lie.
 
     Raises:
         ValueError: naming the format and the remedy.
     """
-    if bits < 16 and (reason := BLIND_FORMATS.get(str(load_format))):
+    if bits == 4 and (reason := BLIND_FORMATS.get(str(load_format))):
         raise refusal(load_format, bits, reason)
 
 
@@ -126,13 +143,16 @@ def refusal(load_format: Any, bits: int, reason: str) -> ValueError:
     )
 
 
-def describe(bits: int) -> str:
+def describe(bits: int, head_bits: int) -> str:
     """For the start-up log."""
-    return (
-        f"SIMULATED {SCHEMES[bits]}: linear weights of the layers rounded to {bits} bits (symmetric, groups"
+    simulated = (
+        f"SIMULATED {SCHEME}: linear weights of the layers rounded to {bits} bits (symmetric, groups"
         f" of {GROUP_SIZE}, round to nearest) and computed with in the engine's dtype; for evaluation: it"
         " saves no byte and no time"
     )
+    parts = [part for part, has in (("the layers' linears", bits), ("LM head", head_bits)) if has == 8]
+    int8 = f"INT8 weights ({' and '.join(parts)}; a scale for each output, rounded to nearest while loading)"
+    return "; ".join(([simulated] if bits == 4 else []) + ([int8] if parts else []))
 
 
 def _check_inputs(inputs: int, what: str, bits: int) -> None:
@@ -140,5 +160,5 @@ def _check_inputs(inputs: int, what: str, bits: int) -> None:
     if inputs % GROUP_SIZE:
         raise ValueError(
             f"weight_bits={bits} needs input sizes that are multiples of {GROUP_SIZE}, the group size of"
-            f" {SCHEMES[bits]}; {what} has {inputs}. Use weight_bits=16."
+            f" {SCHEME}; {what} has {inputs}. Use weight_bits=16."
         )

@@ -24,8 +24,9 @@ from vllm_dejavu import __version__, artifact
 from vllm_dejavu.artifact import Artifact
 from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.kernels import reference
-from vllm_dejavu.kernels.interface import Call, Linear, LowRank, Mlp, Rows, Selection, implementation
+from vllm_dejavu.kernels.interface import Call, Linear, LowRank, Mlp, Rows, Selection, choose, implementation
 from vllm_dejavu.manifest import ArtifactError, ModelSpec
+from vllm_dejavu.quantization import int8_rows
 from vllm_dejavu.timing import Timer, cpu_model, crossover
 
 DIRECTORY = "tuned"  # in the artifact's
@@ -42,8 +43,8 @@ class Key:
 
     Attributes:
         device: name of the GPU or CPU. kernels: of `describe`. threads: that compute on a CPU, 0 on a GPU.
-        dtype: of the model's weights. ffn, heads: of one tensor-parallel rank. rank: largest of the
-            MLP predictors, 0 without one.
+        dtype: of the model. weight_bits: of the layers' weights in memory. ffn, heads: of one
+            tensor-parallel rank. rank: largest of the MLP predictors, 0 without one.
     """
 
     device: str
@@ -55,9 +56,12 @@ class Key:
     heads: int
     rank: int
     predictor_dtype: str
+    weight_bits: int = 16
 
     @classmethod
-    def of(cls, loaded: Artifact, device: torch.device, dtype: torch.dtype, tp: int = 1) -> Key:
+    def of(
+        cls, loaded: Artifact, device: torch.device, dtype: torch.dtype, tp: int = 1, weight_bits: int = 16
+    ) -> Key:
         """Of an artifact on a device of this machine, as this process would run it."""
         model, gates = (
             loaded.manifest.model,
@@ -74,14 +78,20 @@ class Key:
             model.num_heads // tp,
             max((gate.rank for gate in gates), default=0),
             gates[0].dtype if gates else "",
+            weight_bits,
         )
 
     def file(self, directory: Path) -> Path:
         """Named so that a person finds it; everything is compared when it is read."""
-        words = [self.device, f"{self.threads}-threads" if self.threads else "", self.dtype, f"ffn{self.ffn}"]
-        return (
-            directory / DIRECTORY / (re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") + ".json")
-        )
+        words = [
+            self.device,
+            f"{self.threads}-threads" if self.threads else "",
+            self.dtype,
+            f"int{self.weight_bits}" if self.weight_bits < 16 else "",
+            f"ffn{self.ffn}",
+        ]
+        name = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+        return directory / DIRECTORY / f"{name}.json"
 
 
 def load(directory: str | os.PathLike, key: Key) -> dict[str, dict[int, float]] | None:
@@ -96,7 +106,8 @@ def load(directory: str | os.PathLike, key: Key) -> dict[str, dict[int, float]] 
         return None
     try:
         found = json.loads(path.read_bytes())
-        if found["format_version"] != FORMAT_VERSION or found["key"] != dataclasses.asdict(key):
+        same = {"weight_bits": 16} | found["key"] == dataclasses.asdict(key)
+        if found["format_version"] != FORMAT_VERSION or not same:
             return None
         crossovers = {
             block: {int(tokens): float(density) for tokens, density in found["crossovers"][block].items()}
@@ -135,22 +146,30 @@ class _Layers:
         self.impl = implementation(device.type)
         self.dtype = getattr(torch, key.dtype)
         width = key.heads * head_dim
-        layer_bytes = (2 * key.hidden * key.ffn + 4 * key.hidden * width) * self.dtype.itemsize
+        itemsize = 1 if key.weight_bits == 8 else self.dtype.itemsize
+        layer_bytes = (2 * key.hidden * key.ffn + 4 * key.hidden * width) * itemsize
         self.number = max(MIN_LAYERS, min(MAX_LAYERS, -(-ROTATED_BYTES // layer_bytes)))
 
-        def weights(rows: int, columns: int, fan_in: int) -> list[torch.Tensor]:
+        def weights(
+            outputs: int, inputs: int, bias: float | None = None, transposed: bool = False
+        ) -> list[Rows]:
+            added = None if bias is None else torch.full((outputs,), bias, dtype=self.dtype, device=device)
             made = []
             for _ in range(self.number):
-                weight = torch.empty(rows, columns, dtype=self.dtype, device=device)
+                drawn, scale = torch.randn(outputs, inputs, device=device) * inputs**-0.5, None
+                if key.weight_bits == 8:
+                    drawn, scale = int8_rows(drawn)
+                shape = (inputs, outputs) if transposed else (outputs, inputs)
+                dtype = torch.int8 if key.weight_bits == 8 else self.dtype
+                weight = torch.empty(shape, dtype=dtype, device=device)
                 self.impl.prepare_weight(weight)
-                made.append(weight.copy_(torch.randn(rows, columns, device=device) * fan_in**-0.5))
+                made.append(Rows(weight.copy_(drawn.t() if transposed else drawn), added, scale, transposed))
             return made
 
-        self.fc1, self.fc2_t = weights(key.ffn, key.hidden, key.hidden), weights(key.ffn, key.hidden, key.ffn)
-        self.qkv, self.out = weights(3 * width, key.hidden, key.hidden), weights(key.hidden, width, width)
-        # every neuron comes out positive: all of a list is read
-        self.fc1_bias = torch.full((key.ffn,), 5.0, dtype=self.dtype, device=device)
-        self.qkv_bias = torch.zeros(3 * width, dtype=self.dtype, device=device)
+        # fc1's bias: every neuron comes out positive, so that all of a list is read
+        self.fc1, self.fc2 = weights(key.ffn, key.hidden, 5.0), weights(key.hidden, key.ffn, transposed=True)
+        self.qkv = weights(3 * width, key.hidden, 0.0)
+        self.out = weights(key.hidden, width, transposed=key.weight_bits == 8)
         rank = -(-max(key.rank, 1) // 16) * 16
         self.down, self.up = self._predictor(rank, key.hidden), self._predictor(key.ffn, rank)
         self.head_weight = self._predictor(key.heads, key.hidden)
@@ -176,9 +195,7 @@ class _Layers:
         """What runs by name, and the densities that lists of that name really have."""
         impl, x, lens = self.impl, self._inputs(tokens, self.key.hidden), self._lens(tokens)
         call = Call(lens, None, self.workspace)
-        mlps = [
-            Mlp(Rows(up, self.fc1_bias), Rows(down)) for up, down in zip(self.fc1, self.fc2_t, strict=True)
-        ]
+        mlps = [Mlp(up, down) for up, down in zip(self.fc1, self.fc2, strict=True)]
         runs: dict[str, Callable[[int], Any]] = {"dense": lambda i: impl.sparse_mlp(x, mlps[i])}
         real = {}
         for density in densities:
@@ -205,7 +222,7 @@ class _Layers:
             self._lens(tokens),
         )
         call = Call(lens, None, self.workspace)
-        qkvs, outs = [Rows(weight, self.qkv_bias) for weight in self.qkv], [Rows(out) for out in self.out]
+        qkvs, outs = self.qkv, self.out
         attn = self._inputs(tokens, heads * self.head_dim).view(tokens, heads, self.head_dim)
         output = torch.empty(tokens, self.key.hidden, dtype=self.dtype, device=self.device)
 
@@ -299,6 +316,7 @@ def run(
     device: str,
     dtype: str,
     tp: int,
+    weight_bits: int,
     tokens: Sequence[int],
     rounds: int,
     progress: Callable[[str], None],
@@ -306,15 +324,17 @@ def run(
     """Measure for an artifact and keep the result beside it.
 
     Raises:
-        ValueError: a tensor-parallel size that does not divide the model.
+        ValueError: a tensor-parallel size that does not divide the model; weights for which there are no
+            kernels.
     """
     loaded, place = artifact.load(directory), torch.device(device)
     model = loaded.manifest.model
     if model.ffn_dim % tp or model.num_heads % tp:
         raise ValueError(f"--tp {tp} does not divide {model.num_heads} heads and {model.ffn_dim} neurons")
-    key = Key.of(loaded, place, getattr(torch, dtype), tp)
-    progress(
-        f"{key.device}, {key.kernels}, {key.dtype}" + (f", {key.threads} threads" if key.threads else "")
-    )
+    choose(place.type, model.activation, weight_bits)  # which refuses weights that it has no kernels for
+    key = Key.of(loaded, place, getattr(torch, dtype), tp, weight_bits)
+    bits = f", weights in {weight_bits} bits" if weight_bits < 16 else ""
+    threads = f", {key.threads} threads" if key.threads else ""
+    progress(f"{key.device}, {key.kernels}, {key.dtype}{bits}{threads}")
     measured = measure(key, model, place, tokens=tokens, rounds=rounds, progress=progress)
     return save(directory, key, measured, {"vllm-dejavu": __version__, "torch": torch.__version__})

@@ -31,6 +31,21 @@ void check_vector(const Tensor& t, int64_t size, at::ScalarType type, const char
               t.sizes(), " of ", t.scalar_type(), " on ", t.device());
 }
 
+// A weight for inputs x: of x's dtype, or int8 with a scale for each output.
+void check_weight(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, int64_t outputs,
+                  const char* name) {
+  if (weight.scalar_type() != at::kChar) {
+    TORCH_CHECK(weight.scalar_type() == x.scalar_type() && !scale, "dejavu: ", name, " must have x's dtype ",
+                x.scalar_type(), " and no scale, or be int8, got ", weight.scalar_type(),
+                scale ? " and a scale" : "");
+    return;
+  }
+  TORCH_CHECK(scale, "dejavu: ", name, " is int8 and needs a scale for each of its ", outputs, " outputs");
+  check_vector(*scale, outputs, at::kFloat, "its scale");
+}
+
+const float* scale_of(const MaybeTensor& scale) { return scale ? scale->data_ptr<float>() : nullptr; }
+
 void check_counters(const MaybeTensor& counters) {
   if (!counters) return;
   TORCH_CHECK(counters->device().is_cpu() && counters->scalar_type() == at::kLong &&

@@ -42,7 +42,25 @@ T* scratch(int64_t count) {
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
 }
 
-enum Purpose { INPUT, BIAS, LIST, HIDDEN, ALIVE, ALIVE_LIST, PARTIALS, TILE, ADDED };
+enum Purpose {
+  INPUT,
+  INPUT_SCALES,
+  INPUT_OFFSETS,
+  PACKED,
+  BIAS,
+  LIST,
+  HIDDEN,
+  GATHERED,
+  ROUNDED,
+  ROUNDED_SCALES,
+  ROUNDED_OFFSETS,
+  ALIVE,
+  ALIVE_LIST,
+  PARTIALS,
+  TILE,
+  ADDED,
+  SCALED
+};
 
 // f(begin, end) for even shares of [0, n), in multiples of `unit`, on PyTorch's own threads: those that vLLM
 // has bound to cores.

@@ -70,11 +70,12 @@ constexpr int MAX_TOKENS = 2, ACCUMULATE_TOKENS = 5, MANY_TOKENS = 5;
 #include "tiles.h"
 }  // namespace
 
-const Kernels generic_kernels = {"generic", input_widened, dot_widened, accumulate_widened, nullptr,
-                                 nullptr,   threshold,     activate,    widen_any,          finish_any};
+const Kernels generic_kernels = {"generic", input_widened, dot_widened, accumulate_widened,
+                                 nullptr,   nullptr,       nullptr,     nullptr,
+                                 threshold, activate,      widen_any,   finish_any};
 
 const Kernels* const* supported(int* count) {
-  static const Kernels* list[4];
+  static const Kernels* list[5];
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -82,7 +83,9 @@ const Kernels* const* supported(int* count) {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) list[n++] = &avx512_bf16_kernels;
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) list[n++] = &avx512_bf16_kernels;
+  if (vnni) list[n++] = &avx512_vnni_kernels;
   if (avx512) list[n++] = &avx512_kernels;
   if (avx2) list[n++] = &avx2_kernels;
 #endif

@@ -3,9 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
-#include "products.h"
+#include "mlp.h"
 
 namespace dejavu {
 
@@ -30,8 +31,9 @@ void check_scores(const Tensor& head_scores, int64_t tokens, int64_t heads) {
               "dejavu: head_scores must be contiguous float32, got ", head_scores.scalar_type());
 }
 
-Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& head_scores,
-                  const Tensor& row_lens, int64_t head_size, const MaybeTensor& counters) {
+Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& bias,
+                  const Tensor& head_scores, const Tensor& row_lens, int64_t head_size,
+                  const MaybeTensor& counters) {
   const int64_t tokens = x.size(0), heads = head_scores.size(1), queries = heads * head_size,
                 all = weight.size(0);
   check_matrix(x, -1, weight.size(1), "x");
@@ -39,9 +41,8 @@ Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& bias
   check_scores(head_scores, tokens, heads);
   check_vector(row_lens, tokens, at::kInt, "row_lens");
   check_counters(counters);
-  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && all >= queries,
-              "dejavu: weight must have x's dtype ", x.scalar_type(), " and at least ", queries,
-              " rows, got ", weight.scalar_type(), " and ", all);
+  check_weight(x, weight, scale, all, "weight");
+  TORCH_CHECK(all >= queries, "dejavu: weight must have at least ", queries, " rows, got ", all);
   int64_t selected;
   const auto read = read_heads(head_scores, selected);
   const Tensor input = x.contiguous();
@@ -57,8 +58,8 @@ Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& bias
         std::fill_n(at_element(out, t * all + head * head_size), head_size * out.element_size(), 0);
   }
   for (int64_t row = queries; row < all; ++row) list[n++] = static_cast<int32_t>(row);
-  project(rows_of(weight, list), n, Inputs(input, type_of(weight)), {{0, x.size(1)}}, widened(bias, all),
-          out);
+  project(rows_of(weight, list), n, Inputs(input, type_of(weight)), {{0, x.size(1)}},
+          {scale_of(scale), widened(bias, all)}, out);
   if (counters) {
     count(counters, STEPS, 1);
     count(counters, Counter::ROWS, static_cast<int64_t>(valid_rows(row_lens).size()));
@@ -104,7 +105,66 @@ void sparse_out_proj(const Tensor& attn, const Tensor& weight, const Tensor& hea
   }
   const Tensor input = attn.contiguous().view({tokens, heads * head_size});
   project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight), head_size % 2 == 0), segments,
-          nullptr, output);
+          {nullptr, nullptr}, output);
+}
+
+// The columns of some heads, n of them, side by side: [tokens, n].
+Tensor heads_of(const Tensor& attn, const std::vector<bool>& read, int64_t n) {
+  const int64_t tokens = attn.size(0), heads = attn.size(1), bytes = attn.size(2) * attn.element_size();
+  if (n == heads * attn.size(2)) return attn.view({tokens, n});
+  Tensor out = at::empty({tokens, n}, attn.options());
+  auto* to = static_cast<char*>(out.data_ptr());
+  for (int64_t i = 0; i < tokens * heads; ++i)
+    if (read[i % heads]) {
+      std::memcpy(to, static_cast<const char*>(attn.data_ptr()) + i * bytes, bytes);
+      to += bytes;
+    }
+  return out;
+}
+
+// Inputs of a transposed weight.
+Values as_activations(const Tensor& x, const Tensor& weight) {
+  const int64_t tokens = x.size(0), n = x.size(1);
+  const Type from = type_of(x), type = many_tokens(kernels().dot_input(type_of(weight), from), tokens);
+  if (type != Type::i16 && type != Type::i8)
+    return type == from ? Values{x.data_ptr(), from, n}
+                        : Inputs::copied(x, type, apart(n, size_of(type), tokens));
+  return rounded<INPUT, INPUT_SCALES, INPUT_OFFSETS>({x.data_ptr(), from, n}, tokens, n, type);
+}
+
+// The same with a transposed weight [heads * head_size, hidden], of which a head is whole rows; a head that
+// no token selected may hold anything. head_scores: none: all heads.
+void transposed_out_proj(const Tensor& attn, const Tensor& weight, const MaybeTensor& scale,
+                         const MaybeTensor& head_scores, const Tensor& output) {
+  TORCH_CHECK(attn.dim() == 3, "dejavu: attn must be [num_tokens, heads, head_size], got ", attn.sizes());
+  const int64_t tokens = attn.size(0), heads = attn.size(1), head_size = attn.size(2),
+                all = heads * head_size;
+  check_matrix(weight, all, weight.size(1), "transposed weight");
+  check_weight(attn, weight, scale, weight.size(1), "transposed weight");
+  if (head_scores) check_scores(*head_scores, tokens, heads);
+  check_matrix(output, tokens, weight.size(1), "output");
+  TORCH_CHECK(attn.scalar_type() == output.scalar_type() && output.is_contiguous(),
+              "dejavu: output must have attn's dtype ", attn.scalar_type(), " and be contiguous; got ",
+              output.scalar_type(), ", strides ", output.strides());
+  if (!head_scores && better_plain(attn, tokens, weight)) {
+    output.copy_(plain_linear(attn.reshape({tokens, all}), weight.t(), scale, std::nullopt));
+    return;
+  }
+  int64_t selected;
+  const auto read = head_scores ? read_heads(*head_scores, selected) : std::vector<bool>(heads, true);
+  auto* list = scratch<LIST, int32_t>(all);
+  int64_t n = 0;
+  for (int64_t row = 0; row < all; ++row)
+    if (read[row / head_size]) list[n++] = static_cast<int32_t>(row);
+  const Tensor input = heads_of(attn.contiguous(), read, n);
+  auto* places = scratch<ALIVE_LIST, int32_t>(n);
+  std::iota(places, places + n, 0);
+  for (int64_t begin = 0; begin < tokens; begin += MLP_TOKENS) {
+    const int64_t some = std::min(MLP_TOKENS, tokens - begin);
+    const Tensor part = input.narrow(0, begin, some);
+    down(as_activations(part, weight), {list, places, n}, some, weight, scale_of(scale),
+         output.narrow(0, begin, some));
+  }
 }
 
 }  // namespace

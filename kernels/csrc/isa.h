@@ -7,7 +7,7 @@
 
 namespace dejavu {
 
-enum class Type { f32, f16, bf16, i8 };
+enum class Type { f32, f16, bf16, i8, i16 };
 
 // A range of columns [begin, end) that a row is read at.
 struct Segment {
@@ -22,9 +22,30 @@ struct Rows {
   Type type;
 };
 
+// What rows are multiplied with: `data + t * stride`, in elements, of a token. Of int8 weights, rounded, to
+//   i16  a scale for each token, small enough for sums of products to fit into int32 in whatever order;
+//   i8   a scale for each GROUP of a token's values, scales[t * groups + i / GROUP]; and `offsets`, -128
+//        times the sum of a group's integers, make up for weights that are read as w + 128.
+struct Values {
+  const void* data;
+  Type type;
+  int64_t stride;
+  const float* scales = nullptr;
+  const int32_t* offsets = nullptr;
+  int64_t groups = 1;
+};
+
+constexpr int64_t GROUP = 128;
+constexpr int64_t groups_of(int64_t n) { return (n + GROUP - 1) / GROUP; }
+
 // Tokens of a block of dot_lanes: one lane each, in one or two vectors.
 constexpr int64_t LANE_BLOCK = 32;
 constexpr int64_t lane_width(int64_t tokens) { return tokens > 16 ? 32 : 16; }
+
+// Of a block of tokens as pack_lanes leaves it: i8 with its scales and offsets behind it.
+constexpr int64_t lane_bytes(Type type, int64_t columns) {
+  return LANE_BLOCK * (type == Type::i8 ? columns + 8 * groups_of(columns) : 2 * columns);
+}
 
 constexpr int64_t accumulate_scratch(int64_t tokens, int64_t columns) {
   constexpr int64_t MOST_COLUMNS = 64, MOST_ROWS = 128;  // of a tile; of a block
@@ -34,42 +55,51 @@ constexpr int64_t accumulate_scratch(int64_t tokens, int64_t columns) {
 struct Kernels {
   const char* name;
 
-  // Which type `dot` takes the other operand in, for weights and inputs of a type: bf16 where bf16 products
-  // are native.
+  // Which type `dot` takes the other operand in, for weights and inputs of a type: bf16 and i16 where there
+  // are products of them, bf16 only with weights of bf16, i16 only with int8.
   Type (*dot_input)(Type weights, Type inputs);
 
-  // out[t * ldo + i - begin] = sum over the segments' columns k of row_i[k] * x[t * ldx + k], for rows begin
-  // <= i < end and t < tokens; x in dot_input's type; accumulated in fp32.
-  void (*dot)(const Rows& rows, int64_t begin, int64_t end, const void* x, Type x_type, int64_t ldx,
-              int64_t tokens, const Segment* segments, int64_t num_segments, float* out, int64_t ldo);
+  // out[t * ldo + i - begin] = sum over the segments' columns k of row_i[k] * x_t[k], for rows begin <= i <
+  // end and t < tokens; x in dot_input's type; accumulated in fp32, of i16 in int32.
+  void (*dot)(const Rows& rows, int64_t begin, int64_t end, const Values& x, int64_t tokens,
+              const Segment* segments, int64_t num_segments, float* out, int64_t ldo);
 
-  // out[t * ldo + c - column_begin] = sum over rows begin <= i < end of h[t * ldh + places[i]] * row_i[c],
-  // for columns column_begin <= c < column_end; the order of the sum does not depend on the columns. h is in
-  // dot_input's type. `scratch`, aligned to 64 bytes, has accumulate_scratch(tokens, columns) bytes.
-  void (*accumulate)(const Rows& rows, int64_t begin, int64_t end, const void* h, Type h_type, int64_t ldh,
-                     const int32_t* places, int64_t tokens, int64_t column_begin, int64_t column_end,
-                     float* out, int64_t ldo, char* scratch);
+  // out[t * ldo + c - column_begin] = sum over rows begin <= i < end of h_t[places[i]] * row_i[c], for
+  // columns column_begin <= c < column_end; the order of the sum does not depend on the columns. h is in
+  // dot_input's type; or i8 where there is dot_lanes for it, and then places are 0, 1, ... and begin a
+  // multiple of GROUP. `scratch`, aligned to 64 bytes, has accumulate_scratch(tokens, columns) bytes.
+  void (*accumulate)(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
+                     int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
+                     char* scratch);
 
-  // `dot` for bf16 weights, bf16 inputs and many tokens, of which one block is multiplied: `x` as pack_lanes
-  // left it, segments of even columns. Rows up to `last` are prefetched where `prefetch` says so. Null where
-  // bf16 products are not native.
-  void (*dot_lanes)(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x, int64_t tokens,
-                    const Segment* segments, int64_t num_segments, float* out, int64_t ldo, bool prefetch);
-  // A block of tokens [tokens][ldx] for dot_lanes: pairs of columns, each of lane_width(tokens) tokens;
-  // `columns` is a multiple of 32.
-  void (*pack_lanes)(const void* x, int64_t ldx, int64_t tokens, int64_t columns, void* to);
+  // `dot` for many tokens, of which one block is multiplied, `x` as pack_lanes left it: bf16 with weights of
+  // bf16, segments of even columns; i8 with int8, whole rows. Rows up to `last` are prefetched where
+  // `prefetch` says so.
+  void (*dot_lanes)(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x,
+                    int64_t columns, int64_t tokens, const Segment* segments, int64_t num_segments,
+                    float* out, int64_t ldo, bool prefetch);
+  // Whether dot_lanes takes inputs of a type, with so many columns.
+  bool (*has_lanes)(Type type, int64_t columns);
+  // A block of tokens for dot_lanes, lane_width(tokens) of them beside each other.
+  void (*pack_lanes)(const Values& x, int64_t tokens, int64_t columns, void* to);
+
+  // n values of a token to i16 or i8: scales and offsets as in Values, NaN where a value is not finite. Null
+  // where dot_input never says i16.
+  void (*round)(const void* from, Type type, int64_t n, Type to_type, void* to, float* scales,
+                int32_t* offsets);
 
   // How many scores[i] + bias[i] are positive; any[i] becomes 1 where that one is.
   int64_t (*threshold)(const float* scores, const float* bias, int32_t* any, int64_t n);
-  // to = ReLU(values + bias), NaN as it is, of which `alive` gets the sums
-  void (*activate)(const float* values, const float* bias, float* alive, void* to, Type type, int64_t n);
+  // to = ReLU(values * scale + bias), NaN as it is, of which `alive` gets the sums; a null scale is 1
+  void (*activate)(const float* values, const float* scale, const float* bias, float* alive, void* to,
+                   Type type, int64_t n);
   void (*widen)(const void* from, Type type, float* to, int64_t n);
-  // to = from + bias, rounded to nearest, ties to even; without a bias where that is null
-  void (*finish)(const float* from, const float* bias, void* to, Type type, int64_t n);
+  // to = from * scale + bias, rounded to nearest, ties to even; a null scale is 1, a null bias 0
+  void (*finish)(const float* from, const float* scale, const float* bias, void* to, Type type, int64_t n);
 };
 
 // Of this CPU, best first; never empty: "generic" is plain C++.
-extern const Kernels avx512_bf16_kernels, avx512_kernels, avx2_kernels, generic_kernels;
+extern const Kernels avx512_bf16_kernels, avx512_vnni_kernels, avx512_kernels, avx2_kernels, generic_kernels;
 const Kernels* const* supported(int* count);
 
 }  // namespace dejavu

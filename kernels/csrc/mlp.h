@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "products.h"
 
@@ -15,23 +16,25 @@ constexpr int64_t LEAST_COLUMNS = 256;  // of a task of fc2: narrower pieces of 
 constexpr int64_t LEAST_ROWS = 64;
 constexpr int64_t SUMS_BYTES = 256 << 10;  // of fc2's columns at a time: in the second cache
 constexpr int64_t MLP_TOKENS = 256;        // at once: what is between fc1 and fc2 stays in the caches
-// Tokens from which on PyTorch's linears overtake ours where bf16 products are not native.
+// Tokens from which on PyTorch's linears overtake ours where there are no lanes.
 constexpr int64_t PLAIN_TOKENS = 16;
+// With int8, all of which PyTorch would have widened each time: not measured.
+constexpr int64_t PLAIN_INT8_TOKENS = 64;
 
-// What is between fc1 and fc2: rows [tokens][width] of n neurons, and of each neuron the sum over the tokens,
-// which is 0 where none is positive.
+// What is between fc1 and fc2: the values of n neurons, and of each neuron the sum over the tokens, which is
+// 0 where none is positive.
 struct Activations {
-  char* rows;
-  Type type;
-  int64_t width;
-  float* alive;
+  Values values;
+  const float* alive;
 };
 
 // x through fc1's rows of the list (null: all of n) and ReLU; row_mask [tokens, ffn] may restrict a token to
 // its own.
-Activations up(const Inputs& x, const Tensor& fc1, const float* bias, const int32_t* list, int64_t n,
+Activations up(const Inputs& x, const Tensor& fc1, const Affine& affine, const int32_t* list, int64_t n,
                const bool* row_mask) {
-  const int64_t ffn = fc1.size(0), size = size_of(x.type);
+  const bool round = type_of(fc1) == Type::i8;  // which needs all of a token's values
+  const Type type = round ? Type::f32 : x.values.type;
+  const int64_t ffn = fc1.size(0), size = size_of(type);
   const Rows rows = rows_of(fc1, list);
   const int64_t width = (n + 15) / 16 * 16 + CACHE_LINE / 4;  // a line more, as in Inputs
   char* h = scratch<HIDDEN, char>(x.tokens * width * size);
@@ -39,12 +42,14 @@ Activations up(const Inputs& x, const Tensor& fc1, const float* bias, const int3
   share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
     const Segment all{0, x.columns};
     const auto id = [&](int64_t i) { return list ? static_cast<int64_t>(list[i]) : i; };
-    const int64_t chunk = x.chunk(last - first, rows.stride * size_of(rows.type));
-    float* added = scratch<ADDED, float>(chunk);
+    const int64_t chunk = x.chunk(last - first);
+    float *added = scratch<ADDED, float>(chunk),
+          *scaled = affine.scale ? scratch<SCALED, float>(chunk) : nullptr;
     float* values = scratch<TILE, float>(x.block_tokens(0) * chunk);
     for (int64_t begin = first; begin < last; begin += chunk) {
       const int64_t end = std::min(last, begin + chunk), mine = end - begin;
-      for (int64_t i = 0; i < mine; ++i) added[i] = bias ? bias[id(begin + i)] : 0;
+      for (int64_t i = 0; i < mine; ++i) added[i] = affine.bias ? affine.bias[id(begin + i)] : 0;
+      for (int64_t i = 0; i < mine && scaled; ++i) scaled[i] = affine.scale[id(begin + i)];
       std::fill_n(alive + begin, mine, 0);
       for (int64_t block = 0; block < x.blocks(); ++block) {
         x.multiply(rows, begin, end, last, block, &all, 1, values, mine);
@@ -53,18 +58,19 @@ Activations up(const Inputs& x, const Tensor& fc1, const float* bias, const int3
           if (row_mask)
             for (int64_t j = 0; j < mine; ++j)
               if (!row_mask[t * ffn + id(begin + j)]) values[i * mine + j] = -INFINITY;
-          kernels().activate(values + i * mine, added, alive + begin, h + (t * width + begin) * size, x.type,
-                             mine);
+          kernels().activate(values + i * mine, scaled, added, alive + begin, h + (t * width + begin) * size,
+                             type, mine);
         }
       }
     }
   });
-  return {h, x.type, width, alive};
+  return {{h, type, width}, alive};
 }
 
 // Neurons that some token needs: their numbers, and their places among the n.
 struct Survivors {
-  const int32_t *numbers, *places;
+  const int32_t* numbers;
+  int32_t* places;
   int64_t count;
 };
 
@@ -80,21 +86,42 @@ Survivors compact(const Activations& h, const int32_t* list, int64_t n) {
   return {numbers, places, m};
 }
 
-// Through fc2's rows of the survivors. Threads share the columns; where they are too few, the neurons too,
-// whose partial sums are added in order.
-void down(const Activations& h, const Survivors& survivors, int64_t tokens, const Tensor& fc2,
+// What int8 weights are multiplied with, the survivors' values of fp32 side by side.
+Values rounded_survivors(const Values& h, Survivors& survivors, int64_t tokens, int64_t n, Type type) {
+  if (type == Type::f32) return h;
+  Values values = h;
+  if (survivors.count < n) {
+    const int64_t m = survivors.count;
+    auto* to = scratch<GATHERED, float>(tokens * m);
+    share_out(tokens, TOKEN_UNIT, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; i < m; ++i)
+          to[t * m + i] = static_cast<const float*>(h.data)[t * h.stride + survivors.places[i]];
+    });
+    values = {to, Type::f32, m};
+    std::iota(survivors.places, survivors.places + m, 0);
+  }
+  return rounded<ROUNDED, ROUNDED_SCALES, ROUNDED_OFFSETS>(values, tokens, survivors.count, type);
+}
+
+// Through fc2's rows of the survivors, `scale` [columns] or null. Threads share the columns; where they are
+// too few, the neurons too, whose partial sums are added in order.
+void down(const Values& h, const Survivors& survivors, int64_t tokens, const Tensor& fc2, const float* scale,
           const Tensor& out) {
   const int64_t columns = fc2.size(1), m = survivors.count;
   const int64_t threads = at::get_num_threads(),
                 column_tasks = std::clamp<int64_t>(columns / LEAST_COLUMNS, 1, threads);
   const int64_t splits = std::clamp<int64_t>(m / LEAST_ROWS, 1, threads / column_tasks);
+  const auto share = [&](int64_t split) {
+    return split == splits ? m : h.type == Type::i8 ? m * split / splits / GROUP * GROUP : m * split / splits;
+  };
   float* partials = scratch<PARTIALS, float>(splits * tokens * columns);
   const Rows rows2 = rows_of(fc2, survivors.numbers);
   const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
   const Type type = type_of(out);
   const auto finish = [&](int64_t t, int64_t begin, int64_t end) {
-    kernels().finish(partials + t * columns + begin, nullptr, at_element(out, t * columns + begin), type,
-                     end - begin);
+    kernels().finish(partials + t * columns + begin, scale ? scale + begin : nullptr, nullptr,
+                     at_element(out, t * columns + begin), type, end - begin);
   };
   const int64_t panel =
       std::max(LEAST_COLUMNS, SUMS_BYTES / (4 * std::max<int64_t>(tokens, 1)) / COLUMN_UNIT * COLUMN_UNIT);
@@ -107,8 +134,7 @@ void down(const Activations& h, const Survivors& survivors, int64_t tokens, cons
       char* memory = scratch<TILE, char>(accumulate_scratch(tokens, panel));
       for (int64_t column = begin; column < end; column += panel) {
         const int64_t stop = std::min(end, column + panel);
-        kernels().accumulate(rows2, m * split / splits, m * (split + 1) / splits, h.rows, h.type, h.width,
-                             survivors.places, tokens, column, stop,
+        kernels().accumulate(rows2, share(split), share(split + 1), h, survivors.places, tokens, column, stop,
                              partials + split * tokens * columns + column, columns, memory);
         if (splits == 1)
           for (int64_t t = 0; t < tokens; ++t) finish(t, column, stop);
@@ -128,31 +154,49 @@ void down(const Activations& h, const Survivors& survivors, int64_t tokens, cons
     });
 }
 
+// Weights of an MLP as they come from Python: fc1 [ffn, hidden], fc2 transposed [ffn, hidden]; in int8 with a
+// scale for each output, fc1's rows and fc2's columns.
+struct Mlp {
+  const Tensor& fc1;
+  const MaybeTensor &fc1_scale, &fc1_bias;
+  const Tensor& fc2;
+  const MaybeTensor& fc2_scale;
+
+  int64_t ffn() const { return fc1.size(0); }
+
+  void check(const Tensor& x) const {
+    check_matrix(x, -1, fc1.size(1), "x");
+    check_matrix(fc1, -1, x.size(1), "fc1's weight");
+    check_matrix(fc2, ffn(), fc2.size(1), "fc2's transposed weight");
+    check_weight(x, fc1, fc1_scale, ffn(), "fc1's weight");
+    check_weight(x, fc2, fc2_scale, fc2.size(1), "fc2's transposed weight");
+    TORCH_CHECK(fc1.scalar_type() == fc2.scalar_type(), "dejavu: fc1 and fc2 must have one dtype, got ",
+                fc1.scalar_type(), ", ", fc2.scalar_type());
+  }
+};
+
 // x [tokens, hidden] through fc1's rows of the list, ReLU, and fc2's rows of the neurons that came out
-// positive.
-void mlp_rows(const Tensor& x, const Tensor& fc1, const float* bias, const Tensor& fc2, const int32_t* list,
-              int64_t n, const bool* row_mask, const MaybeTensor& counters, const Tensor& out) {
-  const Inputs inputs(x, type_of(fc1));
-  const Activations h = up(inputs, fc1, bias, list, n, row_mask);
-  const Survivors survivors = compact(h, list, n);
+// positive. `bias`: fc1's, as fp32.
+void mlp_rows(const Tensor& x, const Mlp& mlp, const float* bias, const int32_t* list, int64_t n,
+              const bool* row_mask, const MaybeTensor& counters, const Tensor& out) {
+  const Inputs inputs(x, type_of(mlp.fc1));
+  const Activations h = up(inputs, mlp.fc1, {scale_of(mlp.fc1_scale), bias}, list, n, row_mask);
+  Survivors survivors = compact(h, list, n);
   count(counters, SURVIVED, survivors.count);
-  down(h, survivors, x.size(0), fc2, out);
+  Values values = h.values;
+  if (type_of(mlp.fc2) == Type::i8)
+    values = rounded_survivors(values, survivors, x.size(0), n,
+                               many_tokens(kernels().dot_input(Type::i8, type_of(x)), x.size(0)));
+  down(values, survivors, x.size(0), mlp.fc2, scale_of(mlp.fc2_scale), out);
 }
 
-void check_mlp(const Tensor& x, const Tensor& fc1, const Tensor& fc2) {
-  check_matrix(x, -1, fc1.size(1), "x");
-  check_matrix(fc1, -1, x.size(1), "fc1's weight");
-  check_matrix(fc2, fc1.size(0), fc2.size(1), "fc2's transposed weight");
-  TORCH_CHECK(x.scalar_type() == fc1.scalar_type() && x.scalar_type() == fc2.scalar_type(),
-              "dejavu: x, fc1 and fc2 must have one dtype, got ", x.scalar_type(), ", ", fc1.scalar_type(),
-              ", ", fc2.scalar_type());
-}
-
-Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bias, const Tensor& fc2,
+Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scale,
+                  const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale,
                   const Tensor& neuron_ids, const Tensor& counts, const Tensor& row_lens,
                   const MaybeTensor& row_mask, const MaybeTensor& counters) {
-  check_mlp(x, fc1, fc2);
-  const int64_t ffn = fc1.size(0), segments = (ffn + SEGMENT - 1) / SEGMENT;
+  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale};
+  mlp.check(x);
+  const int64_t ffn = mlp.ffn(), segments = (ffn + SEGMENT - 1) / SEGMENT;
   check_vector(neuron_ids, ffn, at::kInt, "neuron_ids");
   check_vector(counts, segments, at::kInt, "counts");
   check_vector(row_lens, x.size(0), at::kInt, "row_lens");
@@ -166,49 +210,61 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bia
   auto* list = scratch<LIST, int32_t>(ffn);
   int64_t n = 0;
   for (int64_t s = 0; s < segments; ++s) n = std::copy_n(ids + s * SEGMENT, number[s], list + n) - list;
-  mlp_rows(some, fc1, widened(fc1_bias, ffn), fc2, list, n, row_mask ? mask.data_ptr<bool>() : nullptr,
-           counters, out);
+  mlp_rows(some, mlp, widened(fc1_bias, ffn), list, n, row_mask ? mask.data_ptr<bool>() : nullptr, counters,
+           out);
   if (some.size(0) == x.size(0)) return out;
   return at::zeros({x.size(0), fc2.size(1)}, x.options()).index_copy_(0, at::tensor(valid, at::kLong), out);
 }
 
 // Whether PyTorch's own linears are faster.
-bool better_plain(const Tensor& x, const Tensor& weight) {
-  return x.size(0) >= PLAIN_TOKENS &&
-         (kernels().dot_lanes == nullptr || weight.scalar_type() != at::kBFloat16);
+bool better_plain(const Tensor& x, int64_t tokens, const Tensor& weight) {
+  const Type type = many_tokens(kernels().dot_input(type_of(weight), type_of(x)), tokens);
+  if (type == Type::bf16 || type == Type::i8) return false;
+  return tokens >= (type == Type::i16 ? PLAIN_INT8_TOKENS : PLAIN_TOKENS);
 }
 
-void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& output) {
+// PyTorch's products with a weight [outputs, inputs]; int8 is widened, which many tokens share.
+Tensor plain_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& scale,
+                    const MaybeTensor& bias) {
+  if (!scale) return at::linear(x, weight, bias);
+  Tensor out = at::linear(x, weight.to(x.scalar_type())).to(at::kFloat).mul_(*scale);
+  return (bias ? out.add_(*bias) : out).to(x.scalar_type());
+}
+
+void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& bias,
+            const Tensor& output) {
   check_matrix(x, -1, weight.size(1), "x");
   check_matrix(weight, -1, x.size(1), "weight");
+  check_weight(x, weight, scale, weight.size(0), "weight");
   check_matrix(output, x.size(0), weight.size(0), "output");
-  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && x.scalar_type() == output.scalar_type() &&
-                  output.is_contiguous(),
-              "dejavu: x, weight and output must have one dtype, and output must be contiguous; got ",
-              x.scalar_type(), ", ", weight.scalar_type(), ", ", output.scalar_type(), ", output's strides ",
-              output.strides());
+  TORCH_CHECK(x.scalar_type() == output.scalar_type() && output.is_contiguous(),
+              "dejavu: output must have x's dtype ", x.scalar_type(), " and be contiguous; got ",
+              output.scalar_type(), ", strides ", output.strides());
   const float* wide = widened(bias, weight.size(0));
-  if (better_plain(x, weight)) {
-    Tensor out = output;
-    at::linear_out(out, x, weight, bias);
+  if (better_plain(x, x.size(0), weight)) {
+    output.copy_(plain_linear(x, weight, scale, bias));
     return;
   }
   const Tensor input = x.contiguous();
-  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), {{0, x.size(1)}}, wide, output);
+  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), {{0, x.size(1)}},
+          {scale_of(scale), wide}, output);
 }
 
 // The MLP over all neurons, but fc2's rows of neurons that came out 0 for all tokens of a chunk: that changes
 // nothing but the time.
-Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_bias, const Tensor& fc2) {
-  check_mlp(x, fc1, fc2);
+Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scale,
+                 const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale) {
+  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale};
+  mlp.check(x);
   const float* bias = widened(fc1_bias, fc1.size(0));
-  if (better_plain(x, fc1)) return at::mm(at::linear(x, fc1, fc1_bias).relu_(), fc2);
+  if (better_plain(x, x.size(0), fc1))
+    return plain_linear(plain_linear(x, fc1, fc1_scale, fc1_bias).relu_(), fc2.t(), fc2_scale, std::nullopt);
   const Tensor input = x.contiguous();
   const int64_t tokens = x.size(0), chunks = std::max<int64_t>(1, (tokens + MLP_TOKENS - 1) / MLP_TOKENS);
   Tensor out = at::empty({tokens, fc2.size(1)}, x.options());
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t begin = tokens * i / chunks, count = tokens * (i + 1) / chunks - begin;
-    mlp_rows(input.narrow(0, begin, count), fc1, bias, fc2, nullptr, fc1.size(0), nullptr, std::nullopt,
+    mlp_rows(input.narrow(0, begin, count), mlp, bias, nullptr, fc1.size(0), nullptr, std::nullopt,
              out.narrow(0, begin, count));
   }
   return out;

@@ -75,15 +75,22 @@ TORCH_LIBRARY(dejavu_cpu, m) {
       "Tensor? head_x, Tensor? head_weight, Tensor? head_bias, Tensor(a!)? counters) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
   m.def(
-      "sparse_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight_t, Tensor neuron_ids, "
-      "Tensor counts, Tensor row_lens, Tensor? row_mask, Tensor(a!)? counters) -> Tensor");
-  m.def("dense_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight_t) -> Tensor");
-  m.def(
-      "sparse_qkv(Tensor x, Tensor weight, Tensor? bias, Tensor head_scores, Tensor row_lens, int head_size, "
+      "sparse_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2_weight_t, "
+      "Tensor? fc2_scale, Tensor neuron_ids, Tensor counts, Tensor row_lens, Tensor? row_mask, "
       "Tensor(a!)? counters) -> Tensor");
+  m.def(
+      "dense_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2_weight_t, "
+      "Tensor? fc2_scale) -> Tensor");
+  m.def(
+      "sparse_qkv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor head_scores, Tensor row_lens, "
+      "int head_size, Tensor(a!)? counters) -> Tensor");
   m.def("sparse_out_proj(Tensor attn, Tensor weight, Tensor head_scores, Tensor(a!) output) -> ()");
+  m.def(
+      "transposed_out_proj(Tensor attn, Tensor weight_t, Tensor? scale, Tensor? head_scores, Tensor(a!) "
+      "output) "
+      "-> ()");
   m.def("mask_heads(Tensor attn, Tensor head_scores) -> Tensor");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) output) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) output) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dejavu_cpu, CPU, m) {
@@ -94,6 +101,7 @@ TORCH_LIBRARY_IMPL(dejavu_cpu, CPU, m) {
   m.impl("dense_mlp", dense_mlp);
   m.impl("sparse_qkv", sparse_qkv);
   m.impl("sparse_out_proj", sparse_out_proj);
+  m.impl("transposed_out_proj", transposed_out_proj);
   m.impl("mask_heads", mask_heads);
   m.impl("linear", linear);
 }

@@ -16,53 +16,91 @@ constexpr int64_t CACHE_LINE = 64, ALIASING_BYTES = 1024;
 // Tokens from which on dot_lanes overtakes dot (Zen 4, OPT-125M's and 1.3B's layers).
 constexpr int64_t LANES_TOKENS = 13;
 // Of rows that all blocks of tokens are multiplied with: in the second cache beside a block.
-constexpr int64_t CHUNK_BYTES = 256 << 10;
+constexpr int64_t CHUNK_BYTES = 256 << 10, CHUNK_UNIT = 24;  // a multiple of a tile's rows
+constexpr int64_t TOKEN_UNIT = 8;                            // that one thread rounds
 
 Rows rows_of(const Tensor& weight, const int32_t* ids = nullptr) {
   return {weight.data_ptr(), weight.stride(0), ids, type_of(weight)};
 }
 
+// What int8 weights are multiplied with: i8 for many tokens, where products decide, if there are such; more
+// exact for few.
+Type many_tokens(Type type, int64_t tokens) {
+  const bool quads = kernels().has_lanes != nullptr && kernels().has_lanes(Type::i8, 4);
+  return type == Type::i16 && quads && tokens >= LANES_TOKENS ? Type::i8 : type;
+}
+
+Values from_token(Values x, int64_t t) {
+  x.data = static_cast<const char*>(x.data) + t * x.stride * size_of(x.type);
+  x.scales += t * x.groups;
+  x.offsets += t * x.groups;
+  return x;
+}
+
+// Rows of inputs of a power of two of bytes would fall into the same few sets of the first cache: one line
+// more sets them apart.
+int64_t apart(int64_t columns, int64_t size, int64_t tokens) {
+  return tokens > 1 && columns * size % ALIASING_BYTES == 0 ? columns + CACHE_LINE / size : columns;
+}
+
+// Tokens' values, of n columns each, rounded to i16 or i8 in scratch memory.
+template <Purpose DATA, Purpose SCALES, Purpose OFFSETS>
+Values rounded(const Values& from, int64_t tokens, int64_t n, Type type) {
+  const int64_t stride = apart(n, size_of(type), tokens), groups = type == Type::i8 ? groups_of(n) : 1;
+  char* to = scratch<DATA, char>(tokens * stride * size_of(type));
+  float* scales = scratch<SCALES, float>(tokens * groups);
+  int32_t* offsets = scratch<OFFSETS, int32_t>(tokens * groups);
+  share_out(tokens, TOKEN_UNIT, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      kernels().round(static_cast<const char*>(from.data) + t * from.stride * size_of(from.type), from.type,
+                      n, type, to + t * stride * size_of(type), scales + t * groups, offsets + t * groups);
+  });
+  return {to, type, stride, scales, offsets, groups};
+}
+
 // Inputs as products with weights of a type take them, in scratch memory where that is not as they are: many
-// tokens for dot_lanes; else in dot's type. There, rows of a power of two of bytes would fall into the same
-// few sets of the first cache: one line more sets them apart.
+// tokens for dot_lanes, to int8 weights in i8; else in dot's type.
 struct Inputs {
-  const void* data;
-  Type type;
-  int64_t stride, tokens, columns;
+  Values values;
+  int64_t tokens, columns;
   bool lanes;
 
-  // even: rows are read from even columns on only
-  Inputs(const Tensor& x, Type weights, bool even = true)
-      : stride(x.size(1)), tokens(x.size(0)), columns(x.size(1)) {
+  // may_lanes: false where rows are read from odd columns on, or values are not to be rounded to i8.
+  Inputs(const Tensor& x, Type weights, bool may_lanes = true) : tokens(x.size(0)), columns(x.size(1)) {
     const Kernels& isa = kernels();
     const Type from = type_of(x);
-    type = isa.dot_input(weights, from);
-    data = x.data_ptr();
-    const int64_t size = size_of(type);
-    lanes =
-        isa.dot_lanes != nullptr && type == Type::bf16 && tokens >= LANES_TOKENS && columns % 32 == 0 && even;
-    if (lanes) {
-      char* packed = scratch<INPUT, char>(blocks() * block_bytes());
-      share_out(blocks(), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          kernels().pack_lanes(at_element(x, i * LANE_BLOCK * columns), columns, block_tokens(i), columns,
-                               packed + i * block_bytes());
-      });
-      data = packed;
-      return;
-    }
-    const bool aliased = tokens > 1 && columns * size % ALIASING_BYTES == 0;
-    if (type == from && !aliased) return;
-    if (aliased) stride += CACHE_LINE / size;
-    char* copy = scratch<INPUT, char>(tokens * stride * size);
-    for (int64_t t = 0; t < tokens; ++t) {
+    Type type = isa.dot_input(weights, from);
+    values = {x.data_ptr(), from, columns};
+    const Type many = many_tokens(type, tokens);
+    lanes = isa.has_lanes != nullptr && may_lanes && tokens >= LANES_TOKENS && isa.has_lanes(many, columns);
+    if (lanes) type = many;
+    if (type == Type::i16 || type == Type::i8)
+      values = rounded<INPUT, INPUT_SCALES, INPUT_OFFSETS>(values, tokens, columns, type);
+    else if (const int64_t stride = apart(columns, size_of(type), tokens);
+             type != from || (!lanes && stride != columns))
+      values = copied(x, type, stride);
+    if (!lanes) return;
+    char* packed = scratch<PACKED, char>(blocks() * block_bytes());
+    share_out(blocks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        isa.pack_lanes(from_token(values, i * LANE_BLOCK), block_tokens(i), columns,
+                       packed + i * block_bytes());
+    });
+    values.data = packed;
+  }
+
+  static Values copied(const Tensor& x, Type type, int64_t stride) {
+    const int64_t columns = x.size(1), size = size_of(type);
+    const Type from = type_of(x);
+    char* copy = scratch<INPUT, char>(x.size(0) * stride * size);
+    for (int64_t t = 0; t < x.size(0); ++t) {
       char* to = copy + t * stride * size;
       if (type == from)
         std::memcpy(to, at_element(x, t * columns), columns * size);
       else
-        isa.widen(at_element(x, t * columns), from, reinterpret_cast<float*>(to), columns);
+        kernels().widen(at_element(x, t * columns), from, reinterpret_cast<float*>(to), columns);
     }
-    data = copy;
+    return {copy, type, stride};
   }
 
   // Blocks of tokens that are multiplied one after the other: one where dot is used.
@@ -70,22 +108,29 @@ struct Inputs {
   int64_t block_tokens(int64_t i) const {
     return lanes ? std::min(LANE_BLOCK, tokens - i * LANE_BLOCK) : tokens;
   }
-  int64_t block_bytes() const { return LANE_BLOCK * columns * 2; }
+  int64_t block_bytes() const { return lane_bytes(values.type, columns); }
   // Rows of weights that are multiplied with all blocks before the next.
-  int64_t chunk(int64_t rows, int64_t row_bytes) const {
-    return lanes ? std::clamp<int64_t>(CHUNK_BYTES / row_bytes / ROW_UNIT * ROW_UNIT, ROW_UNIT, 128)
-                 : std::max<int64_t>(rows, 1);
+  int64_t chunk(int64_t rows) const {
+    if (!lanes) return std::max<int64_t>(rows, 1);
+    const int64_t row_bytes = lane_bytes(values.type, columns) / LANE_BLOCK;
+    return std::clamp<int64_t>(CHUNK_BYTES / row_bytes / CHUNK_UNIT * CHUNK_UNIT, CHUNK_UNIT, 120);
   }
 
   // As Kernels::dot, for the tokens of a block; rows up to `last` come next.
   void multiply(const Rows& rows, int64_t begin, int64_t end, int64_t last, int64_t block,
                 const Segment* segments, int64_t num_segments, float* out, int64_t ldo) const {
     if (lanes)
-      kernels().dot_lanes(rows, begin, end, last, static_cast<const char*>(data) + block * block_bytes(),
+      kernels().dot_lanes(rows, begin, end, last,
+                          static_cast<const char*>(values.data) + block * block_bytes(), columns,
                           block_tokens(block), segments, num_segments, out, ldo, block == 0);
     else
-      kernels().dot(rows, begin, end, data, type, stride, tokens, segments, num_segments, out, ldo);
+      kernels().dot(rows, begin, end, values, tokens, segments, num_segments, out, ldo);
   }
+};
+
+// What is done to a sum of products before it is an output: a scale and a bias for each output, or null.
+struct Affine {
+  const float *scale, *bias;
 };
 
 const float* widened(const MaybeTensor& bias, int64_t size) {
@@ -97,17 +142,17 @@ const float* widened(const MaybeTensor& bias, int64_t size) {
   return wide;
 }
 
-// out[t, id of row i] = dot of row i with x[t] over the segments + bias[id], for rows i < n, ids of which
-// ascend.
+// out[t, id of row i] = dot of row i with x[t] over the segments * scale[id] + bias[id], for rows i < n, ids
+// of which ascend.
 void project(const Rows& rows, int64_t n, const Inputs& x, const std::vector<Segment>& segments,
-             const float* bias, const Tensor& out) {
+             const Affine& affine, const Tensor& out) {
   const Type type = type_of(out);
   const int64_t width = out.size(1), size = out.element_size();
   char* to = static_cast<char*>(out.data_ptr());
   share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
     const Kernels& isa = kernels();
     const auto id = [&](int64_t i) { return rows.ids ? static_cast<int64_t>(rows.ids[i]) : i; };
-    const int64_t chunk = x.chunk(last - first, rows.stride * size_of(rows.type));
+    const int64_t chunk = x.chunk(last - first);
     float* values = scratch<TILE, float>(x.block_tokens(0) * chunk);
     for (int64_t begin = first; begin < last; begin += chunk) {
       const int64_t end = std::min(last, begin + chunk), mine = end - begin;
@@ -118,7 +163,8 @@ void project(const Rows& rows, int64_t n, const Inputs& x, const std::vector<Seg
           next = i + 1;
           while (next < end && id(next) == id(next - 1) + 1) ++next;
           for (int64_t t = 0; t < x.block_tokens(block); ++t)
-            isa.finish(values + t * mine + i - begin, bias ? bias + id(i) : bias,
+            isa.finish(values + t * mine + i - begin, affine.scale ? affine.scale + id(i) : nullptr,
+                       affine.bias ? affine.bias + id(i) : nullptr,
                        to + ((block * LANE_BLOCK + t) * width + id(i)) * size, type, next - i);
         }
       }

@@ -23,7 +23,7 @@ Tensor score_heads(const Tensor& x, const Tensor& weight, const Tensor& bias, co
   // set.
   const Tensor wide = some.to(at::kFloat);
   project(rows_of(weight), weight.size(0), Inputs(wide, type_of(weight)), {{0, x.size(1)}},
-          bias.data_ptr<float>(), scores);
+          {nullptr, bias.data_ptr<float>()}, scores);
   if (some.size(0) == x.size(0)) return scores;
   return at::full({x.size(0), weight.size(0)}, -1.0, scores.options())
       .index_copy_(0, at::tensor(valid, at::kLong), scores);
@@ -42,15 +42,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(
   check_vector(row_lens, x.size(0), at::kInt, "row_lens");
   const auto valid = valid_rows(row_lens);
   const int64_t tokens = static_cast<int64_t>(valid.size());
-  const Tensor wide = rows_at(x, valid).to(at::kFloat);
-  Tensor low = at::empty({tokens, rank}, wide.options());
-  project(rows_of(down), rank, Inputs(wide, type_of(down)), {{0, x.size(1)}}, nullptr, low);
+  // Integers' sums are exact, and those of floats in fp32 whatever their type: a selection must not depend on
+  // the instruction set.
+  const Tensor some = rows_at(x, valid);
+  const Tensor input =
+      kernels().dot_input(type_of(down), type_of(x)) == Type::i16 ? some : some.to(at::kFloat);
+  Tensor low = at::empty({tokens, rank}, x.options().dtype(at::kFloat));
+  project(rows_of(down), rank, Inputs(input, type_of(down), /*may_lanes=*/false), {{0, x.size(1)}},
+          {nullptr, nullptr}, low);
+  Values values{low.data_ptr(), Type::f32, rank};
+  if (kernels().dot_input(type_of(up), type_of(x)) == Type::i16)
+    values = rounded<ROUNDED, ROUNDED_SCALES, ROUNDED_OFFSETS>(values, tokens, rank, Type::i16);
 
   Tensor ids = at::empty({ffn}, x.options().dtype(at::kInt)), counts = at::empty({segments}, ids.options());
   Tensor mask = at::zeros({with_row_mask ? x.size(0) : 0, ffn}, x.options().dtype(at::kBool));
   auto *id = ids.data_ptr<int32_t>(), *number = counts.data_ptr<int32_t>();
   auto* chosen_by = with_row_mask ? mask.data_ptr<bool>() : nullptr;
-  const auto *scores_in = low.data_ptr<float>(), *threshold = bias.data_ptr<float>();
+  const auto* threshold = bias.data_ptr<float>();
   const Rows rows = rows_of(up);
   std::atomic<int64_t> selected{0};
   share_out(segments, 1, [&](int64_t first, int64_t last) {
@@ -59,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(
     int64_t mine = 0;
     for (int64_t s = first; s < last; ++s) {
       const int64_t begin = s * SEGMENT, n = std::min(SEGMENT, ffn - begin);
-      kernels().dot(rows, begin, begin + n, scores_in, Type::f32, rank, tokens, &all, 1, scores, SEGMENT);
+      kernels().dot(rows, begin, begin + n, values, tokens, &all, 1, scores, SEGMENT);
       int32_t any[SEGMENT] = {};
       for (int64_t t = 0; t < tokens; ++t) {
         mine += kernels().threshold(scores + t * SEGMENT, threshold + begin, any, n);
@@ -87,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(
   }
   return {
       ids, counts, mask,
-      head_x ? score_heads(*head_x, *head_weight, *head_bias, row_lens) : at::empty({0, 0}, wide.options())};
+      head_x ? score_heads(*head_x, *head_weight, *head_bias, row_lens) : at::empty({0, 0}, low.options())};
 }
 
 }  // namespace

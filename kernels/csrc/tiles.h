@@ -1,14 +1,16 @@
 // The loops over rows, columns and tokens, written once for every instruction set. Included once by each ISA
 // file, in its anonymous namespace, after its vector types:
-//   Vec             WIDTH fp32 lanes: zero, load, load_n, store, store_n, set1, fma, relu, sum4 (of four
-//   vectors), sum widen, widen_n  WIDTH elements of a type as a Vec; the first n, then zeros Dot<W, X> how
-//   weights W and inputs X are multiplied: STEP, load_w, load_x (and _n), mad MAX_TOKENS      tokens whose
-//   accumulators fit the registers beside four rows ACCUMULATE_TOKENS  likewise, two vectors of columns each,
-//   beside these of a row; MANY_TOKENS: of a tile when there are more
+//   Vec               WIDTH fp32 lanes: zero, load, load_n, store, store_n, set1, fma, relu, sum4 (of four
+//                     vectors), sum
+//   widen, widen_n    WIDTH elements of a type as a Vec; the first n, then zeros
+//   MAX_TOKENS        tokens whose accumulators fit the registers beside four rows
+//   ACCUMULATE_TOKENS likewise, two vectors of columns each, beside these of a row; MANY_TOKENS: of a tile
+//                     when there are more
 
 constexpr int ROWS = 4;  // of a dot tile: enough independent chains to hide the latency of a multiply-add
 constexpr int64_t FEW_ROWS = 32,
                   MANY_ROWS = 128;  // of accumulate at once: up to ACCUMULATE_TOKENS, and beyond
+static_assert(MANY_ROWS == GROUP);
 constexpr int64_t LINE = 64;
 
 template <int N>
@@ -24,14 +26,16 @@ inline const E* row(const Rows& rows, int64_t i) {
 // Into the second cache: in the first one it would drive out what is in use (20 to 30% slower on Zen 4).
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// While a group of rows is multiplied the next one is prefetched: rows of a list lie too far apart for the
-// hardware's own prefetcher, and each is only a few KB long.
+// `D`: how weights W and inputs X are multiplied, STEP of them into a vector of sums Acc: load_w, load_x (and
+// _n), mad. While a group of rows is multiplied the next one is prefetched: rows of a list lie too far apart
+// for the hardware's own prefetcher, and each is only a few KB long.
 template <class D, int R, int T, bool PREFETCH>
 void dot_tile(const typename D::W* const* w, const typename D::W* const* next, const typename D::X* x,
               int64_t ldx, const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
-  Vec acc[T][R];
+  using Acc = typename D::Acc;
+  Acc acc[T][R];
   for (int t = 0; t < T; ++t)
-    for (int r = 0; r < R; ++r) acc[t][r] = Vec::zero();
+    for (int r = 0; r < R; ++r) acc[t][r] = Acc::zero();
   for (int64_t s = 0; s < num_segments; ++s) {
     int64_t k = segments[s].begin;
     const int64_t end = segments[s].end;
@@ -57,10 +61,10 @@ void dot_tile(const typename D::W* const* w, const typename D::W* const* next, c
   }
   for (int t = 0; t < T; ++t) {
     if (R == 4)
-      Vec::sum4(acc[t][0], acc[t][R > 1 ? 1 : 0], acc[t][R > 2 ? 2 : 0], acc[t][R > 3 ? 3 : 0],
+      Acc::sum4(acc[t][0], acc[t][R > 1 ? 1 : 0], acc[t][R > 2 ? 2 : 0], acc[t][R > 3 ? 3 : 0],
                 out + t * ldo);
     else
-      for (int r = 0; r < R; ++r) out[t * ldo + r] = Vec::sum(acc[t][r]);
+      for (int r = 0; r < R; ++r) out[t * ldo + r] = Acc::sum(acc[t][r]);
   }
 }
 
@@ -110,15 +114,23 @@ void dot_group(const Rows& rows, int64_t i, int64_t last, const typename D::X* x
   }
 }
 
+// What i16's integers count.
+inline void scale_tokens(const Values& x, int64_t tokens, int64_t n, float* out, int64_t ldo) {
+  if (x.scales == nullptr) return;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < n; ++i) out[t * ldo + i] *= x.scales[t];
+}
+
 template <class D>
-void dot_rows(const Rows& rows, int64_t begin, int64_t end, const void* x, int64_t ldx, int64_t tokens,
+void dot_rows(const Rows& rows, int64_t begin, int64_t end, const Values& x, int64_t tokens,
               const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
-  const auto* input = static_cast<const typename D::X*>(x);
+  const auto* input = static_cast<const typename D::X*>(x.data);
   int64_t i = begin;
   for (; i + ROWS <= end; i += ROWS)
-    dot_group<D, ROWS>(rows, i, end, input, ldx, tokens, segments, num_segments, out + i - begin, ldo);
+    dot_group<D, ROWS>(rows, i, end, input, x.stride, tokens, segments, num_segments, out + i - begin, ldo);
   for (; i < end; ++i)
-    dot_group<D, 1>(rows, i, end, input, ldx, tokens, segments, num_segments, out + i - begin, ldo);
+    dot_group<D, 1>(rows, i, end, input, x.stride, tokens, segments, num_segments, out + i - begin, ldo);
+  scale_tokens(x, tokens, end - begin, out, ldo);
 }
 
 // Rows that are needed later, to be prefetched piece by piece along the rows, as memory likes it.
@@ -144,14 +156,18 @@ struct Ahead {
 //   GROUP          rows that are multiplied together
 //   COLUMNS        columns of a tile, in VECTORS vectors of sums
 //   load           GROUP rows from the i-th of n, COLUMNS columns (`width` of them, then zeros)
-//   mad            acc + rows * values of h
+//   mad            acc + rows * values of h; Acc, a vector of sums, in memory of the type Sum
+//   GROUPED        whether h has scales for groups of rows: sums are made fp32 after each
 template <class E>
 struct Accumulate {
   using W = E;
   using H = float;
   using WVec = Vec;
   using HVec = Vec;
+  using Acc = Vec;
+  using Sum = float;
   static constexpr int GROUP = 1, VECTORS = 2;
+  static constexpr bool GROUPED = false;
   static constexpr int64_t COLUMNS = VECTORS * Vec::WIDTH;
 
   static void load(const E* const* w, int64_t i, int64_t, int64_t column, int64_t width, WVec* to) {
@@ -167,10 +183,15 @@ struct Accumulate {
 
 // Adds n rows, given by source(i, WVec*), times h [T][ldh] to the sums [T][COLUMNS].
 template <class A, int T, class Source>
-void accumulate_tile(const Source& source, int64_t n, const typename A::H* h, int64_t ldh, float* sums) {
-  Vec acc[T][A::VECTORS];
+void accumulate_tile(const Source& source, int64_t n, const typename A::H* h, int64_t ldh, const Values& of,
+                     typename A::Sum* sums) {
+  typename A::Acc acc[T][A::VECTORS];
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < A::VECTORS; ++v) acc[t][v] = Vec::load(sums + t * A::COLUMNS + v * Vec::WIDTH);
+    for (int v = 0; v < A::VECTORS; ++v)
+      if constexpr (A::GROUPED)
+        acc[t][v] = A::Acc::set1(of.offsets[t * of.groups]);
+      else
+        acc[t][v] = A::Acc::load(sums + t * A::COLUMNS + v * Vec::WIDTH);
   for (int64_t i = 0; i < n; i += A::GROUP) {
     typename A::WVec w[A::VECTORS];
     source(i, w);
@@ -180,15 +201,21 @@ void accumulate_tile(const Source& source, int64_t n, const typename A::H* h, in
     }
   }
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < A::VECTORS; ++v) acc[t][v].store(sums + t * A::COLUMNS + v * Vec::WIDTH);
+    for (int v = 0; v < A::VECTORS; ++v) {
+      auto* to = sums + t * A::COLUMNS + v * Vec::WIDTH;
+      if constexpr (A::GROUPED)
+        Vec::fma(acc[t][v].floats(), Vec::set1(of.scales[t * of.groups]), Vec::load(to)).store(to);
+      else
+        acc[t][v].store(to);
+    }
 }
 
 template <class A, int T = ACCUMULATE_TOKENS, class Source>
 void accumulate_tokens(int64_t tokens, const Source& source, int64_t n, const typename A::H* h, int64_t ldh,
-                       float* sums) {
+                       const Values& of, typename A::Sum* sums) {
   if constexpr (T > 1)
-    if (tokens < T) return accumulate_tokens<A, T - 1>(tokens, source, n, h, ldh, sums);
-  accumulate_tile<A, T>(source, n, h, ldh, sums);
+    if (tokens < T) return accumulate_tokens<A, T - 1>(tokens, source, n, h, ldh, of, sums);
+  accumulate_tile<A, T>(source, n, h, ldh, of, sums);
 }
 
 // Block by block of rows, tile by tile of columns. A few tokens read the rows where they lie; more read them
@@ -196,20 +223,21 @@ void accumulate_tokens(int64_t tokens, const Source& source, int64_t n, const ty
 // through, the next is prefetched. In `scratch`: sums [tiles][tokens][COLUMNS], kept rows [MANY_ROWS /
 // GROUP][VECTORS], h of rows that are not neighbours.
 template <class A>
-void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h, int64_t ldh,
-                     const int32_t* places, int64_t tokens, int64_t column_begin, int64_t column_end,
-                     float* out, int64_t ldo, char* scratch) {
+void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
+                     int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
+                     char* scratch) {
   using W = typename A::W;
   using H = typename A::H;
+  using Sum = typename A::Sum;
   using WVec = typename A::WVec;
   constexpr int64_t STEP_BYTES = A::GROUP * A::COLUMNS * int64_t(sizeof(W));
   const int64_t columns = column_end - column_begin, tiles = (columns + A::COLUMNS - 1) / A::COLUMNS;
-  float* sums = reinterpret_cast<float*>(scratch);
+  auto* sums = reinterpret_cast<Sum*>(scratch);
   auto* kept = reinterpret_cast<WVec*>(sums + tiles * tokens * A::COLUMNS);
   auto* gathered = reinterpret_cast<H*>(kept + MANY_ROWS / A::GROUP * A::VECTORS);
   for (int64_t i = 0; i < tiles * tokens * A::COLUMNS; ++i) sums[i] = 0;
   const bool few = tokens <= ACCUMULATE_TOKENS;
-  const int64_t block = few ? FEW_ROWS : MANY_ROWS;
+  const int64_t block = few && !A::GROUPED ? FEW_ROWS : MANY_ROWS;
   const W* w[MANY_ROWS];
   const char* next[MANY_ROWS];
   for (int64_t first = begin; first < end; first += block) {
@@ -219,12 +247,12 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h
     for (int64_t i = 0; i < later; ++i)
       next[i] = reinterpret_cast<const char*>(row<W>(rows, first + n + i) + column_begin);
     Ahead ahead{next, later, columns * int64_t(sizeof(W))};
-    const H* values = static_cast<const H*>(h) + places[first];
-    int64_t ldv = ldh;
+    const H* values = static_cast<const H*>(h.data) + places[first];
+    int64_t ldv = h.stride;
     if (n % A::GROUP || places[first + n - 1] - places[first] != n - 1) {
       for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t i = 0; i < n; ++i)
-          gathered[t * MANY_ROWS + i] = static_cast<const H*>(h)[t * ldh + places[first + i]];
+          gathered[t * MANY_ROWS + i] = static_cast<const H*>(h.data)[t * h.stride + places[first + i]];
         for (int64_t i = n; i % A::GROUP; ++i) gathered[t * MANY_ROWS + i] = H{};
       }
       values = gathered;
@@ -233,7 +261,12 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t column = tile * A::COLUMNS, left = columns - column,
                     width = left < A::COLUMNS ? left : A::COLUMNS;
-      float* sum = sums + column * tokens;
+      Sum* sum = sums + column * tokens;
+      Values of = h;  // of i8: from this group on
+      if (A::GROUPED) {
+        of.scales += first / MANY_ROWS;
+        of.offsets += first / MANY_ROWS;
+      }
       const auto lying = [&](int64_t i, WVec* to) {
         ahead.template step<STEP_BYTES>();
         if (width == A::COLUMNS)
@@ -249,25 +282,31 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const void* h
         for (int v = 0; v < A::VECTORS; ++v) to[v] = kept[i / A::GROUP * A::VECTORS + v];
       };
       if (few) {
-        accumulate_tokens<A>(tokens, lying, n, values, ldv, sum);
+        accumulate_tokens<A>(tokens, lying, n, values, ldv, of, sum);
         continue;
       }
       for (int64_t t = 0; t < tokens;) {
         const int64_t count = share(tokens - t, MANY_TOKENS);
         if (t == 0)
-          accumulate_tokens<A, MANY_TOKENS>(count, keep, n, values, ldv, sum);
+          accumulate_tokens<A, MANY_TOKENS>(count, keep, n, values, ldv, of, sum);
         else
-          accumulate_tokens<A, MANY_TOKENS>(count, again, n, values + t * ldv, ldv, sum + t * A::COLUMNS);
+          accumulate_tokens<A, MANY_TOKENS>(count, again, n, values + t * ldv, ldv, of, sum + t * A::COLUMNS);
         t += count;
+        if (A::GROUPED) {
+          of.scales += count * of.groups;
+          of.offsets += count * of.groups;
+        }
       }
     }
   }
   for (int64_t tile = 0; tile < tiles; ++tile)
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t column = tile * A::COLUMNS, left = columns - column;
-      const float* from = sums + (tile * tokens + t) * A::COLUMNS;
+      const Sum* from = sums + (tile * tokens + t) * A::COLUMNS;
+      const float scale = h.scales && !A::GROUPED ? h.scales[t] : 1;
       float* to = out + t * ldo + column;
-      for (int64_t c = 0; c < (left < A::COLUMNS ? left : A::COLUMNS); ++c) to[c] = from[c];
+      for (int64_t c = 0; c < (left < A::COLUMNS ? left : A::COLUMNS); ++c)
+        to[c] = static_cast<float>(from[c]) * scale;
     }
 }
 
@@ -279,20 +318,24 @@ void widen_all(const void* from, float* to, int64_t n) {
   if (i < n) widen_n(p + i, n - i).store_n(to + i, n - i);
 }
 
-inline Vec biased(Vec value, const float* bias, int64_t n) {
-  return bias ? Vec::fma(Vec::set1(1), n < Vec::WIDTH ? Vec::load_n(bias, n) : Vec::load(bias), value)
-              : value;
+inline Vec some(const float* p, int64_t n) { return n < Vec::WIDTH ? Vec::load_n(p, n) : Vec::load(p); }
+
+// values * scale + bias from the i-th on, n of them at most
+inline Vec scaled(const float* values, const float* scale, const float* bias, int64_t i, int64_t n) {
+  const Vec value = some(values + i, n - i);
+  if (!scale && !bias) return value;
+  return Vec::fma(scale ? some(scale + i, n - i) : Vec::set1(1), value,
+                  bias ? some(bias + i, n - i) : Vec::zero());
 }
 
 template <class E>
-void finish_all(const float* from, const float* bias, void* to, int64_t n) {
+void finish_all(const float* from, const float* scale, const float* bias, void* to, int64_t n) {
   E* p = static_cast<E*>(to);
   int64_t i = 0;
-  for (; i + Vec::WIDTH <= n; i += Vec::WIDTH)
-    store_as(biased(Vec::load(from + i), bias ? bias + i : bias, Vec::WIDTH), p + i);
+  for (; i + Vec::WIDTH <= n; i += Vec::WIDTH) store_as(scaled(from, scale, bias, i, n), p + i);
   if (i < n) {
     E last[Vec::WIDTH];
-    store_as(biased(Vec::load_n(from + i, n - i), bias ? bias + i : bias, n - i), last);
+    store_as(scaled(from, scale, bias, i, n), last);
     for (int64_t j = 0; i + j < n; ++j) p[i + j] = last[j];
   }
 }
@@ -308,17 +351,18 @@ int64_t threshold(const float* scores, const float* bias, int32_t* any, int64_t 
 }
 
 template <class E>
-void activate_all(const float* values, const float* bias, float* alive, void* to, int64_t n) {
+void activate_all(const float* values, const float* scale, const float* bias, float* alive, void* to,
+                  int64_t n) {
   const Vec one = Vec::set1(1);
   E* p = static_cast<E*>(to);
   int64_t i = 0;
   for (; i + Vec::WIDTH <= n; i += Vec::WIDTH) {
-    const Vec value = Vec::relu(biased(Vec::load(values + i), bias + i, Vec::WIDTH));
+    const Vec value = Vec::relu(scaled(values, scale, bias, i, n));
     Vec::fma(one, value, Vec::load(alive + i)).store(alive + i);
     store_as(value, p + i);
   }
   if (i < n) {
-    const Vec value = Vec::relu(biased(Vec::load_n(values + i, n - i), bias + i, n - i));
+    const Vec value = Vec::relu(scaled(values, scale, bias, i, n));
     Vec::fma(one, value, Vec::load_n(alive + i, n - i)).store_n(alive + i, n - i);
     E last[Vec::WIDTH];
     store_as(value, last);
@@ -326,11 +370,12 @@ void activate_all(const float* values, const float* bias, float* alive, void* to
   }
 }
 
-void activate(const float* values, const float* bias, float* alive, void* to, Type type, int64_t n) {
+void activate(const float* values, const float* scale, const float* bias, float* alive, void* to, Type type,
+              int64_t n) {
   if (type == Type::bf16)
-    activate_all<BFloat>(values, bias, alive, to, n);
+    activate_all<BFloat>(values, scale, bias, alive, to, n);
   else
-    activate_all<float>(values, bias, alive, to, n);
+    activate_all<float>(values, scale, bias, alive, to, n);
 }
 
 void widen_any(const void* from, Type type, float* to, int64_t n) {
@@ -339,15 +384,17 @@ void widen_any(const void* from, Type type, float* to, int64_t n) {
     case Type::f16: return widen_all<Half>(from, to, n);
     case Type::bf16: return widen_all<BFloat>(from, to, n);
     case Type::i8: return widen_all<int8_t>(from, to, n);
+    case Type::i16: return;
   }
 }
 
-void finish_any(const float* from, const float* bias, void* to, Type type, int64_t n) {
+void finish_any(const float* from, const float* scale, const float* bias, void* to, Type type, int64_t n) {
   switch (type) {
-    case Type::f32: return finish_all<float>(from, bias, to, n);
-    case Type::f16: return finish_all<Half>(from, bias, to, n);
-    case Type::bf16: return finish_all<BFloat>(from, bias, to, n);
-    case Type::i8: return;
+    case Type::f32: return finish_all<float>(from, scale, bias, to, n);
+    case Type::f16: return finish_all<Half>(from, scale, bias, to, n);
+    case Type::bf16: return finish_all<BFloat>(from, scale, bias, to, n);
+    case Type::i8:
+    case Type::i16: return;
   }
 }
 
@@ -357,6 +404,7 @@ struct WidenDot {
   using W = E;
   using X = float;
   using WVec = Vec;
+  using Acc = Vec;
   static constexpr int64_t STEP = Vec::WIDTH;
   static Vec load_w(const E* p) { return widen(p); }
   static Vec load_w_n(const E* p, int64_t n) { return widen_n(p, n); }
@@ -367,33 +415,32 @@ struct WidenDot {
 
 inline Type input_widened(Type, Type) { return Type::f32; }
 
-void dot_widened(const Rows& rows, int64_t begin, int64_t end, const void* x, Type, int64_t ldx,
-                 int64_t tokens, const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
+void dot_widened(const Rows& rows, int64_t begin, int64_t end, const Values& x, int64_t tokens,
+                 const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
+  const auto run = [&](auto weight) {
+    dot_rows<WidenDot<decltype(weight)>>(rows, begin, end, x, tokens, segments, num_segments, out, ldo);
+  };
   switch (rows.type) {
-    case Type::f32:
-      return dot_rows<WidenDot<float>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-    case Type::f16:
-      return dot_rows<WidenDot<Half>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-    case Type::bf16:
-      return dot_rows<WidenDot<BFloat>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
-    case Type::i8:
-      return dot_rows<WidenDot<int8_t>>(rows, begin, end, x, ldx, tokens, segments, num_segments, out, ldo);
+    case Type::f32: return run(float());
+    case Type::f16: return run(Half());
+    case Type::bf16: return run(BFloat());
+    case Type::i8: return run(int8_t());
+    case Type::i16: return;
   }
 }
 
-void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const void* h, Type, int64_t ldh,
-                        const int32_t* places, int64_t tokens, int64_t column_begin, int64_t column_end,
-                        float* out, int64_t ldo, char* scratch) {
+void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
+                        int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
+                        char* scratch) {
+  const auto run = [&](auto weight) {
+    accumulate_rows<Accumulate<decltype(weight)>>(rows, begin, end, h, places, tokens, column_begin,
+                                                  column_end, out, ldo, scratch);
+  };
   switch (rows.type) {
-    case Type::f32:
-      return accumulate_rows<Accumulate<float>>(rows, begin, end, h, ldh, places, tokens, column_begin,
-                                                column_end, out, ldo, scratch);
-    case Type::f16:
-      return accumulate_rows<Accumulate<Half>>(rows, begin, end, h, ldh, places, tokens, column_begin,
-                                               column_end, out, ldo, scratch);
-    case Type::bf16:
-      return accumulate_rows<Accumulate<BFloat>>(rows, begin, end, h, ldh, places, tokens, column_begin,
-                                                 column_end, out, ldo, scratch);
-    case Type::i8: return;
+    case Type::f32: return run(float());
+    case Type::f16: return run(Half());
+    case Type::bf16: return run(BFloat());
+    case Type::i8: return run(int8_t());
+    case Type::i16: return;
   }
 }

@@ -11,6 +11,9 @@ struct Vec {
   void store_n(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec relu(Vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }  // NaN, second, stays
+  static Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   static float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
   // out[i] = sum of the i-th vector
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {

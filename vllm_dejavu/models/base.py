@@ -24,6 +24,7 @@ from vllm_dejavu.attention import GatedAttention
 from vllm_dejavu.blocks import Site
 from vllm_dejavu.config import DejaVuConfig
 from vllm_dejavu.families import Geometry, geometry_of
+from vllm_dejavu.formats import fill_dummies
 from vllm_dejavu.gate import Calibrated, Gate, Recorder
 from vllm_dejavu.kernels import cpu, interface
 from vllm_dejavu.manifest import Manifest, check_fingerprint
@@ -112,7 +113,8 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         self.tuned: dict[str, dict[int, float]] | None = None
         if self.loaded is not None:
             tp = vllm_config.parallel_config.tensor_parallel_size
-            key = tune.Key.of(self.loaded, torch.get_default_device(), model_config.dtype, tp)
+            bits = self.settings.stored_bits
+            key = tune.Key.of(self.loaded, torch.get_default_device(), model_config.dtype, tp, bits)
             self.tuned = tune.load(settled.directory, key)
         if self.settings.mode != "dense":
             engine.add_capture_size(vllm_config)
@@ -128,12 +130,12 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         layers = list(self.build(Plan(vllm_config, self.settings, self.geometry, gates), prefix))
         blocks = [block for layer in layers for block in (layer.attention, layer.mlp)]
 
-        # Rounded weights must not pass for the checkpoint: a sharded state saved from them lacks this and is
-        # refused on loading.
+        # Weights rounded in place must not pass for the checkpoint: a sharded state saved from them lacks
+        # this and is refused on loading.
         self.register_buffer(
             "weights_fingerprint",
             torch.zeros(32, dtype=torch.uint8),
-            persistent=self.settings.weight_bits == 16,
+            persistent=self.settings.weight_bits == self.settings.stored_bits,
         )
         self.register_buffer("step_counters", metrics.new_step_counters(), persistent=False)
         self.gates: list[Gate] = [block.gate for block in blocks if block.gate is not None]
@@ -192,10 +194,15 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
             param = params[name]
             # Behind the fingerprint: predictors stay those trained for the checkpoint, whatever its weights
             # are rounded to.
-            tensor = quantization.quantize_dequantize(stored_name, tensor, self.settings.weight_bits)
-            load = getattr(param, "weight_loader", default_weight_loader)
-            load(param, tensor, *([] if shard is None else [shard]))
-            loaded.add(name if shard is None else f"{name}:{shard}")
+            parts = {name: tensor}
+            if param.dtype == torch.int8:
+                parts = dict(zip((name, f"{name}_scale"), quantization.int8_rows(tensor), strict=True))
+            elif self.settings.weight_bits == 4:
+                parts[name] = quantization.quantize_dequantize(stored_name, tensor, 4)
+            for part, value in parts.items():
+                load = getattr(params[part], "weight_loader", default_weight_loader)
+                load(params[part], value, *([] if shard is None else [shard]))
+                loaded.add(part if shard is None else f"{part}:{shard}")
         expected = {n + s for n in params for s in ((":q", ":k", ":v") if ".qkv_proj." in n else ("",))}
         missing = sorted(expected - loaded)
         if missing:
@@ -214,7 +221,9 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
             ArtifactError: they differ. ValueError: they should be rounded, and did not come through
                 `load_weights`.
         """
-        if self.settings.weight_bits < 16 and self.fingerprint() is None:
+        if str(self.load_format) == "dummy":
+            fill_dummies(self)
+        if self.settings.weight_bits < self.settings.stored_bits and self.fingerprint() is None:
             raise quantization.refusal(
                 self.load_format,
                 self.settings.weight_bits,
@@ -245,6 +254,8 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         counts = torch.stack([g.counters for g in self.gates]).tolist() if self.gates else []
         return {
             "mode": self.settings.mode,
+            "weight_bits": self.settings.weight_bits,
+            "lm_head_bits": self.settings.head_bits,
             "dense_switch": self.switched_dense,
             "predictor_bytes": self.predictor_bytes,
             "num_layers": self.geometry.num_layers,
@@ -313,8 +324,10 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
             block.workspace = workspace
 
     def _announce(self) -> None:
-        if self.settings.weight_bits < 16:
-            logger.warning("dejavu: %s", quantization.describe(self.settings.weight_bits))
+        bits, head_bits = self.settings.weight_bits, self.settings.head_bits
+        if min(bits, head_bits) < 16:
+            log = logger.warning if bits == 4 else logger.info
+            log("dejavu: %s", quantization.describe(bits, head_bits))
         if self.loaded is None:
             logger.info("dejavu: %s served dense (mode='dense'), no predictors", self.model_name)
             return

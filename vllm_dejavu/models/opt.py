@@ -27,6 +27,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_dejavu.attention import GatedAttention
 from vllm_dejavu.blocks import Flow
 from vllm_dejavu.compat import LayerNorm
+from vllm_dejavu.formats import config_of
 from vllm_dejavu.mlp import GatedMLP
 from vllm_dejavu.models.base import DejaVuForCausalLM, Plan, connect
 
@@ -84,7 +85,8 @@ class DejaVuOPTDecoder(nn.Module):
         super().__init__()
         config, hidden = plan.vllm_config.model_config.hf_config, plan.geometry.hidden_size
         embed_dim = config.word_embed_proj_dim
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, embed_dim)
+        tied = config_of(plan.settings.head_bits) if config.tie_word_embeddings else None
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, embed_dim, quant_config=tied)
         self.embed_positions = DejaVuOPTLearnedPositionalEmbedding(config.max_position_embeddings, hidden)
         self.project_in = self.project_out = None
         if embed_dim != hidden:  # 350m
@@ -164,7 +166,10 @@ class DejaVuOPTForCausalLM(DejaVuForCausalLM):
             vllm_config=plan.vllm_config, prefix=maybe_prefix(prefix, "model"), plan=plan
         )
         self.lm_head = ParallelLMHead(
-            config.vocab_size, config.word_embed_proj_dim, prefix=maybe_prefix(prefix, "lm_head")
+            config.vocab_size,
+            config.word_embed_proj_dim,
+            quant_config=config_of(plan.settings.head_bits),
+            prefix=maybe_prefix(prefix, "lm_head"),
         )
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.decoder.embed_tokens)
