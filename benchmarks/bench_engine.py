@@ -4,6 +4,8 @@ measurement.
     python benchmarks/bench_engine.py --geometry 6.7b --output results/
     python benchmarks/bench_engine.py --device cpu --geometry 1.3b --mlp-density 0.10 --head-density 0.5
         --output results/
+    python benchmarks/bench_engine.py --device cpu --geometry 1.3b --mlp-density 0.10 --head-density 0.5
+        --batch 1 4 16 --context 128 --sides dense w8a8 dejavu dejavu-int8 --output results/
     python benchmarks/bench_engine.py --device cpu --model DIR --text FILE.txt --output results/
     python benchmarks/bench_engine.py --dry-run --output /tmp/out        # tiny, on a CPU; times mean nothing
     python benchmarks/bench_engine.py --smoke examples/opt-books-7m      # dense; sparse; sparse and eager
@@ -15,15 +17,17 @@ checkpoint's, prompts are its own kind of text, and rows say `synthetic` False. 
 steps stand in every row. The ratio of each repeat is taken, then their median; on a GPU it is printed beside
 the roofline MODEL at the counted densities.
 
-Sides: `dense` is vLLM's own OPT; `dejavu` the sparse one; `dejavu-dense` ours with mode "dense"; `hf` is
-Hugging Face Transformers, eager, one point unless --hf-points all. Time per token is the host's clock between
-two steps that gave tokens, with async scheduling as vLLM has it by default (rows say whether it was on): what
-the host adds to a step beyond what that hides is in it, on both sides.
+Sides (engine_sides.py): `dense` is vLLM's own OPT; `w8a8` and `w4a16` likewise, of a quantized copy of the
+checkpoint, refused where the log does not name the kernel that vLLM has for it; `dejavu` the sparse one;
+`dejavu-int8` with INT8 weights and LM head, `-head16` with the head in 16 bits; `dejavu-dense` ours with mode
+"dense"; `hf` is Hugging Face Transformers, eager, one point unless --hf-points all. Time per token is the
+host's clock between two steps that gave tokens, with async scheduling as vLLM has it by default (rows say
+whether it was on): what the host adds to a step beyond what that hides is in it, on both sides.
 
 On a CPU vLLM's defaults hold (compiled, its own attention), engines use all cores this process may use, the
 KV cache is as large as the largest point needs, and no point's prompts are read twice: short prompts warm an
-engine up. `speed.csv` there has a row a point with all sides beside each other, made from all engine-*.csv of
-the folder.
+engine up. Made from all engine-*.csv of the folder: `speed.csv`, a row a point with dense sides beside each
+other, and `speedups.csv`, a row a point and side of ours, over the fastest side of stock vLLM.
 """
 
 from __future__ import annotations
@@ -47,6 +51,10 @@ from engine_models import prepare
 from engine_options import parse_args
 from engine_ratios import pivot, ratios
 from engine_side import SMOKE_PROMPTS, environment, hf_points
+from engine_sides import SIDES
+from engine_speedups import COLUMNS as SPEEDUP_COLUMNS
+from engine_speedups import speedups
+from quantized import KERNELS
 
 ESTIMATED_START_S = 60.0
 RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit)\b")  # the last line of a traceback
@@ -67,6 +75,11 @@ def run_child(spec: dict[str, Any], log: Path, timeout_s: float | None) -> tuple
                 error = f"failed with status {done.returncode}, see {log}"
         except subprocess.TimeoutExpired:
             error = "not run: out of time"
+    scheme = SIDES[spec["side"]].scheme if spec.get("side") in SIDES else None
+    kernel = KERNELS.get(scheme)
+    if kernel and not error and kernel not in log.read_text(encoding="utf-8", errors="replace"):
+        error = f"not what it should be: {log} does not name {kernel}"
+        rows.unlink(missing_ok=True)
     if error:  # of one that hung, the stack where it did
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         print("\n".join(lines[-25:]))
@@ -74,6 +87,18 @@ def run_child(spec: dict[str, Any], log: Path, timeout_s: float | None) -> tuple
     return (
         [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
     ), error
+
+
+def read_gbps() -> float:
+    """What memory delivers to all cores: the best of some sums over 1 GiB."""
+    import torch
+
+    values, times = torch.zeros(1 << 28), []
+    for _ in range(7):
+        began = time.perf_counter()
+        values.sum()
+        times.append(time.perf_counter() - began)
+    return values.nbytes / min(times) / 1e9
 
 
 def label_of(args: argparse.Namespace, name: str) -> str:
@@ -103,6 +128,7 @@ def run_geometry(args: argparse.Namespace, name: str, budget: Budget) -> list[di
         "label": args.label,
         "blocks": "+".join(spec["blocks"]),
         "weights": "random" if spec["synthetic"] else "checkpoint",
+        "read_gbps": read_gbps() if args.device == "cpu" else None,
     }
     took = dict.fromkeys(args.sides, 0.0 if args.dry_run else ESTIMATED_START_S)
     for repeat in range(args.repeats):
@@ -260,7 +286,13 @@ def main() -> None:
         "async_scheduling",
     )
     if args.device == "cpu":
-        every = pivot(read_rows("engine-*.csv", args.output))
+        found = read_rows("engine-*.csv", args.output)
+        over_stock = speedups(found)
+        if over_stock:
+            write_rows(args.output / "speedups.csv", over_stock)
+            print("\nover the fastest side of stock vLLM")
+            print_rows(over_stock, SPEEDUP_COLUMNS)
+        every = pivot(found)
         columns = (
             "geometry",
             "label",

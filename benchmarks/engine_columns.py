@@ -87,7 +87,11 @@ def densities(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def weight_bytes(
-    g: Geometry, itemsize: int, layers: Sequence[dict[str, Any]] | None = None, predictor_bytes: int = 0
+    g: Geometry,
+    itemsize: float,
+    layers: Sequence[dict[str, Any]] | None = None,
+    predictor_bytes: int = 0,
+    head_itemsize: float | None = None,
 ) -> float:
     """Bytes of weights that a decode step reads: projections and MLP of every layer, the predictors, lm_head
     once.
@@ -95,7 +99,9 @@ def weight_bytes(
     Left out, as they are alike on both sides and small: biases, norms, a token's embedding; and the KV cache.
 
     Args:
-        itemsize: bytes of a weight. predictor_bytes: of all gates; read whole in every step.
+        itemsize: bytes of a weight of the layers, and of the LM head unless `head_itemsize` says otherwise;
+            scales are left out: a thousandth.
+        predictor_bytes: of all gates; read whole in every step.
         layers: `metrics.summarize(...)["layers"]`: fc1 rows are read at the union's density, fc2 rows where
             fc1 came out positive, Q rows and out_proj columns for heads that some row selected, K and V
             always. None: all of it.
@@ -106,13 +112,13 @@ def weight_bytes(
         return next((counts[n] for n in names if counts.get(n) is not None), 1.0)
 
     square, matrix = g.hidden_size**2, g.hidden_size * g.ffn_dim
-    elements = float(g.vocab_size * g.hidden_size)
+    head, elements = g.vocab_size * g.hidden_size * (head_itemsize or itemsize), 0.0
     for layer in layers if layers is not None else [{"mlp": {}, "attention": {}}] * g.num_layers:
         mlp, heads = layer["mlp"], share(layer["attention"], "read_density")
         elements += (2 + 2 * heads) * square + (
             share(mlp, "read_density") + share(mlp, "survived_density", "read_density")
         ) * matrix
-    return elements * itemsize + predictor_bytes
+    return elements * itemsize + head + predictor_bytes
 
 
 def rate(num_bytes: float, row: dict[str, Any]) -> dict[str, float]:

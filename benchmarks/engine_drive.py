@@ -15,6 +15,7 @@ from typing import Any
 import synthetic
 from common import geometry
 from engine_columns import Others, prefill_columns
+from engine_sides import SIDES
 
 from vllm_dejavu.families import Geometry
 
@@ -76,18 +77,15 @@ def build_llm(spec: dict[str, Any]) -> Any:
         options["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, *spec["batch"]})}
     if spec["synthetic"]:
         options["load_format"] = register_loader(spec["survive"], spec["seed"]) if cpu else "dummy"
-    if spec["side"] == "dense":
-        options["model_impl"] = "vllm"
-    else:
-        settings = {"mode": "dense"}
-        if spec["side"] == "dejavu":
-            settings = {
-                "mode": "sparse",
-                "predictor": spec["predictor"],
-                "blocks": spec["blocks"],
-                "overlap": spec["overlap"],
-            }
-        options |= {"model_impl": "dejavu", "additional_config": {"dejavu": settings}}
+    side = SIDES[spec["side"]]
+    options["model_impl"] = side.impl
+    if side.scheme:
+        options["model"] = spec["quantized"][side.scheme]
+    if side.impl == "dejavu":
+        settings = side.settings
+        if side.sparse:
+            settings = settings | {k: spec[k] for k in ("predictor", "blocks", "overlap")}
+        options["additional_config"] = {"dejavu": settings}
     if spec["dense_projections"]:
         from vllm_dejavu.kernels import interface
 
@@ -101,7 +99,7 @@ def build_llm(spec: dict[str, Any]) -> Any:
             llm.apply_model(
                 lambda model: synthetic.init_weights(model, survive=spec["survive"], seed=spec["seed"])
             )
-        if spec["side"] == "dejavu":
+        if side.sparse:
             calibrate(llm, spec)
     return llm
 
@@ -201,7 +199,7 @@ def drive(
     given = 0
     while given < warmup:
         given += bool(engine.step())
-    if spec["side"] == "dejavu":
+    if SIDES[spec["side"]].sparse:
         llm.collective_rpc("dejavu_reset_metrics")
     if before_timed is not None:
         before_timed()

@@ -12,12 +12,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import quantized
 import synthetic
 import synthetic_rates
 from common import geometry
 from engine_drive import CALIBRATION_ROWS, SHORT_PROMPT
 from engine_options import PREFILL_TOKENS, complete
 from engine_side import steps_needed
+from engine_sides import SIDES
 
 from vllm_dejavu.families import Geometry
 
@@ -30,6 +32,10 @@ def prepare(args: argparse.Namespace, name: str) -> dict[str, Any]:
     parameters, or of the model directory that `name` is one of."""
     args = complete(args)
     spec = real(args, name) if args.model else synthetic_model(args, name)
+    schemes = {SIDES[side].scheme for side in args.sides} - {None}
+    spec["quantized"] = {
+        s: str(quantized.write(Path(spec["model"]), args.work / f"{name}-{s}", s)) for s in schemes
+    }
     g = Geometry(**spec["shape"])
     spec |= {k: getattr(args, k) for k in PASSED_ON}
     spec |= {

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import synthetic
+from engine_sides import SIDES
 
 from vllm_dejavu.published import GEOMETRIES
 
-VLLM_SIDES = ("dense", "dejavu", "dejavu-dense")
-SIDES = (*VLLM_SIDES, "hf")
 # Tokens of one step. An engine starts with a step of this size, which on 2 cores takes 1.3B in bf16 some
 # seconds a thousand.
 PREFILL_TOKENS = {"cuda": 8192, "cpu": 1024}

@@ -40,6 +40,7 @@ from engine_drive import (
     prompts_of,
     shape_of,
 )
+from engine_sides import SIDES
 
 SMOKE_PROMPTS = (
     "It was late in the evening when the old gentleman",
@@ -84,14 +85,16 @@ def run_vllm(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> No
         "start_s": time.monotonic() - started,
     }
     predictor_bytes = 0
-    if spec["side"] == "dejavu":
+    side = SIDES[spec["side"]]
+    sizes = {"itemsize": itemsize * side.bits / 16, "head_itemsize": itemsize * side.head_bits / 16}
+    if side.sparse:
         buffers = [item for gate in model_of(llm).gates for item in gate.predictor.named_buffers()]
         common["predictor_mb"] = sum(t.numel() * t.element_size() for _, t in buffers) / 1e6
         # which no step reads
         predictor_bytes = sum(
             t.numel() * t.element_size() for name, t in buffers if name != "activation_rate"
         )
-    if cpu and not (spec["side"] == "dejavu" and spec["synthetic"]):  # calibration warms up too
+    if cpu and not (side.sparse and spec["synthetic"]):  # calibration warms up too
         drive(
             llm,
             min(CALIBRATION_ROWS, spec["slots"]),
@@ -116,12 +119,14 @@ def run_vllm(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> No
             drive(llm, batch, context, warmup=1, steps=2, spec=spec)
         result = drive(llm, batch, context, spec["warmup"], spec["steps"], spec)
         row = {**point, **common, "status": "ok", **timings(result, batch), **lone}
-        read = weight_bytes(g, itemsize)
-        if spec["side"] == "dejavu":
+        read = weight_bytes(g, **sizes)
+        if side.sparse:
             summary = counted(llm)
             row |= densities(summary)
             sparse = summary["sparse_step_share"] or 0.0
-            read += sparse * (weight_bytes(g, itemsize, summary["layers"], predictor_bytes) - read)
+            read += sparse * (
+                weight_bytes(g, **sizes, layers=summary["layers"], predictor_bytes=predictor_bytes) - read
+            )
         row |= rate(read, row)
         row["peak_memory_gb"] = peak_memory_gb(spec["device"])
         emit(row)

@@ -278,8 +278,8 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
             any of its rows, which is more; the engine counts it.
     """
     bias = ALWAYS_POSITIVE if survive >= 1 else NORMAL.inv_cdf(survive)
-    normals = _Normals(seed)
-    for name, p in model.named_parameters():
+    normals, params = _Normals(seed), dict(model.named_parameters())
+    for name, p in params.items():
         if p.numel() == 0:  # taken over by a backend's packed copy
             continue
         if name.endswith("decoder.final_layer_norm.weight"):
@@ -295,14 +295,33 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
             p.zero_()
         elif "embed_positions" in name:
             normals.fill(p, POSITION_STD)
-        elif "embed_tokens" in name or "lm_head" in name:
-            normals.fill(p, RESIDUAL_STD)
-        elif "fc2" in name:
-            normals.fill(p, WRITE * RESIDUAL_STD / (max(1.0, bias) * math.sqrt(max(p.shape))))
-        elif "out_proj" in name:
-            normals.fill(p, WRITE * RESIDUAL_STD / math.sqrt(p.shape[1]))
-        else:  # qkv_proj, fc1
-            normals.fill(p, p.shape[1] ** -0.5)
+        elif name.endswith("weight_scale"):
+            p.fill_(
+                _std(name, model.config, bias)
+                / INTEGER_STDS[f"{name.removesuffix('_scale')}_packed" in params]
+            )
+        elif not p.is_floating_point():
+            if not name.endswith("weight_shape"):
+                whole = torch.iinfo(p.dtype)
+                low = -127 if p.dtype == torch.int8 else whole.min
+                p.random_(low, whole.max + 1, generator=normals.generator(p.device))
+        else:
+            normals.fill(p, _std(name, model.config, bias))
+
+
+# Of int8 and of nibbles, evenly drawn.
+INTEGER_STDS = {False: 127 / math.sqrt(3), True: 16 / math.sqrt(12)}
+
+
+def _std(name: str, config: Any, bias: float) -> float:
+    """Of a weight's values, by what it reads and adds to."""
+    if "embed_tokens" in name or "lm_head" in name:
+        return RESIDUAL_STD
+    if "fc2" in name:
+        return WRITE * RESIDUAL_STD / (max(1.0, bias) * math.sqrt(config.ffn_dim))
+    if "out_proj" in name:
+        return WRITE * RESIDUAL_STD / math.sqrt(config.hidden_size)
+    return config.hidden_size**-0.5  # qkv_proj, fc1
 
 
 def _shift(bias: torch.Tensor, density: float) -> float:

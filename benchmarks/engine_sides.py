@@ -1,0 +1,40 @@
+"""What is compared: each side by its name, and how much of a step's weights it reads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Side(NamedTuple):
+    """
+    Attributes:
+        impl: `vllm`, stock; `dejavu`, ours; `hf`, Transformers.
+        scheme: of stock vLLM's quantized checkpoint (`quantized`), or None.
+        settings: of ours.
+        bits: of the layers' weights. head_bits: of the LM head's.
+    """
+
+    impl: str
+    scheme: str | None = None
+    settings: dict[str, Any] = {}
+    bits: int = 16
+    head_bits: int = 16
+
+    @property
+    def sparse(self) -> bool:
+        return self.settings.get("mode") == "sparse"
+
+
+_SPARSE, _DENSE, _INT8 = {"mode": "sparse"}, {"mode": "dense"}, {"weight_bits": 8}
+SIDES = {
+    "dense": Side("vllm"),
+    "w8a8": Side("vllm", "w8a8", bits=8),
+    "w4a16": Side("vllm", "w4a16", bits=4),
+    "dejavu": Side("dejavu", settings=_SPARSE),
+    "dejavu-dense": Side("dejavu", settings=_DENSE),
+    "dejavu-int8": Side("dejavu", settings=_SPARSE | _INT8, bits=8, head_bits=8),
+    "dejavu-int8-head16": Side("dejavu", settings=_SPARSE | _INT8 | {"lm_head_bits": 16}, bits=8),
+    "dejavu-int8-dense": Side("dejavu", settings=_DENSE | _INT8, bits=8, head_bits=8),
+    "hf": Side("hf"),
+}
+STOCK = [name for name, side in SIDES.items() if side.impl == "vllm"]
