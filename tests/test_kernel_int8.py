@@ -5,7 +5,7 @@ What must not be read holds NaN where it can: scales of unselected rows, biases,
 heads. Integers cannot, so rows of unselected units hold other integers, which must change nothing.
 
 Where products are of integers, inputs are rounded: a few tokens to 16 bits, which stays within every
-tolerance; many, on a CPU with VNNI, to 8 bits with a scale for each 128 values (`GROUP`), which is checked
+tolerance; many, on a CPU with VNNI, to 8 bits with a scale for each 64 values (`GROUP`), which is checked
 twice: loosely against exact inputs, and closely against inputs rounded likewise.
 """
 
@@ -30,7 +30,7 @@ from vllm_dejavu.kernels import cpu, reference
 from vllm_dejavu.kernels.interface import Call, Mlp, Rows
 from vllm_dejavu.quantization import int8_rows
 
-GROUP, LANES_TOKENS = 128, 13  # as in kernels/csrc
+GROUP, LANES_TOKENS = 64, 13  # as in kernels/csrc
 # Of a product with grouped inputs, off by half a 127th of what is largest in a group at most; of two
 # products after each other, as in an MLP.
 GROUPED_RMS = 1.2e-2
