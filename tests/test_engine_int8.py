@@ -76,6 +76,19 @@ def test_sparse_equals_the_checkpoint_that_is_meant(shape, apply_to, opt, predic
     assert counts["artifact"]["fingerprint_verified"]
 
 
+def test_everything_selected_equals_vllms_own_model(opt, predictors, tmp_path):
+    """Of the weights that are meant, dense."""
+    model = opt(layers=2)
+    rounded = meant(model, tmp_path / "rounded")
+    with engine(rounded, impl="vllm") as llm, Recorder(llm) as recorder:
+        generate(llm, PROMPTS, 12)
+        expected = next_token_log_probs(recorder.steps)
+    settings = {"predictor": predictors(model, select_all=True), "weight_bits": 8, "apply_to": "all"}
+    found, counts = log_probs(model, settings)
+    assert_alike(found, expected)
+    assert counts["mlp_density"] == 1 and counts["steps"]["sparse"] == sum(counts["steps"].values())
+
+
 def test_the_head_may_stay(opt, predictors, tmp_path):
     model = opt(layers=2)
     found, _ = log_probs(model, {"mode": "dense", "weight_bits": 8, "lm_head_bits": 16})
