@@ -63,6 +63,7 @@ def test_densities_are_different_points_and_dense_alone_is_no_comparison():
     assert speedups(rows) == []
     more = [row(side, 0, 20, mlp_asked=0.25) for side in ("dense", "w8a8", "dejavu")]
     (only,) = speedups(rows + more)
+    assert [r["stock"] for r in speedups([row("w8a8", 0, 20), row("dejavu-int8", 0, 10)])] == ["w8a8"]
     assert only["mlp_asked"] == "0.25" and only["side_ms"] == 20
 
 
