@@ -424,8 +424,8 @@ INT8 = [
     picked(
         "int8-offset-too-small",
         INTEGERS,
-        "= -128 * to_integers",
-        "= -127 * to_integers",
+        "(0u - 128 * sum)",
+        "(0u - 127 * sum)",
         "test_kernel_int8.py",
     ),
     picked("int8-odd-row-meets-itself", TILES, "for (int64_t i = n; i % A::GROUP; ++i)", "for (; false;)"),

@@ -99,7 +99,10 @@ void round_as(const E* from, int64_t n, Type to_type, void* to, float* scales, i
       const Magnitude size = magnitude(from + first, mine);
       const float scale = size.most / 127;
       *scales++ = known(scale, size.sum);
-      *offsets++ = -128 * to_integers(from + first, scale, static_cast<int8_t*>(to) + first, mine);
+      // unsigned: of what is not finite the sum is any number, and is not read
+      const auto sum =
+          static_cast<uint32_t>(to_integers(from + first, scale, static_cast<int8_t*>(to) + first, mine));
+      *offsets++ = static_cast<int32_t>(0u - 128 * sum);
     }
     return;
   }
