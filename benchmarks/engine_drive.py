@@ -182,6 +182,7 @@ def drive(
     steps: int,
     spec: dict[str, Any],
     before_timed: Callable[[], None] | None = None,
+    after_timed: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """One point, step by step: prompts of `context` tokens, `warmup` decode steps, `steps` timed ones.
 
@@ -210,6 +211,8 @@ def drive(
         if engine.step():
             stamps.append(time.perf_counter())
     others_cores = others.cores()
+    if after_timed is not None:
+        after_timed()
     gc.enable()
     engine.abort_request(ids)
     while engine.has_unfinished_requests():

@@ -120,6 +120,9 @@ class GatedAttention(GatedBlock):
             return self.stock(x, flow.positions), flow
         name = encode_layer_name(self.layer_name)
         gate_input = self.gate_input(x, flow)
+        if self.number is not None:
+            out = ops.native_attention(x, gate_input, flow.positions, flow.head_scores, self.number)
+            return self.reduced(out, self.out_proj.bias), flow
         if self.attn.updates_cache:  # where nothing splits a graph: one op
             out = ops.attention_block(x, gate_input, flow.positions, flow.head_scores, name)
             return self.reduced(out, self.out_proj.bias), flow

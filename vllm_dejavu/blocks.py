@@ -58,6 +58,7 @@ class GatedBlock(nn.Module):
 
     kernels: Kernels  # chosen once; of a gated block
     attention_name: str  # of the layer's attention, whose metadata tells how the step runs
+    number: int | None = None  # by which the native ops know it (native), or None: Python's ops
     workspace: Any = None  # of the kernels, where they need one; set by the model
 
     def __init__(self, site: Site):

@@ -23,6 +23,7 @@ from vllm.utils.torch_utils import (
 )
 
 __all__ = [
+    "CPU_ATTENTION_SETTINGS",
     "Attention",
     "LayerNameType",
     "LayerNorm",
@@ -31,11 +32,36 @@ __all__ = [
     "encode_layer_name",
     "get_attention_context",
     "keep_plain_weight",
+    "key_and_value_cache",
     "resolve_layer_name",
 ]
 
 encode_layer_name = _encode_layer_name
 resolve_layer_name = _resolve_layer_name
+
+
+# What the native attention asks of vLLM's implementation on a CPU; where one lacks some, Python attends.
+CPU_ATTENTION_SETTINGS = {
+    "scale",
+    "logits_soft_cap",
+    "kv_cache_dtype",
+    "sliding_window",
+    "alibi_slopes",
+    "sinks",
+}
+
+
+def key_and_value_cache(
+    cache: torch.Tensor, kv_heads: int, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A layer's cache on a CPU as vLLM's operators take it, [blocks, kv_heads, block_size, head_size] each;
+    None of a version that lays it out otherwise than 0.32's CPUAttentionBackendImpl.forward says.
+    """
+    if cache.dim() != 4 or cache.shape[1] != kv_heads or cache.shape[3] != 2 * head_size:
+        return None
+    blocks, _, block_size, _ = cache.shape
+    key, value = cache.view(blocks, kv_heads, 2 * block_size, -1).chunk(2, dim=2)
+    return key, value
 
 
 class PlainLinearMethod(UnquantizedLinearMethod):

@@ -85,15 +85,18 @@ class GatedMLP(GatedBlock):
         following = Flow(flow.positions, flow.attn_input, previous=residual)
         if self.gate is None:
             return self.fc2(reference.ACTIVATIONS[self.activation](self.fc1(x)[0]))[0], following
-        out, head_scores = ops.mlp(
+        asked = (
             x,
             self.gate_input(x, flow) if early is None else early[-1],
             flow.positions,
             None if rider is None else residual,
             0 if rider is None else rider.units,
-            [] if early is None else list(early[:-1]),
-            encode_layer_name(self.layer_name),
         )
+        if self.number is not None:
+            out, head_scores = ops.native_mlp(*asked, self.number)
+        else:
+            chosen = [] if early is None else list(early[:-1])
+            out, head_scores = ops.mlp(*asked, chosen, encode_layer_name(self.layer_name))
         if rider is not None:
             following = following._replace(head_scores=head_scores)
         return self.reduced(out, self.fc2.bias), following

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.library import Library
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 
 from vllm_dejavu.compat import (
     LayerNameType,
@@ -20,6 +21,7 @@ from vllm_dejavu.compat import (
     eager_break_during_capture,
     resolve_layer_name,
 )
+from vllm_dejavu.kernels import cpu
 from vllm_dejavu.kernels.interface import SEGMENT, Rows, Selection, implementation
 
 _library = Library("dejavu", "FRAGMENT")
@@ -229,6 +231,52 @@ def _int8_linear_fake(
     return x.new_empty((x.shape[0], scale.shape[0]))
 
 
+# What the native ops (kernels/csrc/model.h) call where Python has to decide: they know a block by its number,
+# and hand on the name that Python knows it by.
+
+
+def _python_mlp(
+    x: torch.Tensor,
+    gate_input: torch.Tensor,
+    positions: torch.Tensor,
+    previous: torch.Tensor | None,
+    rider_units: int,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _mlp(x, gate_input, positions, previous, rider_units, [], name)
+
+
+def _python_attention(
+    x: torch.Tensor,
+    gate_input: torch.Tensor,
+    positions: torch.Tensor,
+    head_scores: torch.Tensor | None,
+    name: str,
+) -> torch.Tensor:
+    return _attention_block(x, gate_input, positions, head_scores, name)
+
+
+def _native_mlp_fake(
+    x: torch.Tensor,
+    gate_input: torch.Tensor,
+    positions: torch.Tensor,
+    previous: torch.Tensor | None,
+    rider_units: int,
+    layer: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), x.new_empty((x.shape[0], rider_units), dtype=torch.float32)
+
+
+def _native_attention_fake(
+    x: torch.Tensor,
+    gate_input: torch.Tensor,
+    positions: torch.Tensor,
+    head_scores: torch.Tensor | None,
+    layer: int,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 # Our attention runs eagerly between the pieces of a PIECEWISE graph, as vLLM's does
 # (compilation_config.splitting_ops).
 SPLITTING_OPS = ("dejavu::attention",)
@@ -240,6 +288,8 @@ for _name, _function, _fake, _mutates in (
     ("attention", _attention, _attention_fake, ["output"]),
     ("attention_block", _attention_block, _attention_block_fake, []),
     ("int8_linear", _int8_linear, _int8_linear_fake, []),
+    ("python_mlp", _python_mlp, None, []),
+    ("python_attention", _python_attention, None, []),
 ):
     direct_register_custom_op(_name, _function, mutates_args=_mutates, fake_impl=_fake, target_lib=_library)
 
@@ -249,3 +299,9 @@ qkv = torch.ops.dejavu.qkv
 attention = torch.ops.dejavu.attention
 attention_block = torch.ops.dejavu.attention_block
 int8_linear = torch.ops.dejavu.int8_linear
+
+if current_platform.is_cpu() and cpu.available():
+    torch.library.register_fake("dejavu_cpu::mlp", _native_mlp_fake)
+    torch.library.register_fake("dejavu_cpu::attention", _native_attention_fake)
+    native_mlp = torch.ops.dejavu_cpu.mlp
+    native_attention = torch.ops.dejavu_cpu.attention

@@ -5,7 +5,8 @@
 
 Each side in an engine of its own, eager, on the same windows; sparse sides with `apply_to: all`, every token
 on the sparse path, in prompts of the model's context: int8 weights meet inputs in 8 bits then, as they do in
-prompts and large batches; in small ones they meet more exact inputs.
+prompts and large batches. In small ones they meet more exact inputs: `--step-tokens 8` reads the text in
+pieces of so many tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def options_of(name: str, model: Path, work: Path, dtype: str) -> dict[str, Any]
     return options
 
 
-def perplexities(name: str, windows: torch.Tensor, options: dict[str, Any], cache: int) -> torch.Tensor:
+def perplexities(
+    name: str, windows: torch.Tensor, options: dict[str, Any], cache: int, step_tokens: int | None
+) -> torch.Tensor:
     """nll [windows, seq_len - 1] of a side."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -62,7 +65,8 @@ def perplexities(name: str, windows: torch.Tensor, options: dict[str, Any], cach
         **options,
         enforce_eager=True,
         enable_prefix_caching=False,
-        max_num_seqs=BATCH,
+        max_num_seqs=min(BATCH, step_tokens or BATCH),
+        max_num_batched_tokens=step_tokens,
         skip_tokenizer_init=True,
         disable_log_stats=True,
         kv_cache_memory_bytes=cache,
@@ -82,6 +86,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--step-tokens", type=int, help="most tokens of a step (not given: vLLM's)")
     sides = [name for name, side in SIDES.items() if side.impl != "hf"]
     parser.add_argument(
         "--sides", nargs="+", choices=sides, default=sides, help="dense and dejavu among them"
@@ -99,17 +104,19 @@ def main() -> None:
         tokens, min(2048, geometry.max_positions) - 1, config.bos_token_id, max_tokens=args.max_tokens, seed=0
     ).tokens
     found: dict[str, torch.Tensor] = {}
-    table = Table(args.output / f"weight-formats-{args.model.name}.csv")
+    pieces = f"-steps-of-{args.step_tokens}" if args.step_tokens else ""
+    table = Table(args.output / f"weight-formats-{args.model.name}{pieces}.csv")
     with tempfile.TemporaryDirectory() as work:
         for name in args.sides:
             options = options_of(name, args.model.resolve(), Path(work), args.dtype)
-            found[name] = nll = perplexities(name, windows, options, cache_bytes(geometry))
+            found[name] = nll = perplexities(name, windows, options, cache_bytes(geometry), args.step_tokens)
             row: dict[str, Any] = {
                 "model": args.model.name,
                 "side": name,
                 "weight_bits": SIDES[name].bits,
                 "head_bits": SIDES[name].head_bits,
                 "tokens": windows.numel(),
+                "step_tokens": args.step_tokens,
                 "perplexity": math.exp(float(nll.mean())),
             }
             if "dense" in found:

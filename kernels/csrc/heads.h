@@ -69,15 +69,20 @@ Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& scal
   return out;
 }
 
+// In place, where `attn` is contiguous.
+void zero_heads(const Tensor& attn, const Tensor& head_scores) {
+  const auto* scores = head_scores.data_ptr<float>();
+  const int64_t bytes = attn.size(2) * attn.element_size();
+  for (int64_t i = 0; i < head_scores.numel(); ++i)
+    if (!(scores[i] > 0)) std::memset(static_cast<char*>(attn.data_ptr()) + i * bytes, 0, bytes);
+}
+
 Tensor mask_heads(const Tensor& attn, const Tensor& head_scores) {
   TORCH_CHECK(attn.dim() == 3 && attn.device().is_cpu(),
               "dejavu: attn must be a CPU tensor [num_tokens, heads, head_size], got ", attn.sizes());
   check_scores(head_scores, attn.size(0), attn.size(1));
   Tensor out = attn.clone(at::MemoryFormat::Contiguous);
-  const auto* scores = head_scores.data_ptr<float>();
-  const int64_t bytes = attn.size(2) * attn.element_size();
-  for (int64_t i = 0; i < head_scores.numel(); ++i)
-    if (!(scores[i] > 0)) std::memset(static_cast<char*>(out.data_ptr()) + i * bytes, 0, bytes);
+  zero_heads(out, head_scores);
   return out;
 }
 

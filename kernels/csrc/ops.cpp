@@ -10,6 +10,7 @@
 
 #include "heads.h"
 #include "mlp.h"
+#include "model.h"
 #include "select.h"
 
 namespace dejavu {
@@ -93,7 +94,25 @@ TORCH_LIBRARY(dejavu_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) output) -> ()");
 }
 
+// A model's blocks, and its passes (model.h).
+TORCH_LIBRARY_FRAGMENT(dejavu_cpu, m) {
+  m.class_<Model>("Model")
+      .def(torch::init<int64_t, bool>())
+      .def("add_mlp", &Model::add_mlp)
+      .def("add_attention", &Model::add_attention)
+      .def("use_cache", &Model::use_cache)
+      .def("begin", &Model::begin)
+      .def("begin_other", &Model::begin_other)
+      .def("end", &Model::end);
+  m.def(
+      "mlp(Tensor x, Tensor gate_input, Tensor positions, Tensor? previous, int rider_units, int layer) -> "
+      "(Tensor, Tensor)");
+  m.def("attention(Tensor x, Tensor gate_input, Tensor positions, Tensor? head_scores, int layer) -> Tensor");
+}
+
 TORCH_LIBRARY_IMPL(dejavu_cpu, CPU, m) {
+  m.impl("mlp", mlp);
+  m.impl("attention", attention);
   m.impl("count_dense", count_dense);
   m.impl("score_heads", score_heads);
   m.impl("select_neurons", select_neurons);

@@ -5,7 +5,8 @@ A family adds its layers (`build`) and its names (`parameter_name`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +30,8 @@ from vllm_dejavu.gate import Calibrated, Gate, Recorder
 from vllm_dejavu.kernels import cpu, interface
 from vllm_dejavu.manifest import Manifest, check_fingerprint
 from vllm_dejavu.mlp import GatedMLP
-from vllm_dejavu.steps import current_step
+from vllm_dejavu.native import NativeBlocks, native_blocks
+from vllm_dejavu.steps import Step, current_step
 
 logger = init_logger("vllm.dejavu")
 
@@ -140,6 +142,8 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         self.register_buffer("step_counters", metrics.new_step_counters(), persistent=False)
         self.gates: list[Gate] = [block.gate for block in blocks if block.gate is not None]
         self.num_local_layers = len(layers)
+        pairs = [(layer.attention, layer.mlp) for layer in layers]
+        self.native: NativeBlocks | None = native_blocks(self.settings, pairs)
         self.predictor_bytes = sum(
             t.numel() * t.element_size() for g in self.gates for t in g.predictor.buffers()
         )
@@ -160,11 +164,22 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
 
     # Steps
 
-    def count_step(self, num_tokens: int) -> None:
-        """Called in each forward pass, outside the compiled part: run by Python in eager and PIECEWISE steps,
-        captured as one addition in FULL graphs.
-        """
+    @contextlib.contextmanager
+    def step(self, num_tokens: int) -> Iterator[None]:
+        """Around each forward pass, outside the compiled part."""
         step = current_step(self.first_attention, self.settings.apply_to)
+        self.count_step(step, num_tokens)
+        if self.native is None:
+            yield
+            return
+        self.native.begin(step, num_tokens)
+        try:
+            yield
+        finally:
+            self.native.end()
+
+    def count_step(self, step: Step | None, num_tokens: int) -> None:
+        """Run by Python in eager and PIECEWISE steps, captured as one addition in FULL graphs."""
         if step is not None:
             reason = step.reason if self.gates else "mode_dense"
             if reason == "sparse" and not any(gate.takes(num_tokens) for gate in self.gates):

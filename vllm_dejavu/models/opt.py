@@ -187,8 +187,8 @@ class DejaVuOPTForCausalLM(DejaVuForCausalLM):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        self.count_step(positions.shape[-1])
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        with self.step(positions.shape[-1]):
+            return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)

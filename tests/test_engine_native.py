@@ -1,0 +1,117 @@
+"""The native ops run a sparse step as Python's ops do, bit by bit, and without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine import engine, metrics_of, model_of, random_prompt, run_requests
+
+from vllm_dejavu.attention import GatedAttention
+from vllm_dejavu.kernels import cpu
+from vllm_dejavu.mlp import GatedMLP
+from vllm_dejavu.models import base
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.MISSING)
+LAYERS = 3
+# One that decodes alone, three together, prompts that arrive in between, so that steps are mixed.
+ARRIVALS = {0: {"a": random_prompt(9)}, 4: {"b": random_prompt(40, 1), "c": random_prompt(5)}}
+CASES = {
+    "alone": {},
+    "riding": {"artifact": {"attention": "previous"}},
+    "bf16": {"artifact": {"attention": "previous"}, "options": {"dtype": "bfloat16"}},
+    "int8": {"artifact": {"dtype": "int8"}, "dejavu": {"weight_bits": 8}},
+    "compiled": {"artifact": {"attention": "previous"}, "options": {"enforce_eager": False}},
+    "rows-of-their-own": {"dejavu": {"row_exact": True}},
+    "prompts-too": {"dejavu": {"apply_to": "all"}},
+    "prompts-too-in-pieces": {
+        "dejavu": {"apply_to": "all"},
+        "options": {"max_num_batched_tokens": 16, "enable_prefix_caching": True},
+    },
+    "layers-without-gates": {"artifact": {"attention": "previous", "dense_layers": (1,)}},
+    "mlp-alone": {"dejavu": {"blocks": ["mlp"]}},
+    "attention-alone": {"dejavu": {"blocks": ["attention"]}},
+    "dense-from-two-on": {
+        "artifact": {
+            "attention": "previous",
+            "union_density": {"1": {"mean": 0.1, "upper": 0.1}, "2": {"mean": 0.9, "upper": 0.9}},
+        },
+        "dejavu": {"crossover": 0.5},
+    },
+}
+
+
+def served(model, artifact, monkeypatch, *, native, dejavu, options):
+    """Logits of every step, tokens, counts, and how often Python ran a block."""
+    calls = {GatedMLP: 0, GatedAttention: 0}
+
+    def counted(cls):
+        run = cls.run
+
+        def counting(self, *args):
+            calls[cls] += 1
+            return run(self, *args)
+
+        return counting
+
+    with monkeypatch.context() as patch:
+        for cls in calls:
+            patch.setattr(cls, "run", counted(cls))
+        if not native:
+            patch.setattr(base, "native_blocks", lambda *_: None)
+        with engine(model, dejavu={"predictor": artifact, **dejavu}, **options) as llm:
+            assert (model_of(llm).native is not None) == native
+            metrics_of(llm, reset=True)
+            calls.update(dict.fromkeys(calls, 0))
+            compute, logits = model_of(llm).compute_logits, []
+            model_of(llm).compute_logits = lambda states: logits.append(compute(states)) or logits[-1].clone()
+            tokens = run_requests(llm, ARRIVALS, 12)
+            return logits, tokens, metrics_of(llm), calls
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_as_python_runs_it(opt, predictors, monkeypatch, case):
+    model = opt(layers=LAYERS)
+    artifact = predictors(model, **case.get("artifact", {}))
+    options = {"dejavu": case.get("dejavu", {}), "options": case.get("options", {})}
+    logits, tokens, counts, calls = served(model, artifact, monkeypatch, native=True, **options)
+    expected, expected_tokens, expected_counts, python = served(
+        model, artifact, monkeypatch, native=False, **options
+    )
+    assert tokens == expected_tokens and len(logits) == len(expected)
+    for a, b in zip(logits, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert counts["steps"] == expected_counts["steps"] and counts["steps"]["sparse"] > 0
+    for key in ("mlp_density", "head_density", "layers"):
+        assert counts[key] == expected_counts[key]
+    dense = sum(n for reason, n in counts["steps"].items() if reason not in ("sparse", "above_crossover"))
+    for cls, n in calls.items():
+        gated = python[cls] // sum(counts["steps"].values())
+        assert n == dense * gated, f"{cls.__name__} ran in Python in a sparse step"
+
+
+def test_a_recorder_is_served_by_python(opt, predictors):
+    """Which sees every selection, from the step on in which it comes."""
+    model = opt(layers=LAYERS)
+    seen = []
+    with engine(model, dejavu={"predictor": predictors(model)}) as llm:
+        model_of(llm).set_recorder(lambda layer, block, mask, valid: seen.append((layer, block, mask)))
+        run_requests(llm, {0: {"a": random_prompt(9)}}, 4)
+        model_of(llm).set_recorder(None)
+        several = len(seen)
+        run_requests(llm, {0: {"b": random_prompt(9)}}, 4)
+    assert sum(mask is not None for *_, mask in seen) == 3 * 2 * LAYERS and len(seen) == several
+
+
+def test_controls_and_measurements_are_python_s(opt, predictors):
+    model = opt(layers=LAYERS)
+    for settings in ({"mode": "oracle"}, {"mode": "random"}, {"measure": True}):
+        with engine(model, dejavu={"predictor": predictors(model), **settings}) as llm:
+            assert model_of(llm).native is None
+            run_requests(llm, {0: {"a": random_prompt(9)}}, 4)
+            assert metrics_of(llm)["steps"]["sparse"] > 0
+
+
+def test_a_block_outside_of_a_forward_pass_is_an_error():
+    x = torch.zeros(1, 8)
+    with pytest.raises(RuntimeError, match="outside of its model's forward pass"):
+        torch.ops.dejavu_cpu.mlp(x, x, torch.zeros(1, dtype=torch.int64), None, 0, 0)
