@@ -101,6 +101,9 @@ TESTS_OF = {
     "vllm_dejavu/engine.py": ("test_capture_sizes.py", "test_engine_plugin.py", "test_engine_metrics.py"),
     "vllm_dejavu/quantization.py": ("test_quantization.py", "test_kernel_int8.py"),
     "vllm_dejavu/formats.py": ("test_engine_int8.py",),
+    **dict.fromkeys(
+        ("kernels/csrc/model.h", "vllm_dejavu/native.py", "vllm_dejavu/compat.py"), ("test_engine_native.py",)
+    ),
     "predictor_training/calibrate.py": ("test_training_fit.py", "test_training_calibrate.py"),
     "predictor_training/describe.py": ("test_training_fit.py", "test_training_calibrate.py"),
     "predictor_training/gates.py": ("test_training_fit.py", "test_training_calibrate.py"),
@@ -461,7 +464,23 @@ INT8 = [
     ),
 ]
 
-PICKED = [*NATIVE, *TRITON, *REFERENCE, *SERVING, *METRICS, *TRAINING, *ARTIFACT, *REFUSALS, *INT8]
+MODEL, BLOCKS_FILE = "kernels/csrc/model.h", "vllm_dejavu/native.py"
+PASSES = [
+    picked("pass-limit-of-a-batch", MODEL, "tokens <= most_tokens", "tokens < most_tokens"),
+    picked("pass-unselected-heads-stay", MODEL, "if (sparse) zero_heads", "if (false) zero_heads"),
+    picked("pass-keys-as-values", MODEL, "part(heads + kv, kv)", "part(heads, kv)"),
+    picked("pass-never-written", MODEL, "if (pass.slot_mapping) block", "if (false) block"),
+    picked(
+        "pass-rows-share-neurons", MODEL, "model.row_exact ? MaybeTensor(mask)", "false ? MaybeTensor(mask)"
+    ),
+    picked("pass-nobody-rides", BLOCKS_FILE, "numbers.get(id(mlp.rider), -1)", "-1"),
+    picked("pass-unseen-by-recorders", BLOCKS_FILE, "or any(gate.recorder", "or all(gate.recorder"),
+    picked("pass-of-dense-steps", BLOCKS_FILE, "or not step.sparse or", "or"),
+]
+PICKED = [
+    *(*NATIVE, *TRITON, *REFERENCE, *SERVING, *METRICS, *TRAINING, *ARTIFACT, *REFUSALS, *INT8),
+    *PASSES,
+]
 # As `scripts/draw_faults.py` wrote them; only `equivalent` was added by hand.
 DRAWN_FILE = Path(__file__).with_name("drawn_faults.json")
 DRAWN = [

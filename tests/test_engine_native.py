@@ -7,6 +7,7 @@ import torch
 from engine import engine, metrics_of, model_of, random_prompt, run_requests
 
 from vllm_dejavu.attention import GatedAttention
+from vllm_dejavu.compat import key_and_value_cache
 from vllm_dejavu.kernels import cpu
 from vllm_dejavu.mlp import GatedMLP
 from vllm_dejavu.models import base
@@ -115,3 +116,14 @@ def test_a_block_outside_of_a_forward_pass_is_an_error():
     x = torch.zeros(1, 8)
     with pytest.raises(RuntimeError, match="outside of its model's forward pass"):
         torch.ops.dejavu_cpu.mlp(x, x, torch.zeros(1, dtype=torch.int64), None, 0, 0)
+
+
+def test_a_cache_laid_out_otherwise_is_python_s():
+    cache = torch.arange(5.0 * 2 * 3 * 8).view(5, 2, 3, 8)
+    key, value = key_and_value_cache(cache, kv_heads=2, head_size=4)
+    assert key.shape == value.shape == (5, 2, 3, 4)
+    whole = cache.view(5, 2, 6, 4)
+    assert torch.equal(key, whole[:, :, :3]) and torch.equal(value, whole[:, :, 3:])
+    assert key.data_ptr() == cache.data_ptr()
+    for other in (cache[0], cache[None], cache.transpose(1, 2), cache.transpose(2, 3)):
+        assert key_and_value_cache(other, kv_heads=2, head_size=4) is None

@@ -45,12 +45,14 @@ def assert_product(actual, expected, x, isa):
     assert_close(actual, expected, x.dtype, GROUPED_RMS if is_grouped(x, isa) else None)
 
 
-def grouped(x):
-    """What is left of inputs [T, n] in 8 bits with a scale for each GROUP of columns."""
+def grouped(x, most=127):
+    """What is left of inputs [T, n] in 8 bits with a scale for each GROUP of columns; most: 255 where none is
+    negative.
+    """
     parts = [
         (part / scale).round() * scale
         for part in x.float().split(GROUP, 1)
-        for scale in [part.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127]
+        for scale in [part.abs().amax(1, keepdim=True).clamp_min(1e-30) / most]
     ]
     return torch.cat(parts, 1)
 
@@ -144,6 +146,21 @@ def test_dense_mlp(tokens, dtype, isa):
     mlp = Mlp(int8(ffn, hidden, bias=rand(ffn, seed=4, dtype=dtype)), int8(hidden, ffn, 2, transposed=True))
     wide = mlp._replace(up=mlp.up._replace(bias=mlp.up.bias.float()))
     assert_product(cpu.KERNELS.sparse_mlp(x, mlp), reference.sparse_mlp(x.float(), wide), x, isa)
+
+
+@every_isa
+@pytest.mark.parametrize("tokens", [13, 40])
+def test_an_mlp_rounds_what_relu_leaves_to_steps_of_a_255th(tokens, isa):
+    """Of the neurons that are positive for some token, side by side."""
+    hidden, ffn = 192, 390
+    x = rand(tokens, hidden, dtype=torch.float16)
+    up, down = int8(ffn, hidden), int8(hidden, ffn, 2, transposed=True)
+    up.weight[::3] = -up.weight[::3].abs()  # fewer are positive
+    h = reference.linear(grouped(x) if is_grouped(x, isa) else x.float(), up).relu()
+    alive = (h > 0).any(0)
+    h, some = h[:, alive], down._replace(weight=down.weight[alive])
+    expected = reference.linear(grouped(h, 255) if is_grouped(x, isa) else h, some)
+    assert_close(cpu.KERNELS.sparse_mlp(x, Mlp(up, down)), expected, torch.float16)
 
 
 @every_isa_and_dtype

@@ -90,6 +90,9 @@ struct Ints {
   void narrow(int8_t* p) const {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words(), words()));
   }
+  void narrow(uint8_t* p) const {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words(), words()));
+  }
   Vec floats() const { return {_mm256_cvtepi32_ps(v)}; }
   static void sum4(Ints a, Ints b, Ints c, Ints d, float* out) {
     Vec::sum4(a.floats(), b.floats(), c.floats(), d.floats(), out);

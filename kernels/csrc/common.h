@@ -22,7 +22,7 @@ inline Type type_of(const at::Tensor& t) {
   }
 }
 
-inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2; }
+inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : grouped(type) ? 1 : 2; }
 
 inline char* at_element(const at::Tensor& t, int64_t element) {
   return static_cast<char*>(t.data_ptr()) + element * t.element_size();

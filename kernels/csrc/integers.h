@@ -1,9 +1,9 @@
 // Products of int8 weights with i16 inputs: exact, with sums in int32, so the same on every instruction set.
 // Included after tiles.h and the vector type
 //   Ints        WIDTH int32 lanes: zero, set1, load, store, add, total; nearest (of a Vec) and floats (as a
-//               Vec), narrow (to int16 or int8, saturated); sum4 and sum (in fp32); mad (adds the products
-//               of a lane's pair); Pairs, WIDTH pairs of int16: pairs, pairs_n (the first n elements, then
-//               zeros) of int8 or int16, both (a pair in all lanes)
+//               Vec), narrow (to int16, int8 or uint8, saturated); sum4 and sum (in fp32); mad (adds the
+//               products of a lane's pair); Pairs, WIDTH pairs of int16: pairs, pairs_n (the first n
+//               elements, then zeros) of int8 or int16, both (a pair in all lanes)
 //   interleave  rows a and b of int8 as two vectors of Pairs, columns in order
 
 struct IntDot {
@@ -91,21 +91,24 @@ int32_t to_integers(const E* from, float scale, I* to, int64_t n) {
 
 inline float known(float scale, float sum) { return sum - sum == 0 ? scale : __builtin_nanf(""); }
 
+// With a scale for each group, whose largest value becomes `most`.
+template <class E, class I>
+void round_groups(const E* from, int64_t n, float most, I* to, float* scales, int32_t* offsets) {
+  for (int64_t first = 0; first < n; first += GROUP) {
+    const int64_t mine = n - first < GROUP ? n - first : GROUP;
+    const Magnitude size = magnitude(from + first, mine);
+    const float scale = size.most / most;
+    *scales++ = known(scale, size.sum);
+    // unsigned: of what is not finite the sum is any number, and is not read
+    const auto sum = static_cast<uint32_t>(to_integers(from + first, scale, to + first, mine));
+    *offsets++ = static_cast<int32_t>(0u - 128 * sum);
+  }
+}
+
 template <class E>
 void round_as(const E* from, int64_t n, Type to_type, void* to, float* scales, int32_t* offsets) {
-  if (to_type == Type::i8) {
-    for (int64_t first = 0; first < n; first += GROUP) {
-      const int64_t mine = n - first < GROUP ? n - first : GROUP;
-      const Magnitude size = magnitude(from + first, mine);
-      const float scale = size.most / 127;
-      *scales++ = known(scale, size.sum);
-      // unsigned: of what is not finite the sum is any number, and is not read
-      const auto sum =
-          static_cast<uint32_t>(to_integers(from + first, scale, static_cast<int8_t*>(to) + first, mine));
-      *offsets++ = static_cast<int32_t>(0u - 128 * sum);
-    }
-    return;
-  }
+  if (to_type == Type::i8) return round_groups(from, n, 127, static_cast<int8_t*>(to), scales, offsets);
+  if (to_type == Type::u8) return round_groups(from, n, 255, static_cast<uint8_t*>(to), scales, offsets);
   // The largest magnitude becomes 32767, or less where a sum of products with 128 could overflow otherwise,
   // half a step of rounding each included, and a part in 2^16 for the rounding of the sum itself.
   const Magnitude size = magnitude(from, n);
@@ -126,7 +129,8 @@ void round_any(const void* from, Type type, int64_t n, Type to_type, void* to, f
     case Type::f16: return run(Half());
     case Type::bf16: return run(BFloat());
     case Type::i8:
-    case Type::i16: return;
+    case Type::i16:
+    case Type::u8: return;
   }
 }
 

@@ -141,10 +141,13 @@ void dot_quads(const Rows& rows, int64_t begin, int64_t end, int64_t last, const
 
 inline bool has_quads(Type type, int64_t columns) { return type == Type::i8 && columns % 4 == 0; }
 
-// Four rows at a time, interleaved.
+// Four rows at a time, interleaved. VPDPBUSD multiplies unsigned with signed: values of one sign are the
+// unsigned ones, those of both meet rows as w + 128.
+template <class E>
 struct QuadAccumulate {
   using W = int8_t;
-  using H = int8_t;
+  using H = E;
+  static constexpr bool FLIP = H(-1) < 0;
   using WVec = __m512i;
   using HVec = __m512i;
   using Acc = Ints;
@@ -164,27 +167,35 @@ struct QuadAccumulate {
                                          order);
     const __m256i low = _mm256_unpacklo_epi8(r[0], r[1]), high = _mm256_unpackhi_epi8(r[0], r[1]);
     const __m256i low2 = _mm256_unpacklo_epi8(r[2], r[3]), high2 = _mm256_unpackhi_epi8(r[2], r[3]);
-    const __m512i flip = _mm512_set1_epi8(-128);
+    const __m512i flip = _mm512_set1_epi8(FLIP ? -128 : 0);
     to[0] =
         _mm512_xor_si512(flip, joined(_mm256_unpacklo_epi16(low, low2), _mm256_unpackhi_epi16(low, low2)));
     to[1] = _mm512_xor_si512(flip,
                              joined(_mm256_unpacklo_epi16(high, high2), _mm256_unpackhi_epi16(high, high2)));
   }
   static __m512i joined(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
-  static HVec value(const int8_t* h) {
+  static HVec value(const H* h) {
     int32_t four;
     __builtin_memcpy(&four, h, 4);
     return _mm512_set1_epi32(four);
   }
-  static Ints mad(Ints acc, WVec w, HVec value) { return {_mm512_dpbusd_epi32(acc.v, w, value)}; }
+  static Ints mad(Ints acc, WVec w, HVec value) {
+    return {FLIP ? _mm512_dpbusd_epi32(acc.v, w, value) : _mm512_dpbusd_epi32(acc.v, value, w)};
+  }
+  static Ints start(const Values& of, int64_t t) {
+    return FLIP ? Ints::set1(of.offsets[t * of.groups]) : Ints::zero();
+  }
 };
 
 void accumulate_quads(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                       int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
                       char* scratch) {
   if (h.type == Type::i8)
-    accumulate_rows<QuadAccumulate>(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo,
-                                    scratch);
+    accumulate_rows<QuadAccumulate<int8_t>>(rows, begin, end, h, places, tokens, column_begin, column_end,
+                                            out, ldo, scratch);
+  else if (h.type == Type::u8)
+    accumulate_rows<QuadAccumulate<uint8_t>>(rows, begin, end, h, places, tokens, column_begin, column_end,
+                                             out, ldo, scratch);
   else
     accumulate_rounded(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch);
 }

@@ -86,6 +86,12 @@ Survivors compact(const Activations& h, const int32_t* list, int64_t n) {
   return {numbers, places, m};
 }
 
+// What fc2 of int8 is multiplied with: ReLU leaves nothing negative.
+Type activations_type(Type input, int64_t tokens) {
+  const Type type = many_tokens(input, tokens);
+  return type == Type::i8 ? Type::u8 : type;
+}
+
 // What int8 weights are multiplied with, the survivors' values of fp32 side by side.
 Values rounded_survivors(const Values& h, Survivors& survivors, int64_t tokens, int64_t n, Type type) {
   if (type == Type::f32) return h;
@@ -113,7 +119,7 @@ void down(const Values& h, const Survivors& survivors, int64_t tokens, const Ten
                 column_tasks = std::clamp<int64_t>(columns / LEAST_COLUMNS, 1, threads);
   const int64_t splits = std::clamp<int64_t>(m / LEAST_ROWS, 1, threads / column_tasks);
   const auto share = [&](int64_t split) {
-    return split == splits ? m : h.type == Type::i8 ? m * split / splits / GROUP * GROUP : m * split / splits;
+    return split == splits ? m : grouped(h.type) ? m * split / splits / GROUP * GROUP : m * split / splits;
   };
   float* partials = scratch<PARTIALS, float>(splits * tokens * columns);
   const Rows rows2 = rows_of(fc2, survivors.numbers);
@@ -186,7 +192,7 @@ void mlp_rows(const Tensor& x, const Mlp& mlp, const float* bias, const int32_t*
   Values values = h.values;
   if (type_of(mlp.fc2) == Type::i8)
     values = rounded_survivors(values, survivors, x.size(0), n,
-                               many_tokens(kernels().dot_input(Type::i8, type_of(x)), x.size(0)));
+                               activations_type(kernels().dot_input(Type::i8, type_of(x)), x.size(0)));
   down(values, survivors, x.size(0), mlp.fc2, scale_of(mlp.fc2_scale), out);
 }
 

@@ -16,8 +16,10 @@ constexpr int64_t CACHE_LINE = 64, ALIASING_BYTES = 1024;
 // Tokens from which on dot_lanes overtakes dot (Zen 4, OPT-125M's and 1.3B's layers).
 constexpr int64_t LANES_TOKENS = 13;
 // Of rows that all blocks of tokens are multiplied with: in the second cache beside a block.
-constexpr int64_t CHUNK_BYTES = 256 << 10, CHUNK_UNIT = 24;  // a multiple of a tile's rows
-constexpr int64_t TOKEN_UNIT = 8;                            // that one thread rounds
+constexpr int64_t CHUNK_BYTES = 256 << 10, MOST_CHUNK = 128;
+// A multiple of the rows of a tile of dot_lanes.
+constexpr int64_t chunk_unit(Type type) { return type == Type::i8 ? 24 : ROW_UNIT; }
+constexpr int64_t TOKEN_UNIT = 8;  // that one thread rounds
 
 Rows rows_of(const Tensor& weight, const int32_t* ids = nullptr) {
   return {weight.data_ptr(), weight.stride(0), ids, type_of(weight)};
@@ -43,10 +45,10 @@ int64_t apart(int64_t columns, int64_t size, int64_t tokens) {
   return tokens > 1 && columns * size % ALIASING_BYTES == 0 ? columns + CACHE_LINE / size : columns;
 }
 
-// Tokens' values, of n columns each, rounded to i16 or i8 in scratch memory.
+// Tokens' values, of n columns each, rounded to i16, i8 or u8 in scratch memory.
 template <Purpose DATA, Purpose SCALES, Purpose OFFSETS>
 Values rounded(const Values& from, int64_t tokens, int64_t n, Type type) {
-  const int64_t stride = apart(n, size_of(type), tokens), groups = type == Type::i8 ? groups_of(n) : 1;
+  const int64_t stride = apart(n, size_of(type), tokens), groups = grouped(type) ? groups_of(n) : 1;
   char* to = scratch<DATA, char>(tokens * stride * size_of(type));
   float* scales = scratch<SCALES, float>(tokens * groups);
   int32_t* offsets = scratch<OFFSETS, int32_t>(tokens * groups);
@@ -112,8 +114,8 @@ struct Inputs {
   // Rows of weights that are multiplied with all blocks before the next.
   int64_t chunk(int64_t rows) const {
     if (!lanes) return std::max<int64_t>(rows, 1);
-    const int64_t row_bytes = lane_bytes(values.type, columns) / LANE_BLOCK;
-    return std::clamp<int64_t>(CHUNK_BYTES / row_bytes / CHUNK_UNIT * CHUNK_UNIT, CHUNK_UNIT, 120);
+    const int64_t unit = chunk_unit(values.type), row_bytes = lane_bytes(values.type, columns) / LANE_BLOCK;
+    return std::clamp<int64_t>(CHUNK_BYTES / row_bytes, unit, MOST_CHUNK) / unit * unit;
   }
 
   // As Kernels::dot, for the tokens of a block; rows up to `last` come next.

@@ -157,7 +157,8 @@ struct Ahead {
 //   COLUMNS        columns of a tile, in VECTORS vectors of sums
 //   load           GROUP rows from the i-th of n, COLUMNS columns (`width` of them, then zeros)
 //   mad            acc + rows * values of h; Acc, a vector of sums, in memory of the type Sum
-//   GROUPED        whether h has scales for groups of rows: sums are made fp32 after each
+//   GROUPED        whether h has scales for groups of rows: sums are made fp32 after each, and begin at
+//                  start(h, t) in the next
 template <class E>
 struct Accumulate {
   using W = E;
@@ -189,7 +190,7 @@ void accumulate_tile(const Source& source, int64_t n, const typename A::H* h, in
   for (int t = 0; t < T; ++t)
     for (int v = 0; v < A::VECTORS; ++v)
       if constexpr (A::GROUPED)
-        acc[t][v] = A::Acc::set1(of.offsets[t * of.groups]);
+        acc[t][v] = A::start(of, t);
       else
         acc[t][v] = A::Acc::load(sums + t * A::COLUMNS + v * Vec::WIDTH);
   for (int64_t i = 0; i < n; i += A::GROUP) {
@@ -384,7 +385,8 @@ void widen_any(const void* from, Type type, float* to, int64_t n) {
     case Type::f16: return widen_all<Half>(from, to, n);
     case Type::bf16: return widen_all<BFloat>(from, to, n);
     case Type::i8: return widen_all<int8_t>(from, to, n);
-    case Type::i16: return;
+    case Type::i16:
+    case Type::u8: return;
   }
 }
 
@@ -394,7 +396,8 @@ void finish_any(const float* from, const float* scale, const float* bias, void* 
     case Type::f16: return finish_all<Half>(from, scale, bias, to, n);
     case Type::bf16: return finish_all<BFloat>(from, scale, bias, to, n);
     case Type::i8:
-    case Type::i16: return;
+    case Type::i16:
+    case Type::u8: return;
   }
 }
 
@@ -425,7 +428,8 @@ void dot_widened(const Rows& rows, int64_t begin, int64_t end, const Values& x, 
     case Type::f16: return run(Half());
     case Type::bf16: return run(BFloat());
     case Type::i8: return run(int8_t());
-    case Type::i16: return;
+    case Type::i16:
+    case Type::u8: return;
   }
 }
 
@@ -441,6 +445,7 @@ void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const Valu
     case Type::f16: return run(Half());
     case Type::bf16: return run(BFloat());
     case Type::i8: return run(int8_t());
-    case Type::i16: return;
+    case Type::i16:
+    case Type::u8: return;
   }
 }

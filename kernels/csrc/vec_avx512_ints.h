@@ -16,6 +16,9 @@ struct Ints {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v));
   }
   void narrow(int8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v)); }
+  void narrow(uint8_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(v));
+  }
   Vec floats() const { return {_mm512_cvtepi32_ps(v)}; }
   static void sum4(Ints a, Ints b, Ints c, Ints d, float* out) {
     Vec::sum4(a.floats(), b.floats(), c.floats(), d.floats(), out);
