@@ -446,7 +446,9 @@ INT8 = [
         "of.offsets += 0;",
         "test_kernel_int8.py",
     ),
-    picked("int8-groups-cut-anywhere", MLP, "m * split / splits / GROUP * GROUP", "m * split / splits"),
+    picked(
+        "int8-groups-cut-anywhere", MLP, "m * split / splits / ROW_GROUP * ROW_GROUP", "m * split / splits"
+    ),
     picked("int8-scales-cut-short", "vllm_dejavu/quantization.py", "wide.abs().amax(1)", "wide.amax(1)"),
     picked(
         "int8-embedding-without-scale",

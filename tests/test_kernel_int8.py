@@ -5,8 +5,9 @@ What must not be read holds NaN where it can: scales of unselected rows, biases,
 heads. Integers cannot, so rows of unselected units hold other integers, which must change nothing.
 
 Where products are of integers, inputs are rounded: a few tokens to 16 bits, which stays within every
-tolerance; many, on a CPU with VNNI, to 8 bits with a scale for each 64 values (`GROUP`), which is checked
-twice: loosely against exact inputs, and closely against inputs rounded likewise.
+tolerance; many, on a CPU with VNNI, to 8 bits with a scale for each 64 or 128 values (`GROUP`,
+`ROW_GROUP`), which is checked twice: loosely against exact inputs, and closely against inputs rounded
+likewise.
 """
 
 import pytest
@@ -30,7 +31,7 @@ from vllm_dejavu.kernels import cpu, reference
 from vllm_dejavu.kernels.interface import Call, Mlp, Rows
 from vllm_dejavu.quantization import int8_rows
 
-GROUP, LANES_TOKENS = 64, 13  # as in kernels/csrc
+GROUP, ROW_GROUP, LANES_TOKENS = 64, 128, 13  # as in kernels/csrc
 # Of a product with grouped inputs, off by half a 127th of what is largest in a group at most; of two
 # products after each other, as in an MLP.
 GROUPED_RMS = 1.2e-2
@@ -45,13 +46,13 @@ def assert_product(actual, expected, x, isa):
     assert_close(actual, expected, x.dtype, GROUPED_RMS if is_grouped(x, isa) else None)
 
 
-def grouped(x, most=127):
-    """What is left of inputs [T, n] in 8 bits with a scale for each GROUP of columns; most: 255 where none is
+def grouped(x, most=127, size=GROUP):
+    """What is left of inputs [T, n] in 8 bits with a scale for each group of columns; most: 255 where none is
     negative.
     """
     parts = [
         (part / scale).round() * scale
-        for part in x.float().split(GROUP, 1)
+        for part in x.float().split(size, 1)
         for scale in [part.abs().amax(1, keepdim=True).clamp_min(1e-30) / most]
     ]
     return torch.cat(parts, 1)
@@ -109,7 +110,8 @@ def test_linear(tokens, hidden, outputs, dtype, isa):
 def test_a_transposed_linear(tokens, hidden, outputs, dtype, isa):
     x, rows = rand(tokens, hidden, dtype=dtype), int8(outputs, hidden, transposed=True)
     assert rows.weight.shape == (hidden, outputs)
-    expected = reference.linear(grouped(x) if is_grouped(x, isa) else x.float(), rows)
+    taken = grouped(x, size=ROW_GROUP) if is_grouped(x, isa) else x.float()
+    expected = reference.linear(taken, rows)
     assert_close(expected, reference.linear(x.float(), rows), allowed=GROUPED_RMS)
     assert_close(cpu.KERNELS.linear(x, rows), expected, dtype)
 
@@ -159,7 +161,7 @@ def test_an_mlp_rounds_what_relu_leaves_to_steps_of_a_255th(tokens, isa):
     h = reference.linear(grouped(x) if is_grouped(x, isa) else x.float(), up).relu()
     alive = (h > 0).any(0)
     h, some = h[:, alive], down._replace(weight=down.weight[alive])
-    expected = reference.linear(grouped(h, 255) if is_grouped(x, isa) else h, some)
+    expected = reference.linear(grouped(h, 255, ROW_GROUP) if is_grouped(x, isa) else h, some)
     assert_close(cpu.KERNELS.sparse_mlp(x, Mlp(up, down)), expected, torch.float16)
 
 

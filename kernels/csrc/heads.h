@@ -134,7 +134,7 @@ Values as_activations(const Tensor& x, const Tensor& weight) {
   if (type != Type::i16 && type != Type::i8)
     return type == from ? Values{x.data_ptr(), from, n}
                         : Inputs::copied(x, type, apart(n, size_of(type), tokens));
-  return rounded<INPUT, INPUT_SCALES, INPUT_OFFSETS>({x.data_ptr(), from, n}, tokens, n, type);
+  return rounded<INPUT, INPUT_SCALES, INPUT_OFFSETS>({x.data_ptr(), from, n}, tokens, n, type, ROW_GROUP);
 }
 
 // The same with a transposed weight [heads * head_size, hidden], of which a head is whole rows; a head that

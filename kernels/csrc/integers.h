@@ -93,9 +93,10 @@ inline float known(float scale, float sum) { return sum - sum == 0 ? scale : __b
 
 // With a scale for each group, whose largest value becomes `most`.
 template <class E, class I>
-void round_groups(const E* from, int64_t n, float most, I* to, float* scales, int32_t* offsets) {
-  for (int64_t first = 0; first < n; first += GROUP) {
-    const int64_t mine = n - first < GROUP ? n - first : GROUP;
+void round_groups(const E* from, int64_t n, int64_t group, float most, I* to, float* scales,
+                  int32_t* offsets) {
+  for (int64_t first = 0; first < n; first += group) {
+    const int64_t mine = n - first < group ? n - first : group;
     const Magnitude size = magnitude(from + first, mine);
     const float scale = size.most / most;
     *scales++ = known(scale, size.sum);
@@ -106,9 +107,12 @@ void round_groups(const E* from, int64_t n, float most, I* to, float* scales, in
 }
 
 template <class E>
-void round_as(const E* from, int64_t n, Type to_type, void* to, float* scales, int32_t* offsets) {
-  if (to_type == Type::i8) return round_groups(from, n, 127, static_cast<int8_t*>(to), scales, offsets);
-  if (to_type == Type::u8) return round_groups(from, n, 255, static_cast<uint8_t*>(to), scales, offsets);
+void round_as(const E* from, int64_t n, Type to_type, int64_t group, void* to, float* scales,
+              int32_t* offsets) {
+  if (to_type == Type::i8)
+    return round_groups(from, n, group, 127, static_cast<int8_t*>(to), scales, offsets);
+  if (to_type == Type::u8)
+    return round_groups(from, n, group, 255, static_cast<uint8_t*>(to), scales, offsets);
   // The largest magnitude becomes 32767, or less where a sum of products with 128 could overflow otherwise,
   // half a step of rounding each included, and a part in 2^16 for the rounding of the sum itself.
   const Magnitude size = magnitude(from, n);
@@ -119,10 +123,10 @@ void round_as(const E* from, int64_t n, Type to_type, void* to, float* scales, i
   to_integers(from, scale, static_cast<int16_t*>(to), n);
 }
 
-void round_any(const void* from, Type type, int64_t n, Type to_type, void* to, float* scales,
+void round_any(const void* from, Type type, int64_t n, Type to_type, int64_t group, void* to, float* scales,
                int32_t* offsets) {
   const auto run = [&](auto value) {
-    round_as(static_cast<const decltype(value)*>(from), n, to_type, to, scales, offsets);
+    round_as(static_cast<const decltype(value)*>(from), n, to_type, group, to, scales, offsets);
   };
   switch (type) {
     case Type::f32: return run(float());

@@ -24,7 +24,7 @@ struct Rows {
 
 // What rows are multiplied with: `data + t * stride`, in elements, of a token. Of int8 weights, rounded, to
 //   i16  a scale for each token, small enough for sums of products to fit into int32 in whatever order;
-//   i8   a scale for each GROUP of a token's values, scales[t * groups + i / GROUP]; and `offsets`, -128
+//   i8   a scale for each group of a token's values, scales[t * groups + i / size]; and `offsets`, -128
 //        times the sum of a group's integers, make up for weights that are read as w + 128;
 //   u8   likewise, of values none of which is negative: half the rounding error, and no offsets.
 struct Values {
@@ -36,11 +36,13 @@ struct Values {
   int64_t groups = 1;
 };
 
-// With 128 the perplexity of opt-books-7m rises by 0.15% over that in 16 bits, with 64 by 0.04%; prompts take
-// 5% longer (benchmarks/results/quality).
+// Sizes of groups: of inputs to rows (dot), and of values that rows are added up by (accumulate). What
+// LayerNorm leaves, which q/k/v and fc1 read, has outliers: with groups of 128 there the perplexity of
+// opt-books-7m rises by 0.1% more; fc2's and out_proj's inputs do not feel it (benchmarks/results/quality).
 constexpr int64_t GROUP = 64;
+constexpr int64_t ROW_GROUP = 128;
 constexpr bool grouped(Type type) { return type == Type::i8 || type == Type::u8; }
-constexpr int64_t groups_of(int64_t n) { return (n + GROUP - 1) / GROUP; }
+constexpr int64_t groups_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Tokens of a block of dot_lanes: one lane each, in one or two vectors.
 constexpr int64_t LANE_BLOCK = 32;
@@ -48,7 +50,7 @@ constexpr int64_t lane_width(int64_t tokens) { return tokens > 16 ? 32 : 16; }
 
 // Of a block of tokens as pack_lanes leaves it: i8 with its scales and offsets behind it.
 constexpr int64_t lane_bytes(Type type, int64_t columns) {
-  return LANE_BLOCK * (type == Type::i8 ? columns + 8 * groups_of(columns) : 2 * columns);
+  return LANE_BLOCK * (type == Type::i8 ? columns + 8 * groups_of(columns, GROUP) : 2 * columns);
 }
 
 constexpr int64_t accumulate_scratch(int64_t tokens, int64_t columns) {
@@ -71,7 +73,7 @@ struct Kernels {
   // out[t * ldo + c - column_begin] = sum over rows begin <= i < end of h_t[places[i]] * row_i[c], for
   // columns column_begin <= c < column_end; the order of the sum does not depend on the columns. h is in
   // dot_input's type; or i8 or u8 where there is dot_lanes for i8, and then places are 0, 1, ... and begin a
-  // multiple of GROUP. `scratch`, aligned to 64 bytes, has accumulate_scratch(tokens, columns) bytes.
+  // multiple of ROW_GROUP. `scratch`, aligned to 64 bytes, has accumulate_scratch(tokens, columns) bytes.
   void (*accumulate)(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                      int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
                      char* scratch);
@@ -87,9 +89,10 @@ struct Kernels {
   // A block of tokens for dot_lanes, lane_width(tokens) of them beside each other.
   void (*pack_lanes)(const Values& x, int64_t tokens, int64_t columns, void* to);
 
-  // n values of a token to i16, i8 or u8: scales and offsets as in Values, NaN where a value is not finite.
+  // n values of a token to i16, i8 or u8, these in groups: scales and offsets as in Values, NaN where a value
+  // is not finite.
   // Null where dot_input never says i16.
-  void (*round)(const void* from, Type type, int64_t n, Type to_type, void* to, float* scales,
+  void (*round)(const void* from, Type type, int64_t n, Type to_type, int64_t group, void* to, float* scales,
                 int32_t* offsets);
 
   // How many scores[i] + bias[i] are positive; any[i] becomes 1 where that one is.

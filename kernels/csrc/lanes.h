@@ -48,7 +48,7 @@ void pack_lanes(const Values& x, int64_t tokens, int64_t columns, void* to) {
   transposed(static_cast<const char*>(x.data), x.stride * size, tokens, columns * size,
              static_cast<int32_t*>(to));
   if (x.type != Type::i8) return;
-  const int64_t groups = groups_of(columns);
+  const int64_t groups = groups_of(columns, GROUP);
   auto* scales = reinterpret_cast<float*>(static_cast<char*>(to) + LANE_BLOCK * columns);
   auto* offsets = reinterpret_cast<int32_t*>(scales + LANE_BLOCK * groups);
   for (int64_t g = 0; g < groups; ++g)
@@ -91,7 +91,7 @@ template <int R, int V>
 void quad_tile(const int8_t* const* w, const int8_t* const* next, const int32_t* x, int64_t columns,
                int64_t tokens, float* out, int64_t ldo) {
   const auto* scales = reinterpret_cast<const float*>(x + LANE_BLOCK * columns / 4);
-  const auto* offsets = reinterpret_cast<const int32_t*>(scales + LANE_BLOCK * groups_of(columns));
+  const auto* offsets = reinterpret_cast<const int32_t*>(scales + LANE_BLOCK * groups_of(columns, GROUP));
   const __m512i flip = _mm512_set1_epi8(-128);
   Vec sums[V][R];
   for (int v = 0; v < V; ++v)

@@ -107,7 +107,7 @@ Values rounded_survivors(const Values& h, Survivors& survivors, int64_t tokens, 
     values = {to, Type::f32, m};
     std::iota(survivors.places, survivors.places + m, 0);
   }
-  return rounded<ROUNDED, ROUNDED_SCALES, ROUNDED_OFFSETS>(values, tokens, survivors.count, type);
+  return rounded<ROUNDED, ROUNDED_SCALES, ROUNDED_OFFSETS>(values, tokens, survivors.count, type, ROW_GROUP);
 }
 
 // Through fc2's rows of the survivors, `scale` [columns] or null. Threads share the columns; where they are
@@ -119,7 +119,9 @@ void down(const Values& h, const Survivors& survivors, int64_t tokens, const Ten
                 column_tasks = std::clamp<int64_t>(columns / LEAST_COLUMNS, 1, threads);
   const int64_t splits = std::clamp<int64_t>(m / LEAST_ROWS, 1, threads / column_tasks);
   const auto share = [&](int64_t split) {
-    return split == splits ? m : grouped(h.type) ? m * split / splits / GROUP * GROUP : m * split / splits;
+    return split == splits   ? m
+           : grouped(h.type) ? m * split / splits / ROW_GROUP * ROW_GROUP
+                             : m * split / splits;
   };
   float* partials = scratch<PARTIALS, float>(splits * tokens * columns);
   const Rows rows2 = rows_of(fc2, survivors.numbers);

@@ -47,15 +47,16 @@ int64_t apart(int64_t columns, int64_t size, int64_t tokens) {
 
 // Tokens' values, of n columns each, rounded to i16, i8 or u8 in scratch memory.
 template <Purpose DATA, Purpose SCALES, Purpose OFFSETS>
-Values rounded(const Values& from, int64_t tokens, int64_t n, Type type) {
-  const int64_t stride = apart(n, size_of(type), tokens), groups = grouped(type) ? groups_of(n) : 1;
+Values rounded(const Values& from, int64_t tokens, int64_t n, Type type, int64_t group = GROUP) {
+  const int64_t stride = apart(n, size_of(type), tokens), groups = grouped(type) ? groups_of(n, group) : 1;
   char* to = scratch<DATA, char>(tokens * stride * size_of(type));
   float* scales = scratch<SCALES, float>(tokens * groups);
   int32_t* offsets = scratch<OFFSETS, int32_t>(tokens * groups);
   share_out(tokens, TOKEN_UNIT, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       kernels().round(static_cast<const char*>(from.data) + t * from.stride * size_of(from.type), from.type,
-                      n, type, to + t * stride * size_of(type), scales + t * groups, offsets + t * groups);
+                      n, type, group, to + t * stride * size_of(type), scales + t * groups,
+                      offsets + t * groups);
   });
   return {to, type, stride, scales, offsets, groups};
 }

@@ -10,7 +10,7 @@
 constexpr int ROWS = 4;  // of a dot tile: enough independent chains to hide the latency of a multiply-add
 constexpr int64_t FEW_ROWS = 32,
                   MANY_ROWS = 128;  // of accumulate at once: up to ACCUMULATE_TOKENS, and beyond
-static_assert(GROUP <= MANY_ROWS);
+static_assert(ROW_GROUP <= MANY_ROWS);
 constexpr int64_t LINE = 64;
 
 template <int N>
@@ -238,7 +238,7 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const Values&
   auto* gathered = reinterpret_cast<H*>(kept + MANY_ROWS / A::GROUP * A::VECTORS);
   for (int64_t i = 0; i < tiles * tokens * A::COLUMNS; ++i) sums[i] = 0;
   const bool few = tokens <= ACCUMULATE_TOKENS;
-  const int64_t block = A::GROUPED ? GROUP : few ? FEW_ROWS : MANY_ROWS;
+  const int64_t block = A::GROUPED ? ROW_GROUP : few ? FEW_ROWS : MANY_ROWS;
   const W* w[MANY_ROWS];
   const char* next[MANY_ROWS];
   for (int64_t first = begin; first < end; first += block) {
@@ -265,8 +265,8 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const Values&
       Sum* sum = sums + column * tokens;
       Values of = h;  // of i8: from this group on
       if (A::GROUPED) {
-        of.scales += first / GROUP;
-        of.offsets += first / GROUP;
+        of.scales += first / ROW_GROUP;
+        of.offsets += first / ROW_GROUP;
       }
       const auto lying = [&](int64_t i, WVec* to) {
         ahead.template step<STEP_BYTES>();
