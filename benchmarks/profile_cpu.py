@@ -33,19 +33,22 @@ from vllm_dejavu.published import GEOMETRIES
 
 # The first that an operator's name contains names its kind.
 KINDS = (
+    ("dejavu_cpu::mlp", "host of our operators"),
+    ("dejavu_cpu::attention", "host of our operators"),
     ("select_neurons", "predictor"),
     ("score_heads", "predictor"),
     ("sparse_mlp", "MLP"),
     ("dense_mlp", "MLP"),
-    ("sparse_qkv", "q/k/v"),
-    ("out_proj", "out_proj"),
+    ("sparse_qkv", "projections"),
+    ("out_proj", "projections"),
+    ("dejavu_cpu::linear", "projections"),
     ("reshape_and_cache", "cache write"),
     ("cpu_attention", "attention"),
-    ("scaled_quant", "rounding of inputs"),
+    ("int8_quant", "rounding of inputs"),
     ("onednn", "linears"),
     ("linear", "linears"),
     ("mm", "linears"),
-    ("unified_attention", "host of vLLM's operators"),
+    ("unified_", "host of vLLM's operators"),
 )
 
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
 #include <initializer_list>
@@ -214,6 +215,13 @@ Model& running() {
   return *current;
 }
 
+// f(), which a profile shows by this name.
+template <class F>
+auto recorded(const char* name, const F& f) {
+  RECORD_FUNCTION(name, std::vector<c10::IValue>());
+  return f();
+}
+
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const Tensor& positions,
                                const MaybeTensor& previous, int64_t rider_units, int64_t layer) {
   const Model& model = running();
@@ -232,16 +240,24 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const 
   if (rider && !rider->gate.takes(rows)) rider = nullptr;
   Tensor out, scores;
   if (block.gate.takes(rows)) {
-    const auto [ids, counts, mask, riding] =
-        select_neurons(gate_input, block.down, block.up, block.threshold, lens, model.row_exact,
-                       rider ? previous : std::nullopt, rider ? MaybeTensor(rider->predictor) : std::nullopt,
-                       rider ? MaybeTensor(rider->threshold) : std::nullopt, block.gate.counters);
+    const auto [ids, counts, mask, riding] = recorded("dejavu_cpu::select_neurons", [&] {
+      return select_neurons(gate_input, block.down, block.up, block.threshold, lens, model.row_exact,
+                            rider ? previous : std::nullopt,
+                            rider ? MaybeTensor(rider->predictor) : std::nullopt,
+                            rider ? MaybeTensor(rider->threshold) : std::nullopt, block.gate.counters);
+    });
     scores = riding;
-    out = sparse_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale, ids, counts,
-                     lens, model.row_exact ? MaybeTensor(mask) : std::nullopt, block.gate.counters);
+    const MaybeTensor row_mask = model.row_exact ? MaybeTensor(mask) : std::nullopt;
+    const Tensor &list = ids, &numbers = counts;
+    out = recorded("dejavu_cpu::sparse_mlp", [&] {
+      return sparse_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale, list,
+                        numbers, lens, row_mask, block.gate.counters);
+    });
   } else {
     count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, lens);
-    out = dense_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale);
+    out = recorded("dejavu_cpu::dense_mlp", [&] {
+      return dense_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale);
+    });
     if (rider) scores = score_heads(*previous, rider->predictor, rider->threshold, lens);
   }
   if (!rider) scores = at::empty({rows, rider_units}, x.options().dtype(at::kFloat));
@@ -266,12 +282,14 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
   if (sparse) {
     scores =
         head_scores ? *head_scores : score_heads(gate_input, block.predictor, block.threshold, pass.row_lens);
-    qkv = sparse_qkv(x, block.qkv, block.qkv_scale, block.qkv_bias, scores, pass.row_lens, size,
-                     block.gate.counters);
+    qkv = recorded("dejavu_cpu::sparse_qkv", [&] {
+      return sparse_qkv(x, block.qkv, block.qkv_scale, block.qkv_bias, scores, pass.row_lens, size,
+                        block.gate.counters);
+    });
   } else {
     count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, pass.row_lens);
     qkv = at::empty({rows, block.qkv.size(0)}, x.options());
-    linear(x, block.qkv, block.qkv_scale, block.qkv_bias, qkv);
+    recorded("dejavu_cpu::linear", [&] { linear(x, block.qkv, block.qkv_scale, block.qkv_bias, qkv); });
   }
   const auto part = [&](int64_t first, int64_t n) {
     return qkv.narrow(1, first * size, n * size).view({rows, n, size});
@@ -286,13 +304,15 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
                 pass.query_start_loc, pass.seq_lens, pass.causal, pass.block_table, pass.scheduler_metadata});
   Tensor output = at::empty({rows, block.out.size(block.transposed ? 1 : 0)}, x.options());
   if (sparse) zero_heads(attn, scores);
-  if (block.transposed)
-    transposed_out_proj(attn, block.out, block.out_scale, sparse ? MaybeTensor(scores) : std::nullopt,
-                        output);
-  else if (sparse)
-    sparse_out_proj(attn, block.out, scores, output);
-  else
-    linear(attn.view({rows, heads * size}), block.out, block.out_scale, std::nullopt, output);
+  recorded("dejavu_cpu::out_proj", [&] {
+    if (block.transposed)
+      transposed_out_proj(attn, block.out, block.out_scale, sparse ? MaybeTensor(scores) : std::nullopt,
+                          output);
+    else if (sparse)
+      sparse_out_proj(attn, block.out, scores, output);
+    else
+      linear(attn.view({rows, heads * size}), block.out, block.out_scale, std::nullopt, output);
+  });
   return output;
 }
 
