@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.platforms import current_platform
 
 from vllm_dejavu import engine, steps
 from vllm_dejavu.config import DejaVuConfig
+from vllm_dejavu.kernels import cpu
 
 
 @pytest.fixture
@@ -71,9 +73,11 @@ def test_without_graphs_nothing_happens():
     assert sizes_after([1, 8], 7, CUDAGraphMode.NONE) == [1, 8]
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "python"])
 @pytest.mark.parametrize("given", [None, {"other": 1}, {"other": 1, "dejavu": {"seed": 3}}], ids=str)
-def test_what_is_settled_joins_what_was_given(given):
-    """The digest of the artifact, for the compile cache's key, and where it lies."""
+def test_what_is_settled_joins_what_was_given(monkeypatch, given, native):
+    """The digest of the artifact and whether ops are native, for the compile cache's key; where it lies."""
+    monkeypatch.setattr(cpu, "available", lambda: native)
     config = SimpleNamespace(
         additional_config=given,
         parallel_config=SimpleNamespace(worker_extension_cls="theirs"),
@@ -82,7 +86,8 @@ def test_what_is_settled_joins_what_was_given(given):
     )
     settings = DejaVuConfig(predictor="there")
     engine.update_engine(config, settings, "abc")
-    own = (given or {}).get("dejavu", {}) | {"artifact_digest": "abc", "predictor": "there"}
+    digest = "abc native" if native and current_platform.is_cpu() else "abc"
+    own = (given or {}).get("dejavu", {}) | {"artifact_digest": digest, "predictor": "there"}
     assert config.additional_config == (given or {}) | {"dejavu": own}
 
 

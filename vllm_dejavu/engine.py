@@ -159,9 +159,13 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
     graphs.
     """
     from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    from vllm_dejavu.kernels import cpu
 
     own = dict((vllm_config.additional_config or {}).get(SETTINGS_KEY, {}))
-    own[DIGEST_KEY] = digest
+    # Native ops are compiled in by name: a graph that holds them is another one.
+    own[DIGEST_KEY] = digest + (" native" if current_platform.is_cpu() and cpu.available() else "")
     if settings.predictor is not None:
         own["predictor"] = settings.predictor
     vllm_config.additional_config = {**(vllm_config.additional_config or {}), SETTINGS_KEY: own}
@@ -171,8 +175,6 @@ def update_engine(vllm_config: Any, settings: DejaVuConfig, digest: str) -> None
     if settings.apply_to == "all" and vllm_config.cache_config.enable_prefix_caching:
         logger.info('dejavu: apply_to="all" scores every prompt token, so prefix caching is turned off')
         vllm_config.cache_config.enable_prefix_caching = False
-    from vllm.platforms import current_platform
-
     attention = getattr(vllm_config, "attention_config", None)
     if (
         current_platform.is_cuda()
