@@ -477,7 +477,8 @@ PASSES = [
     ),
     picked("pass-nobody-rides", BLOCKS_FILE, "numbers.get(id(mlp.rider), -1)", "-1"),
     picked("pass-unseen-by-recorders", BLOCKS_FILE, "or any(gate.recorder", "or all(gate.recorder"),
-    picked("pass-of-dense-steps", BLOCKS_FILE, "or not step.sparse or", "or"),
+    picked("pass-of-dense-steps", MODEL, "sparse_step && block.gate.takes(rows)", "block.gate.takes(rows)"),
+    picked("pass-samples-nothing", BLOCKS_FILE, "if attention.recall.due(step)]", "if False]"),
 ]
 PICKED = [
     *(*NATIVE, *TRITON, *REFERENCE, *SERVING, *METRICS, *TRAINING, *ARTIFACT, *REFUSALS, *INT8),

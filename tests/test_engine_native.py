@@ -1,4 +1,4 @@
-"""The native ops run a sparse step as Python's ops do, bit by bit, and without them."""
+"""The native ops run a step as Python's ops do, bit by bit, and without them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from vllm_dejavu.compat import key_and_value_cache
 from vllm_dejavu.kernels import cpu
 from vllm_dejavu.mlp import GatedMLP
 from vllm_dejavu.models import base
+from vllm_dejavu.recall import SAMPLED_ROWS
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.MISSING)
 LAYERS = 3
-# One that decodes alone, three together, prompts that arrive in between, so that steps are mixed.
-ARRIVALS = {0: {"a": random_prompt(9)}, 4: {"b": random_prompt(40, 1), "c": random_prompt(5)}}
+# One that decodes alone, three together, prompts that arrive in between, so that steps are mixed; one of them
+# long enough for recall to be sampled.
+ARRIVALS = {0: {"a": random_prompt(9)}, 4: {"b": random_prompt(80, 1), "c": random_prompt(5)}}
 CASES = {
     "alone": {},
+    "recall": {"artifact": {"attention": "previous"}, "dejavu": {"sample_recall": 2}},
     "riding": {"artifact": {"attention": "previous"}},
     "bf16": {"artifact": {"attention": "previous"}, "options": {"dtype": "bfloat16"}},
     "int8": {"artifact": {"dtype": "int8"}, "dejavu": {"weight_bits": 8}},
@@ -42,7 +45,7 @@ CASES = {
 
 
 def served(model, artifact, monkeypatch, *, native, dejavu, options):
-    """Logits of every step, tokens, counts, and how often Python ran a block."""
+    """Logits of every step, tokens, counts, those of each gate, and how often Python ran a block."""
     calls = {GatedMLP: 0, GatedAttention: 0}
 
     def counted(cls):
@@ -66,7 +69,8 @@ def served(model, artifact, monkeypatch, *, native, dejavu, options):
             compute, logits = model_of(llm).compute_logits, []
             model_of(llm).compute_logits = lambda states: logits.append(compute(states)) or logits[-1].clone()
             tokens = run_requests(llm, ARRIVALS, 12)
-            return logits, tokens, metrics_of(llm), calls
+            raw = llm.collective_rpc("dejavu_metrics")[0]["gates"]
+            return logits, tokens, metrics_of(llm), raw, calls
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -74,8 +78,8 @@ def test_as_python_runs_it(opt, predictors, monkeypatch, case):
     model = opt(layers=LAYERS)
     artifact = predictors(model, **case.get("artifact", {}))
     options = {"dejavu": case.get("dejavu", {}), "options": case.get("options", {})}
-    logits, tokens, counts, calls = served(model, artifact, monkeypatch, native=True, **options)
-    expected, expected_tokens, expected_counts, python = served(
+    logits, tokens, counts, raw, calls = served(model, artifact, monkeypatch, native=True, **options)
+    expected, expected_tokens, expected_counts, expected_raw, python = served(
         model, artifact, monkeypatch, native=False, **options
     )
     assert tokens == expected_tokens and len(logits) == len(expected)
@@ -84,10 +88,13 @@ def test_as_python_runs_it(opt, predictors, monkeypatch, case):
     assert counts["steps"] == expected_counts["steps"] and counts["steps"]["sparse"] > 0
     for key in ("mlp_density", "head_density", "layers"):
         assert counts[key] == expected_counts[key]
-    dense = sum(n for reason, n in counts["steps"].items() if reason not in ("sparse", "above_crossover"))
-    for cls, n in calls.items():
-        gated = python[cls] // sum(counts["steps"].values())
-        assert n == dense * gated, f"{cls.__name__} ran in Python in a sparse step"
+    assert raw == expected_raw
+    for cls, block in ((GatedMLP, "mlp"), (GatedAttention, "attention")):
+        gates = [gate for gate in raw if gate["block"] == block]
+        sampled = sum(gate["sampled_rows"] for gate in gates) // SAMPLED_ROWS
+        assert calls[cls] == sampled, f"{cls.__name__} ran in Python"
+        assert python[cls] == len(gates) * sum(counts["steps"].values())
+        assert sampled or case is not CASES["recall"]
 
 
 def test_a_recorder_is_served_by_python(opt, predictors):

@@ -1,10 +1,10 @@
-"""A model's gated blocks in the hands of the native kernels: a sparse step on a CPU goes through them without
+"""A model's gated blocks in the hands of the native kernels: on a CPU a step goes through them without
 Python.
 
 Between two lines of Python a layer's weights pass through the caches, so that each line is fetched from
 memory again: what a step asks of a block is told once (`_bind`), what is the same for all blocks once a pass
 (`begin`). The native ops (kernels/csrc/model.h) do the rest, vLLM's own operators for the cache and the
-attention included; in every other pass they call our Python ops.
+attention included; where only Python can do something, in a pass or a block, they call our Python ops.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ class NativeBlocks:
         """In front of a forward pass of so many tokens, padding included."""
         if not self.bound:
             self._bind()
-        # A recorder is Python's.
-        if step is None or not step.sparse or any(gate.recorder is not None for gate in self.gates):
+        # A recorder is Python's, and so is the sampling of recall.
+        if step is None or step.metadata is None or any(gate.recorder is not None for gate in self.gates):
             self.handle.begin_other()
             return
+        mlps = [i for i, mlp in self.mlps.items() if mlp.recall.due(step)]
+        attentions = [i for i, attention in self.attentions.items() if attention.recall.due(step)]
         row_lens = step.row_lens(num_tokens, torch.device("cpu"))
         metadata, slots, tensors, causal = step.metadata, None, [row_lens] * 4, True
         if self.first is not None:
@@ -62,7 +64,8 @@ class NativeBlocks:
                 causal = metadata.causal
                 tensors = [metadata.query_start_loc, metadata.seq_lens]
                 tensors += [metadata.block_table, metadata.scheduler_metadata]
-        self.handle.begin(row_lens, slots, tensors, metadata.num_actual_tokens, causal)
+        aside = mlps, attentions
+        self.handle.begin(step.sparse, *aside, row_lens, slots, tensors, metadata.num_actual_tokens, causal)
 
     def end(self) -> None:
         self.handle.end()

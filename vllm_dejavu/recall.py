@@ -29,24 +29,32 @@ class Recall:
         # Rows of this pass [SAMPLED_ROWS] and what the predictor says of them [SAMPLED_ROWS, units].
         self.foreseen: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def foresee(self, step: Step | None, gate_input: torch.Tensor) -> None:
-        """Called in dense passes: predict, in some long ones.
+    def due(self, step: Step | None) -> bool:
+        """Whether this gate is sampled in a pass: in some long dense ones.
 
         Only where Python runs in each pass, not in captured graphs; there, prompts too long for a graph are
         what is sampled.
         """
-        self.foreseen = None
         gate, every = self.gate, self.gate.settings.sample_recall
         if step is None or step.in_graph or step.reason != "prefill_or_mixed":
-            return
+            return False
         if gate.settings.mode != "sparse" or not every or gate.calibrated_bias is not None:
-            return
-        if (tokens := step.metadata.num_actual_tokens) < LONG_PASS:
-            return
-        self.long_passes += 1
-        if (self.long_passes + gate.layer) % every == 0:  # not all layers in the same pass
+            return False
+        if step.metadata.num_actual_tokens < LONG_PASS:
+            return False
+        if self not in step.decided:
+            self.long_passes += 1
+            # not all layers in the same pass
+            step.decided[self] = (self.long_passes + gate.layer) % every == 0
+        return step.decided[self]
+
+    def foresee(self, step: Step | None, gate_input: torch.Tensor) -> None:
+        """Called in dense passes: predict, where that is due."""
+        self.foreseen = None
+        if self.due(step):
+            tokens = step.metadata.num_actual_tokens
             rows = torch.arange(SAMPLED_ROWS, device=gate_input.device) * tokens // SAMPLED_ROWS
-            self.foreseen = rows, gate.predictor.scores(gate_input[rows]) > 0
+            self.foreseen = rows, self.gate.predictor.scores(gate_input[rows]) > 0
 
     def check(self, true_active: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Count what was foreseen in this pass; true_active: rows -> [rows, units], bool."""

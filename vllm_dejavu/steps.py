@@ -31,6 +31,7 @@ class Step:
     def __post_init__(self) -> None:
         self.sparse = self.reason == "sparse"
         self._row_lens: torch.Tensor | None = None
+        self.decided: dict[Any, bool] = {}  # once for this pass, by whom it concerns
 
     @property
     def one_token_each(self) -> bool:

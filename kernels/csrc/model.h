@@ -1,11 +1,12 @@
-// The gated blocks of a model: a sparse step goes through them without a line of Python, everything else back
-// to Python's ops.
+// The gated blocks of a model: a step goes through them without a line of Python, but for what only Python
+// can do, for which they call its ops.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <string>
 #include <tuple>
@@ -100,6 +101,9 @@ struct AttentionBlock {
 
 // What is the same for all layers of a pass.
 struct Pass {
+  bool sparse;
+  // Layers whose MLP, or attention, Python runs.
+  std::vector<int64_t> mlps_aside, attentions_aside;
   Tensor row_lens;
   // Of vLLM's metadata, where all layers share one.
   MaybeTensor slot_mapping;
@@ -115,7 +119,7 @@ using Tensors = std::vector<Tensor>;
 struct Model : torch::CustomClassHolder {
   std::vector<std::optional<MlpBlock>> mlps;
   std::vector<std::optional<AttentionBlock>> attentions;
-  std::optional<Pass> pass;  // none: not a sparse step
+  std::optional<Pass> pass;  // none: Python runs all
 
   bool row_exact;
 
@@ -185,7 +189,8 @@ struct Model : torch::CustomClassHolder {
     return static_cast<bool>(block.attend);
   }
 
-  void begin(Tensor row_lens, MaybeTensor slot_mapping, Tensors metadata, int64_t num_tokens, bool causal);
+  void begin(bool sparse, std::vector<int64_t> mlps_aside, std::vector<int64_t> attentions_aside,
+             Tensor row_lens, MaybeTensor slot_mapping, Tensors metadata, int64_t num_tokens, bool causal);
   void begin_other();
   void end();
 };
@@ -193,11 +198,12 @@ struct Model : torch::CustomClassHolder {
 // Of this thread, during its forward pass: without references, which would outlive the engine.
 thread_local Model* current = nullptr;
 
-void Model::begin(Tensor row_lens, MaybeTensor slot_mapping, Tensors metadata, int64_t num_tokens,
+void Model::begin(bool sparse, std::vector<int64_t> mlps_aside, std::vector<int64_t> attentions_aside,
+                  Tensor row_lens, MaybeTensor slot_mapping, Tensors metadata, int64_t num_tokens,
                   bool causal) {
   current = this;
-  pass = Pass{row_lens,       slot_mapping,   metadata.at(0), metadata.at(1),
-              metadata.at(2), metadata.at(3), num_tokens,     causal};
+  pass = Pass{sparse,         mlps_aside,     attentions_aside, row_lens,   slot_mapping, metadata.at(0),
+              metadata.at(1), metadata.at(2), metadata.at(3),   num_tokens, causal};
 }
 
 void Model::begin_other() {
@@ -208,6 +214,10 @@ void Model::begin_other() {
 void Model::end() {
   current = nullptr;
   pass.reset();
+}
+
+bool among(const std::vector<int64_t>& layers, int64_t layer) {
+  return std::find(layers.begin(), layers.end(), layer) != layers.end();
 }
 
 Model& running() {
@@ -227,7 +237,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const 
   const Model& model = running();
   const MlpBlock& block = *model.mlps.at(layer);
   const int64_t rows = x.size(0);
-  if (!model.pass || model.pass->row_lens.size(0) != rows) {
+  if (!model.pass || model.pass->row_lens.size(0) != rows || among(model.pass->mlps_aside, layer)) {
     static const auto python =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("dejavu::python_mlp", "")
@@ -236,10 +246,11 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const 
     return python.call(x, gate_input, positions, previous, rider_units, block.name);
   }
   const Tensor& lens = model.pass->row_lens;
+  const bool sparse_step = model.pass->sparse;
   const AttentionBlock* rider = block.rider >= 0 && previous ? &*model.attentions.at(block.rider) : nullptr;
-  if (rider && !rider->gate.takes(rows)) rider = nullptr;
+  if (rider && !(sparse_step && rider->gate.takes(rows))) rider = nullptr;
   Tensor out, scores;
-  if (block.gate.takes(rows)) {
+  if (sparse_step && block.gate.takes(rows)) {
     const auto [ids, counts, mask, riding] = recorded("dejavu_cpu::select_neurons", [&] {
       return select_neurons(gate_input, block.down, block.up, block.threshold, lens, model.row_exact,
                             rider ? previous : std::nullopt,
@@ -254,7 +265,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const 
                         numbers, lens, row_mask, block.gate.counters);
     });
   } else {
-    count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, lens);
+    if (sparse_step) count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, lens);
     out = recorded("dejavu_cpu::dense_mlp", [&] {
       return dense_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale);
     });
@@ -269,7 +280,8 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
   const Model& model = running();
   const AttentionBlock& block = *model.attentions.at(layer);
   const int64_t rows = x.size(0), size = block.head_size;
-  if (!model.pass || model.pass->row_lens.size(0) != rows || !block.attend) {
+  if (!model.pass || model.pass->row_lens.size(0) != rows || !block.attend ||
+      among(model.pass->attentions_aside, layer)) {
     static const auto python = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("dejavu::python_attention", "")
                                    .typed<Tensor(const Tensor&, const Tensor&, const Tensor&,
@@ -277,7 +289,7 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
     return python.call(x, gate_input, positions, head_scores, block.name);
   }
   const Pass& pass = *model.pass;
-  const bool sparse = block.gate.takes(rows);
+  const bool sparse = pass.sparse && block.gate.takes(rows);
   Tensor scores, qkv;
   if (sparse) {
     scores =
@@ -287,7 +299,8 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
                         block.gate.counters);
     });
   } else {
-    count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, pass.row_lens);
+    if (pass.sparse)
+      count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, pass.row_lens);
     qkv = at::empty({rows, block.qkv.size(0)}, x.options());
     recorded("dejavu_cpu::linear", [&] { linear(x, block.qkv, block.qkv_scale, block.qkv_bias, qkv); });
   }
