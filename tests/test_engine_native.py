@@ -6,6 +6,7 @@ import pytest
 import torch
 from engine import engine, metrics_of, model_of, random_prompt, run_requests
 
+from vllm_dejavu import native
 from vllm_dejavu.attention import GatedAttention
 from vllm_dejavu.compat import key_and_value_cache
 from vllm_dejavu.kernels import cpu
@@ -44,7 +45,7 @@ CASES = {
 }
 
 
-def served(model, artifact, monkeypatch, *, native, dejavu, options):
+def served(model, artifact, monkeypatch, *, natively, dejavu, options):
     """Logits of every step, tokens, counts, those of each gate, and how often Python ran a block."""
     calls = {GatedMLP: 0, GatedAttention: 0}
 
@@ -60,10 +61,10 @@ def served(model, artifact, monkeypatch, *, native, dejavu, options):
     with monkeypatch.context() as patch:
         for cls in calls:
             patch.setattr(cls, "run", counted(cls))
-        if not native:
+        if not natively:
             patch.setattr(base, "native_blocks", lambda *_: None)
         with engine(model, dejavu={"predictor": artifact, **dejavu}, **options) as llm:
-            assert (model_of(llm).native is not None) == native
+            assert (model_of(llm).native is not None) == natively
             metrics_of(llm, reset=True)
             calls.update(dict.fromkeys(calls, 0))
             compute, logits = model_of(llm).compute_logits, []
@@ -78,9 +79,9 @@ def test_as_python_runs_it(opt, predictors, monkeypatch, case):
     model = opt(layers=LAYERS)
     artifact = predictors(model, **case.get("artifact", {}))
     options = {"dejavu": case.get("dejavu", {}), "options": case.get("options", {})}
-    logits, tokens, counts, raw, calls = served(model, artifact, monkeypatch, native=True, **options)
+    logits, tokens, counts, raw, calls = served(model, artifact, monkeypatch, natively=True, **options)
     expected, expected_tokens, expected_counts, expected_raw, python = served(
-        model, artifact, monkeypatch, native=False, **options
+        model, artifact, monkeypatch, natively=False, **options
     )
     assert tokens == expected_tokens and len(logits) == len(expected)
     for a, b in zip(logits, expected, strict=True):
@@ -95,6 +96,25 @@ def test_as_python_runs_it(opt, predictors, monkeypatch, case):
         assert calls[cls] == sampled, f"{cls.__name__} ran in Python"
         assert python[cls] == len(gates) * sum(counts["steps"].values())
         assert sampled or case is not CASES["recall"]
+
+
+def test_python_attends_where_one_layer_s_cache_is_another(opt, predictors, monkeypatch):
+    """In all layers: what a pass is told is for all of them."""
+    model = opt(layers=LAYERS)
+    artifact = predictors(model, attention="previous")
+    seen = []
+
+    def last_is_another(*args):
+        seen.append(args)
+        return key_and_value_cache(*args) if len(seen) % LAYERS else None
+
+    monkeypatch.setattr(native, "key_and_value_cache", last_is_another)
+    options = {"dejavu": {}, "options": {}}
+    logits, _, counts, raw, calls = served(model, artifact, monkeypatch, natively=True, **options)
+    expected, _, _, expected_raw, python = served(model, artifact, monkeypatch, natively=False, **options)
+    assert len(seen) == LAYERS and calls == {GatedMLP: 0, GatedAttention: python[GatedAttention]}
+    assert raw == expected_raw and counts["steps"]["sparse"] > 0
+    assert all(map(torch.equal, logits, expected))
 
 
 def test_a_recorder_is_served_by_python(opt, predictors):

@@ -86,22 +86,28 @@ class NativeBlocks:
         self.bound = True
 
     def _use_cache(self) -> None:
-        """Once vLLM has given the layers their caches: in a pass, whose metadata all of them must share."""
+        """Once vLLM has given the layers their caches, in a pass whose metadata all of them share.
+
+        Native in all layers, or in none.
+        """
         context = get_attention_context(self.first.attn.layer_name)
-        self.cache, self.attends = context[2], True
-        for i, attention in self.attentions.items():
-            metadata, layer, cache, slots = get_attention_context(attention.attn.layer_name)
-            shared = metadata is context[0] and slots is context[3]
-            pair = key_and_value_cache(cache, attention.kv_heads, attention.head_size)
-            plain = getattr(metadata, "dynamic_causal", None) is None
-            if not (shared and plain and pair and CPU_ATTENTION_SETTINGS <= vars(layer.impl).keys()):
-                self.attends = False
-                return
-            impl = layer.impl
-            numbers = [impl.scale, float(impl.logits_soft_cap), layer._k_scale_float, layer._v_scale_float]
-            fixed: list[Any] = [layer.isa, impl.kv_cache_dtype, numbers, impl.sliding_window]
-            fixed += [impl.alibi_slopes, impl.sinks]
-            self.attends &= self.handle.use_cache(i, *pair, *fixed)
+        self.cache = context[2]
+        self.attends = all(self._use_cache_of(i, a, context) for i, a in self.attentions.items())
+        if not self.attends:
+            self.handle.forget_caches()
+
+    def _use_cache_of(self, i: int, attention: GatedAttention, context: tuple[Any, ...]) -> bool:
+        """Whether a layer's attention can be native; context: of the first one."""
+        metadata, layer, cache, slots = get_attention_context(attention.attn.layer_name)
+        shared = metadata is context[0] and slots is context[3]
+        pair = key_and_value_cache(cache, attention.kv_heads, attention.head_size)
+        plain = getattr(metadata, "dynamic_causal", None) is None
+        if not (shared and plain and pair and CPU_ATTENTION_SETTINGS <= vars(layer.impl).keys()):
+            return False
+        impl = layer.impl
+        numbers = [impl.scale, float(impl.logits_soft_cap), layer._k_scale_float, layer._v_scale_float]
+        fixed: list[Any] = [layer.isa, impl.kv_cache_dtype, numbers, impl.sliding_window]
+        return self.handle.use_cache(i, *pair, *fixed, impl.alibi_slopes, impl.sinks)
 
 
 def native_blocks(

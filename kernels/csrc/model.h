@@ -119,9 +119,8 @@ using Tensors = std::vector<Tensor>;
 struct Model : torch::CustomClassHolder {
   std::vector<std::optional<MlpBlock>> mlps;
   std::vector<std::optional<AttentionBlock>> attentions;
+  bool row_exact;            // each row is restricted to its own neurons
   std::optional<Pass> pass;  // none: Python runs all
-
-  bool row_exact;
 
   Model(int64_t layers, bool row_exact) : mlps(layers), attentions(layers), row_exact(row_exact) {}
 
@@ -193,6 +192,12 @@ struct Model : torch::CustomClassHolder {
              Tensor row_lens, MaybeTensor slot_mapping, Tensors metadata, int64_t num_tokens, bool causal);
   void begin_other();
   void end();
+
+  // Python attends in all layers.
+  void forget_caches() {
+    for (auto& block : attentions)
+      if (block) block->attend = Operator();
+  }
 };
 
 // Of this thread, during its forward pass: without references, which would outlive the engine.

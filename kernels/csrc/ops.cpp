@@ -101,6 +101,7 @@ TORCH_LIBRARY_FRAGMENT(dejavu_cpu, m) {
       .def("add_mlp", &Model::add_mlp)
       .def("add_attention", &Model::add_attention)
       .def("use_cache", &Model::use_cache)
+      .def("forget_caches", &Model::forget_caches)
       .def("begin", &Model::begin)
       .def("begin_other", &Model::begin_other)
       .def("end", &Model::end);
