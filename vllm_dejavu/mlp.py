@@ -92,7 +92,7 @@ class GatedMLP(GatedBlock):
             None if rider is None else residual,
             0 if rider is None else rider.units,
         )
-        if self.number is not None:
+        if self.number is not None and early is None:
             out, head_scores = ops.native_mlp(*asked, self.number)
         else:
             chosen = [] if early is None else list(early[:-1])
