@@ -264,17 +264,7 @@ def _native_mlp_fake(
     rider_units: int,
     layer: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), x.new_empty((x.shape[0], rider_units), dtype=torch.float32)
-
-
-def _native_attention_fake(
-    x: torch.Tensor,
-    gate_input: torch.Tensor,
-    positions: torch.Tensor,
-    head_scores: torch.Tensor | None,
-    layer: int,
-) -> torch.Tensor:
-    return torch.empty_like(x)
+    return _mlp_fake(x, gate_input, positions, previous, rider_units, [], layer)
 
 
 # Our attention runs eagerly between the pieces of a PIECEWISE graph, as vLLM's does
@@ -302,6 +292,6 @@ int8_linear = torch.ops.dejavu.int8_linear
 
 if current_platform.is_cpu() and cpu.available():
     torch.library.register_fake("dejavu_cpu::mlp", _native_mlp_fake)
-    torch.library.register_fake("dejavu_cpu::attention", _native_attention_fake)
+    torch.library.register_fake("dejavu_cpu::attention", _attention_block_fake)
     native_mlp = torch.ops.dejavu_cpu.mlp
     native_attention = torch.ops.dejavu_cpu.attention
