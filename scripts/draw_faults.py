@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-from faults import DRAWN, DRAWN_FILE, TESTS_OF  # noqa: E402
+from faults import DRAWN, DRAWN_FILE  # noqa: E402
+from faults_base import TESTS_OF  # noqa: E402
 from faults_switch import blanked  # noqa: E402
 
 WORDS = {

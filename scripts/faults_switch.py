@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from faults import Fault  # noqa: E402
+from faults_base import Fault  # noqa: E402
 
 
 def blanked(text: str) -> str:

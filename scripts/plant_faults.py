@@ -35,7 +35,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-from faults import FAULTS, Fault  # noqa: E402
+from faults import FAULTS  # noqa: E402
+from faults_base import Fault  # noqa: E402
 from faults_switch import with_switches  # noqa: E402
 
 LIBRARY = "kernels/_cpu.so"

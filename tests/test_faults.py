@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from faults import DRAWN, FAULTS, PICKED, ROOT
+from faults import DRAWN, FAULTS, PICKED
+from faults_base import ROOT
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -18,6 +18,7 @@ inline __m512i multiply_add(__m512i acc, __m512i a, __m512i b) {
 #define MULTIPLY_ADD multiply_add
 #include "vec_avx512_ints.h"
 #include "tiles.h"
+#include "accumulate.h"
 #include "integers.h"
 }  // namespace
 

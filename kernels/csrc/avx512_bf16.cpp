@@ -15,6 +15,7 @@ constexpr int MAX_TOKENS = 6, ACCUMULATE_TOKENS = 12, MANY_TOKENS = 8;
 #define MULTIPLY_ADD _mm512_dpwssd_epi32
 #include "vec_avx512_ints.h"
 #include "tiles.h"
+#include "accumulate.h"
 #include "integers.h"
 #include "lanes.h"
 
@@ -31,6 +32,7 @@ struct PairDot {
   using WVec = __m512i;
   using Acc = Vec;
   static constexpr int64_t STEP = 32;
+  static constexpr int TOKENS = MAX_TOKENS;
   static __m512i load_w(const BFloat* p) { return bf16s(p); }
   static __m512i load_w_n(const BFloat* p, int64_t n) { return bf16s_n(p, n); }
   static __m512i load_x(const BFloat* p) { return bf16s(p); }
@@ -68,9 +70,8 @@ struct PairAccumulate {
   static constexpr bool GROUPED = false;
   static constexpr int64_t COLUMNS = 32;
 
-  // Rows i and i + 1; an odd last row meets itself, times 0.
-  static void load(const BFloat* const* w, int64_t i, int64_t n, int64_t column, int64_t width, __m512i* to) {
-    const BFloat *a = w[i] + column, *b = w[i + 1 < n ? i + 1 : i] + column;
+  static void load(const BFloat* const* w, int64_t column, int64_t width, __m512i* to) {
+    const BFloat *a = w[0] + column, *b = w[1] + column;
     const Pair pair =
         width == COLUMNS ? paired(bf16s(a), bf16s(b)) : paired(bf16s_n(a, width), bf16s_n(b, width));
     to[0] = pair.low;
@@ -87,15 +88,20 @@ void pair_tile(const BFloat* const* w, const BFloat* const* next, const int32_t*
   constexpr int UNROLL = 4;
   constexpr int64_t LINE_PAIRS = 16;
   Vec acc[V][R];
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) acc[v][r] = Vec::zero();
   const auto add = [&](int64_t pair, auto count) {
     __m512i values[count.value][V];
     for (int u = 0; u < count.value; ++u)
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) values[u][v] = _mm512_loadu_si512(x + ((pair + u) * V + v) * 16);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
       for (int u = 0; u < count.value; ++u) {
         const __m512bh weights = both(w[r] + 2 * (pair + u));
+#pragma GCC unroll 16
         for (int v = 0; v < V; ++v)
           acc[v][r].v = _mm512_dpbf16_ps(acc[v][r].v, as_bf16(values[u][v]), weights);
       }
@@ -105,11 +111,13 @@ void pair_tile(const BFloat* const* w, const BFloat* const* next, const int32_t*
     const int64_t end = segments[s].end / 2;
     for (; pair + UNROLL <= end; pair += UNROLL) {
       if (next != nullptr && pair % LINE_PAIRS < UNROLL)
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) prefetch(next[r] + 2 * pair);
       add(pair, Number<UNROLL>());
     }
     for (; pair < end; ++pair) add(pair, Number<1>());
   }
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v) store_lanes<R>(acc[v], tokens - 16 * v, out + 16 * v * ldo, ldo);
 }
 

@@ -15,6 +15,7 @@ constexpr int MAX_TOKENS = 6, ACCUMULATE_TOKENS = 12, MANY_TOKENS = 8;
 #define MULTIPLY_ADD _mm512_dpwssd_epi32
 #include "vec_avx512_ints.h"
 #include "tiles.h"
+#include "accumulate.h"
 #include "integers.h"
 #include "lanes.h"
 }  // namespace

@@ -12,6 +12,7 @@ struct IntDot {
   using WVec = Ints::Pairs;
   using Acc = Ints;
   static constexpr int64_t STEP = 2 * Ints::WIDTH;
+  static constexpr int TOKENS = MAX_TOKENS < 4 ? MAX_TOKENS : 4;
   static WVec load_w(const int8_t* p) { return Ints::pairs(p); }
   static WVec load_w_n(const int8_t* p, int64_t n) { return Ints::pairs_n(p, n); }
   static WVec load_x(const int16_t* p) { return Ints::pairs(p); }
@@ -31,9 +32,8 @@ struct IntAccumulate {
   static constexpr bool GROUPED = false;
   static constexpr int64_t COLUMNS = VECTORS * Ints::WIDTH;
 
-  // Rows i and i + 1; an odd last row meets itself, times 0.
-  static void load(const int8_t* const* w, int64_t i, int64_t n, int64_t column, int64_t width, WVec* to) {
-    const int8_t *a = w[i] + column, *b = w[i + 1 < n ? i + 1 : i] + column;
+  static void load(const int8_t* const* w, int64_t column, int64_t width, WVec* to) {
+    const int8_t *a = w[0] + column, *b = w[1] + column;
     if (width == COLUMNS) return interleave(a, b, to);
     int8_t some_a[COLUMNS] = {}, some_b[COLUMNS] = {};
     for (int64_t c = 0; c < width; ++c) {

@@ -94,30 +94,42 @@ void quad_tile(const int8_t* const* w, const int8_t* const* next, const int32_t*
   const auto* offsets = reinterpret_cast<const int32_t*>(scales + LANE_BLOCK * groups_of(columns, GROUP));
   const __m512i flip = _mm512_set1_epi8(-128);
   Vec sums[V][R];
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sums[v][r] = Vec::zero();
   for (int64_t first = 0; first < columns; first += GROUP) {
     const int64_t end = columns - first < GROUP ? columns : first + GROUP, at = first / GROUP * V * 16;
     __m512i acc[V][R];
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) acc[v][r] = _mm512_loadu_si512(offsets + at + v * 16);
     if (next != nullptr)
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
         for (int64_t c = first; c < end; c += LINE) prefetch(next[r] + c);
+#pragma GCC unroll 4
     for (int64_t c = first; c < end; c += 4) {
       __m512i values[V];
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) values[v] = _mm512_loadu_si512(x + (c / 4 * V + v) * 16);
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         int32_t four;
         __builtin_memcpy(&four, w[r] + c, 4);
         const __m512i weights = _mm512_xor_si512(_mm512_set1_epi32(four), flip);
+#pragma GCC unroll 16
         for (int v = 0; v < V; ++v) acc[v][r] = _mm512_dpbusd_epi32(acc[v][r], weights, values[v]);
       }
     }
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
         sums[v][r] = Vec::fma(Ints{acc[v][r]}.floats(), Vec::load(scales + at + v * 16), sums[v][r]);
   }
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v) store_lanes<R>(sums[v], tokens - 16 * v, out + 16 * v * ldo, ldo);
 }
 
@@ -156,15 +168,13 @@ struct QuadAccumulate {
   static constexpr bool GROUPED = true;
   static constexpr int64_t COLUMNS = 32;
 
-  // Rows i to i + 3; what is beyond the last meets zeros.
-  static void load(const int8_t* const* w, int64_t i, int64_t n, int64_t column, int64_t width, WVec* to) {
+  static void load(const int8_t* const* w, int64_t column, int64_t width, WVec* to) {
     // Fours of columns change places first: what follows works within halves.
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     const __mmask32 some = Ints::first(width);
     __m256i r[4];
     for (int j = 0; j < 4; ++j)
-      r[j] = _mm256_permutevar8x32_epi32(_mm256_maskz_loadu_epi8(some, w[i + j < n ? i + j : n - 1] + column),
-                                         order);
+      r[j] = _mm256_permutevar8x32_epi32(_mm256_maskz_loadu_epi8(some, w[j] + column), order);
     const __m256i low = _mm256_unpacklo_epi8(r[0], r[1]), high = _mm256_unpackhi_epi8(r[0], r[1]);
     const __m256i low2 = _mm256_unpacklo_epi8(r[2], r[3]), high2 = _mm256_unpackhi_epi8(r[2], r[3]);
     const __m512i flip = _mm512_set1_epi8(FLIP ? -128 : 0);

@@ -34,36 +34,46 @@ void dot_tile(const typename D::W* const* w, const typename D::W* const* next, c
               int64_t ldx, const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
   using Acc = typename D::Acc;
   Acc acc[T][R];
+#pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) acc[t][r] = Acc::zero();
   for (int64_t s = 0; s < num_segments; ++s) {
     int64_t k = segments[s].begin;
     const int64_t end = segments[s].end;
     for (; k + D::STEP <= end; k += D::STEP) {
       typename D::WVec weights[R];
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         weights[r] = D::load_w(w[r] + k);
         if (PREFETCH) prefetch(next[r] + k);
       }
+#pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
         const auto value = D::load_x(x + t * ldx + k);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) acc[t][r] = D::mad(acc[t][r], weights[r], value);
       }
     }
     if (k < end) {
       typename D::WVec weights[R];
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) weights[r] = D::load_w_n(w[r] + k, end - k);
+#pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
         const auto value = D::load_x_n(x + t * ldx + k, end - k);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) acc[t][r] = D::mad(acc[t][r], weights[r], value);
       }
     }
   }
+#pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
     if (R == 4)
       Acc::sum4(acc[t][0], acc[t][R > 1 ? 1 : 0], acc[t][R > 2 ? 2 : 0], acc[t][R > 3 ? 3 : 0],
                 out + t * ldo);
     else
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) out[t * ldo + r] = Acc::sum(acc[t][r]);
   }
 }
@@ -76,16 +86,16 @@ void dot_tokens(int tokens, const typename D::W* const* w, const typename D::W* 
     case 1: return dot_tile<D, R, 1, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
     case 2: return dot_tile<D, R, 2, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
     case 3:
-      if constexpr (MAX_TOKENS >= 3)
+      if constexpr (D::TOKENS >= 3)
         return dot_tile<D, R, 3, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
     case 4:
-      if constexpr (MAX_TOKENS >= 4)
+      if constexpr (D::TOKENS >= 4)
         return dot_tile<D, R, 4, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
     case 5:
-      if constexpr (MAX_TOKENS >= 5)
+      if constexpr (D::TOKENS >= 5)
         return dot_tile<D, R, 5, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
     case 6:
-      if constexpr (MAX_TOKENS >= 6)
+      if constexpr (D::TOKENS >= 6)
         return dot_tile<D, R, 6, PREFETCH>(w, next, x, ldx, segments, num_segments, out, ldo);
   }
 }
@@ -105,7 +115,7 @@ void dot_group(const Rows& rows, int64_t i, int64_t last, const typename D::X* x
     next[r] = row<typename D::W>(rows, i + r + R < last ? i + r + R : last - 1);
   }
   for (int64_t t = 0; t < tokens;) {
-    const int count = share(tokens - t, MAX_TOKENS);
+    const int count = share(tokens - t, D::TOKENS);
     if (t == 0)
       dot_tokens<D, R, true>(count, w, next, x, ldx, segments, num_segments, out, ldo);
     else
@@ -131,184 +141,6 @@ void dot_rows(const Rows& rows, int64_t begin, int64_t end, const Values& x, int
   for (; i < end; ++i)
     dot_group<D, 1>(rows, i, end, input, x.stride, tokens, segments, num_segments, out + i - begin, ldo);
   scale_tokens(x, tokens, end - begin, out, ldo);
-}
-
-// Rows that are needed later, to be prefetched piece by piece along the rows, as memory likes it.
-struct Ahead {
-  const char* const* rows;
-  int64_t n, bytes;  // of each row
-  int64_t row = 0, at = 0;
-
-  template <int64_t BYTES>
-  void step() {
-    for (int64_t b = 0; b < BYTES && row < n; b += LINE) {
-      prefetch(rows[row] + at);
-      at += BYTES < LINE ? BYTES : LINE;
-      if (at >= bytes) {
-        at = 0;
-        ++row;
-      }
-    }
-  }
-};
-
-// What accumulate adds up: rows of type E, widened. An instruction set may have another one:
-//   GROUP          rows that are multiplied together
-//   COLUMNS        columns of a tile, in VECTORS vectors of sums
-//   load           GROUP rows from the i-th of n, COLUMNS columns (`width` of them, then zeros)
-//   mad            acc + rows * values of h; Acc, a vector of sums, in memory of the type Sum
-//   GROUPED        whether h has scales for groups of rows: sums are made fp32 after each, and begin at
-//                  start(h, t) in the next
-template <class E>
-struct Accumulate {
-  using W = E;
-  using H = float;
-  using WVec = Vec;
-  using HVec = Vec;
-  using Acc = Vec;
-  using Sum = float;
-  static constexpr int GROUP = 1, VECTORS = 2;
-  static constexpr bool GROUPED = false;
-  static constexpr int64_t COLUMNS = VECTORS * Vec::WIDTH;
-
-  static void load(const E* const* w, int64_t i, int64_t, int64_t column, int64_t width, WVec* to) {
-    for (int v = 0; v < VECTORS; ++v) {
-      const E* from = w[i] + column + v * Vec::WIDTH;
-      const int64_t left = width - v * Vec::WIDTH;
-      to[v] = left >= Vec::WIDTH ? widen(from) : left > 0 ? widen_n(from, left) : Vec::zero();
-    }
-  }
-  static HVec value(const H* h) { return Vec::set1(*h); }
-  static Vec mad(Vec acc, WVec w, HVec value) { return Vec::fma(w, value, acc); }
-};
-
-// Adds n rows, given by source(i, WVec*), times h [T][ldh] to the sums [T][COLUMNS].
-template <class A, int T, class Source>
-void accumulate_tile(const Source& source, int64_t n, const typename A::H* h, int64_t ldh, const Values& of,
-                     typename A::Sum* sums) {
-  typename A::Acc acc[T][A::VECTORS];
-  for (int t = 0; t < T; ++t)
-    for (int v = 0; v < A::VECTORS; ++v)
-      if constexpr (A::GROUPED)
-        acc[t][v] = A::start(of, t);
-      else
-        acc[t][v] = A::Acc::load(sums + t * A::COLUMNS + v * Vec::WIDTH);
-  for (int64_t i = 0; i < n; i += A::GROUP) {
-    typename A::WVec w[A::VECTORS];
-    source(i, w);
-    for (int t = 0; t < T; ++t) {
-      const auto value = A::value(h + t * ldh + i);
-      for (int v = 0; v < A::VECTORS; ++v) acc[t][v] = A::mad(acc[t][v], w[v], value);
-    }
-  }
-  for (int t = 0; t < T; ++t)
-    for (int v = 0; v < A::VECTORS; ++v) {
-      auto* to = sums + t * A::COLUMNS + v * Vec::WIDTH;
-      if constexpr (A::GROUPED)
-        Vec::fma(acc[t][v].floats(), Vec::set1(of.scales[t * of.groups]), Vec::load(to)).store(to);
-      else
-        acc[t][v].store(to);
-    }
-}
-
-template <class A, int T = ACCUMULATE_TOKENS, class Source>
-void accumulate_tokens(int64_t tokens, const Source& source, int64_t n, const typename A::H* h, int64_t ldh,
-                       const Values& of, typename A::Sum* sums) {
-  if constexpr (T > 1)
-    if (tokens < T) return accumulate_tokens<A, T - 1>(tokens, source, n, h, ldh, of, sums);
-  accumulate_tile<A, T>(source, n, h, ldh, of, sums);
-}
-
-// Block by block of rows, tile by tile of columns. A few tokens read the rows where they lie; more read them
-// several times, so that the first tile of tokens keeps them as it multiplied them. While a block is worked
-// through, the next is prefetched. In `scratch`: sums [tiles][tokens][COLUMNS], kept rows [MANY_ROWS /
-// GROUP][VECTORS], h of rows that are not neighbours.
-template <class A>
-void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
-                     int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
-                     char* scratch) {
-  using W = typename A::W;
-  using H = typename A::H;
-  using Sum = typename A::Sum;
-  using WVec = typename A::WVec;
-  constexpr int64_t STEP_BYTES = A::GROUP * A::COLUMNS * int64_t(sizeof(W));
-  const int64_t columns = column_end - column_begin, tiles = (columns + A::COLUMNS - 1) / A::COLUMNS;
-  auto* sums = reinterpret_cast<Sum*>(scratch);
-  auto* kept = reinterpret_cast<WVec*>(sums + tiles * tokens * A::COLUMNS);
-  auto* gathered = reinterpret_cast<H*>(kept + MANY_ROWS / A::GROUP * A::VECTORS);
-  for (int64_t i = 0; i < tiles * tokens * A::COLUMNS; ++i) sums[i] = 0;
-  const bool few = tokens <= ACCUMULATE_TOKENS;
-  const int64_t block = A::GROUPED ? ROW_GROUP : few ? FEW_ROWS : MANY_ROWS;
-  const W* w[MANY_ROWS];
-  const char* next[MANY_ROWS];
-  for (int64_t first = begin; first < end; first += block) {
-    const int64_t n = end - first < block ? end - first : block;
-    const int64_t later = end - first - n < block ? end - first - n : block;
-    for (int64_t i = 0; i < n; ++i) w[i] = row<W>(rows, first + i);
-    for (int64_t i = 0; i < later; ++i)
-      next[i] = reinterpret_cast<const char*>(row<W>(rows, first + n + i) + column_begin);
-    Ahead ahead{next, later, columns * int64_t(sizeof(W))};
-    const H* values = static_cast<const H*>(h.data) + places[first];
-    int64_t ldv = h.stride;
-    if (n % A::GROUP || places[first + n - 1] - places[first] != n - 1) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < n; ++i)
-          gathered[t * MANY_ROWS + i] = static_cast<const H*>(h.data)[t * h.stride + places[first + i]];
-        for (int64_t i = n; i % A::GROUP; ++i) gathered[t * MANY_ROWS + i] = H{};
-      }
-      values = gathered;
-      ldv = MANY_ROWS;
-    }
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t column = tile * A::COLUMNS, left = columns - column,
-                    width = left < A::COLUMNS ? left : A::COLUMNS;
-      Sum* sum = sums + column * tokens;
-      Values of = h;  // of i8: from this group on
-      if (A::GROUPED) {
-        of.scales += first / ROW_GROUP;
-        of.offsets += first / ROW_GROUP;
-      }
-      const auto lying = [&](int64_t i, WVec* to) {
-        ahead.template step<STEP_BYTES>();
-        if (width == A::COLUMNS)
-          A::load(w, i, n, column_begin + column, A::COLUMNS, to);
-        else
-          A::load(w, i, n, column_begin + column, width, to);
-      };
-      const auto keep = [&](int64_t i, WVec* to) {
-        lying(i, to);
-        for (int v = 0; v < A::VECTORS; ++v) kept[i / A::GROUP * A::VECTORS + v] = to[v];
-      };
-      const auto again = [&](int64_t i, WVec* to) {
-        for (int v = 0; v < A::VECTORS; ++v) to[v] = kept[i / A::GROUP * A::VECTORS + v];
-      };
-      if (few) {
-        accumulate_tokens<A>(tokens, lying, n, values, ldv, of, sum);
-        continue;
-      }
-      for (int64_t t = 0; t < tokens;) {
-        const int64_t count = share(tokens - t, MANY_TOKENS);
-        if (t == 0)
-          accumulate_tokens<A, MANY_TOKENS>(count, keep, n, values, ldv, of, sum);
-        else
-          accumulate_tokens<A, MANY_TOKENS>(count, again, n, values + t * ldv, ldv, of, sum + t * A::COLUMNS);
-        t += count;
-        if (A::GROUPED) {
-          of.scales += count * of.groups;
-          of.offsets += count * of.groups;
-        }
-      }
-    }
-  }
-  for (int64_t tile = 0; tile < tiles; ++tile)
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t column = tile * A::COLUMNS, left = columns - column;
-      const Sum* from = sums + (tile * tokens + t) * A::COLUMNS;
-      const float scale = h.scales && !A::GROUPED ? h.scales[t] : 1;
-      float* to = out + t * ldo + column;
-      for (int64_t c = 0; c < (left < A::COLUMNS ? left : A::COLUMNS); ++c)
-        to[c] = static_cast<float>(from[c]) * scale;
-    }
 }
 
 template <class E>
@@ -409,6 +241,7 @@ struct WidenDot {
   using WVec = Vec;
   using Acc = Vec;
   static constexpr int64_t STEP = Vec::WIDTH;
+  static constexpr int TOKENS = MAX_TOKENS < 4 ? MAX_TOKENS : 4;  // more would spill
   static Vec load_w(const E* p) { return widen(p); }
   static Vec load_w_n(const E* p, int64_t n) { return widen_n(p, n); }
   static Vec load_x(const float* p) { return Vec::load(p); }
@@ -422,23 +255,6 @@ void dot_widened(const Rows& rows, int64_t begin, int64_t end, const Values& x, 
                  const Segment* segments, int64_t num_segments, float* out, int64_t ldo) {
   const auto run = [&](auto weight) {
     dot_rows<WidenDot<decltype(weight)>>(rows, begin, end, x, tokens, segments, num_segments, out, ldo);
-  };
-  switch (rows.type) {
-    case Type::f32: return run(float());
-    case Type::f16: return run(Half());
-    case Type::bf16: return run(BFloat());
-    case Type::i8: return run(int8_t());
-    case Type::i16:
-    case Type::u8: return;
-  }
-}
-
-void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
-                        int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
-                        char* scratch) {
-  const auto run = [&](auto weight) {
-    accumulate_rows<Accumulate<decltype(weight)>>(rows, begin, end, h, places, tokens, column_begin,
-                                                  column_end, out, ldo, scratch);
   };
   switch (rows.type) {
     case Type::f32: return run(float());
