@@ -130,6 +130,15 @@ def test_a_recorder_is_served_by_python(opt, predictors):
     assert sum(mask is not None for *_, mask in seen) == 3 * 2 * LAYERS and len(seen) == several
 
 
+def test_a_recorder_of_one_gate_is_enough(opt, predictors):
+    model = opt(layers=LAYERS)
+    seen = []
+    with engine(model, dejavu={"predictor": predictors(model)}) as llm:
+        model_of(llm).native.gates[-1].recorder = lambda layer, block, mask, valid: seen.append(mask)
+        run_requests(llm, {0: {"a": random_prompt(9)}}, 4)
+    assert sum(mask is not None for mask in seen) == 3
+
+
 def test_controls_and_measurements_are_python_s(opt, predictors):
     model = opt(layers=LAYERS)
     for settings in ({"mode": "oracle"}, {"mode": "random"}, {"measure": True}):

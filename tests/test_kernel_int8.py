@@ -256,6 +256,18 @@ def test_any_number_of_threads(tokens, isa):
     assert torch.equal(*results)
 
 
+@every_isa
+def test_a_thread_s_share_is_whole_groups(isa):
+    """Where threads share the rows, each has its groups' own scales."""
+    rows = int8(96, 700, transposed=True)
+    h = rand(20, 700, dtype=torch.bfloat16) * torch.logspace(-2, 2, 700, base=2).bfloat16()
+    results = []
+    for number in (1, 3):
+        with threads(number):
+            results.append(cpu.KERNELS.linear(h, rows))
+    assert_close(results[1], results[0], h.dtype)
+
+
 REFUSED = {
     "no scale": (lambda rows: rows._replace(scale=None), "needs a scale"),
     "a scale too short": (lambda rows: rows._replace(scale=rows.scale[1:].clone()), "its scale"),
