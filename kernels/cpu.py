@@ -65,6 +65,7 @@ class NativeKernels(Kernels):
     name = "native CPU kernels"
     weight_bits = (16, 8)
     crossovers = tables.crossovers("native")
+    cache_crossover = tables.read("native")["cache_crossover"]
     paged_attention = staticmethod(reference.paged_attention)
 
     def describe(self) -> str:

@@ -176,6 +176,8 @@ class Kernels:
         name: for people. activations: that its MLPs know. weight_bits: of the weights that it takes.
         crossovers: {block: {hidden size: {tokens: union density}}} above which dense is faster than sparse,
             as measured for it; where nothing was measured, never. int8_crossovers: with weights of 8 bits.
+        cache_crossover: keys of the cache (a head's of a token) that must be spared for reading only the
+            selected heads' to pay, as measured; None: these kernels cannot, or it is their own affair.
         largest_batch: tokens of the largest batch that runs sparse until `tune` has measured a larger one;
             None: any.
     """
@@ -185,6 +187,7 @@ class Kernels:
     weight_bits: tuple[int, ...] = (16,)
     crossovers: dict[str, dict[int, dict[int, float]]] = {}
     int8_crossovers: dict[str, dict[int, dict[int, float]]] = {}
+    cache_crossover: int | None = None
     largest_batch: int | None = None
 
     score_heads: Callable[..., torch.Tensor]

@@ -94,6 +94,8 @@ TESTS_OF = {
     "vllm_dejavu/engine.py": ("test_capture_sizes.py", "test_engine_plugin.py", "test_engine_metrics.py"),
     "vllm_dejavu/quantization.py": ("test_quantization.py", "test_kernel_int8.py"),
     "vllm_dejavu/formats.py": ("test_engine_int8.py",),
+    "kernels/csrc/cache.h": ("test_kernel_native_cache.py", "test_engine_native.py"),
+    "vllm_dejavu/tune_cache.py": ("test_tune.py",),
     **dict.fromkeys(
         ("kernels/csrc/model.h", "vllm_dejavu/native.py", "vllm_dejavu/compat.py"), ("test_engine_native.py",)
     ),

@@ -156,7 +156,7 @@ INT8 = [
     ),
 ]
 
-MODEL, BLOCKS_FILE = "kernels/csrc/model.h", "vllm_dejavu/native.py"
+MODEL, CACHE, BLOCKS_FILE = "kernels/csrc/model.h", "kernels/csrc/cache.h", "vllm_dejavu/native.py"
 PASSES = [
     picked("pass-limit-of-a-batch", MODEL, "tokens <= most_tokens", "tokens < most_tokens"),
     picked("pass-unselected-heads-stay", MODEL, "if (sparse) zero_heads", "if (false) zero_heads"),
@@ -164,7 +164,7 @@ PASSES = [
     picked(
         "pass-never-written",
         MODEL,
-        "block.write({key, value, block.key_cache, block.value_cache, *pass.slot_mapping});",
+        "block.cache->write(key.narrow(0, 0, written), value.narrow(0, 0, written), *pass.slot_mapping);",
         "",
     ),
     picked(
@@ -174,4 +174,36 @@ PASSES = [
     picked("pass-unseen-by-recorders", BLOCKS_FILE, "or any(gate.recorder", "or all(gate.recorder"),
     picked("pass-of-dense-steps", MODEL, "sparse_step && block.gate.takes(rows)", "block.gate.takes(rows)"),
     picked("pass-samples-nothing", BLOCKS_FILE, "if attention.recall.due(step)]", "if False]"),
+    picked("cache-key-of-one-query", CACHE, "std::any_of(of_group", "std::all_of(of_group"),
+    picked("cache-blocks-of-the-first-head", CACHE, "from[block] * kv + head", "from[block] * kv"),
+    picked(
+        "cache-all-queries-of-a-key",
+        CACHE,
+        "if (scores[row * heads + head * group_ + j] > 0)",
+        "if (true)",
+    ),
+    picked("cache-length-of-another-row", CACHE, "[i] = lens[row];", "[i] = lens[0];"),
+    picked("cache-slopes-of-the-first-head", CACHE, "attending.slopes || attending", "attending"),
+    picked(
+        "cache-limit-just-missed",
+        MODEL,
+        "pass.cached >= least_cached",
+        "pass.cached > least_cached",
+        "test_kernel_native_cache.py",
+    ),
+    picked(
+        "cache-of-prompts-too",
+        MODEL,
+        "pass.row_is_sequence && pass.cached",
+        "pass.cached",
+        "test_kernel_native_cache.py",
+    ),
+    picked("cache-heads-unscored", MODEL, "&& !rider->selects(*model.pass)", "&& true"),
+    picked(
+        "cache-spared-in-all-heads",
+        BLOCKS_FILE,
+        "(attention.kv_heads * spared)",
+        "attention.kv_heads",
+        "test_tune.py",
+    ),
 ]

@@ -15,10 +15,14 @@ from vllm_dejavu.models import base
 from vllm_dejavu.recall import SAMPLED_ROWS
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.MISSING)
-LAYERS = 3
+LAYERS, NAN = 3, float("nan")
 # One that decodes alone, three together, prompts that arrive in between, so that steps are mixed; one of them
 # long enough for recall to be sampled.
 ARRIVALS = {0: {"a": random_prompt(9)}, 4: {"b": random_prompt(80, 1), "c": random_prompt(5)}}
+DENSE_FROM_TWO_ON = {
+    "attention": "previous",
+    "union_density": {"1": {"mean": 0.1, "upper": 0.1}, "2": {"mean": 0.9, "upper": 0.9}},
+}
 CASES = {
     "alone": {},
     "recall": {"artifact": {"attention": "previous"}, "dejavu": {"sample_recall": 2}},
@@ -35,12 +39,16 @@ CASES = {
     "layers-without-gates": {"artifact": {"attention": "previous", "dense_layers": (1,)}},
     "mlp-alone": {"dejavu": {"blocks": ["mlp"]}},
     "attention-alone": {"dejavu": {"blocks": ["attention"]}},
-    "dense-from-two-on": {
-        "artifact": {
-            "attention": "previous",
-            "union_density": {"1": {"mean": 0.1, "upper": 0.1}, "2": {"mean": 0.9, "upper": 0.9}},
-        },
-        "dejavu": {"crossover": 0.5},
+    "dense-from-two-on": {"artifact": DENSE_FROM_TWO_ON, "dejavu": {"crossover": 0.5}},
+    "selected-cache": {"artifact": {"attention": "previous"}, "dejavu": {"cache_crossover": 0}},
+    "selected-cache-dense-projections": {
+        "artifact": DENSE_FROM_TWO_ON,
+        "dejavu": {"crossover": 0.5, "cache_crossover": 0},
+    },
+    "selected-cache-in-fp8": {
+        "artifact": {"attention": "previous"},
+        "dejavu": {"cache_crossover": 0},
+        "options": {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
     },
 }
 
@@ -65,6 +73,9 @@ def served(model, artifact, monkeypatch, *, natively, dejavu, options):
             patch.setattr(base, "native_blocks", lambda *_: None)
         with engine(model, dejavu={"predictor": artifact, **dejavu}, **options) as llm:
             assert (model_of(llm).native is not None) == natively
+            if not natively and "cache_crossover" in dejavu:  # which Python cannot, and then selects likewise
+                for gate in model_of(llm).gates:
+                    gate.least_cached = dejavu["cache_crossover"] if gate.block == "attention" else None
             metrics_of(llm, reset=True)
             calls.update(dict.fromkeys(calls, 0))
             compute, logits = model_of(llm).compute_logits, []
@@ -87,8 +98,11 @@ def test_as_python_runs_it(opt, predictors, monkeypatch, case):
     for a, b in zip(logits, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert counts["steps"] == expected_counts["steps"] and counts["steps"]["sparse"] > 0
-    for key in ("mlp_density", "head_density", "layers"):
-        assert counts[key] == expected_counts[key]
+    assert all(counts[key] == expected_counts[key] for key in ("mlp_density", "head_density"))
+    held, read = (sum(gate.pop(key) for gate in raw) for key in ("cache_held", "cache_read"))
+    assert held == sum(gate.pop("cache_held") for gate in expected_raw)
+    assert held == sum(gate.pop("cache_read") for gate in expected_raw), "Python reads all"
+    assert read < held if "cache_crossover" in case.get("dejavu", {}) else read == held
     assert raw == expected_raw
     for cls, block in ((GatedMLP, "mlp"), (GatedAttention, "attention")):
         gates = [gate for gate in raw if gate["block"] == block]
@@ -96,6 +110,49 @@ def test_as_python_runs_it(opt, predictors, monkeypatch, case):
         assert calls[cls] == sampled, f"{cls.__name__} ran in Python"
         assert python[cls] == len(gates) * sum(counts["steps"].values())
         assert sampled or case is not CASES["recall"]
+
+
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize("crossover", [1.0, 0.5], ids=["sparse-projections", "dense-projections"])
+def test_nothing_is_read_of_the_other_heads_cache(opt, predictors, monkeypatch, crossover, cache):
+    """Their keys and values are NaN from the first decode step on, behind a prompt of 300 tokens."""
+    model = opt(layers=LAYERS, hidden=128, heads=4, positions=512)
+    artifact = predictors(model, **DENSE_FROM_TWO_ON)
+    requests = {0: {"a": random_prompt(300), "b": random_prompt(270, 1)}}
+    begin = native.NativeBlocks.begin
+    chosen = [1, 2]  # by every row
+    others = [h for h in range(4) if h not in chosen]
+
+    def run(poison):
+        poisoned = []
+
+        def poisoning(self, step, num_tokens):
+            begin(self, step, num_tokens)
+            if poison and not poisoned and step is not None and step.sparse:
+                for attention in self.attentions.values():
+                    memory = attention.attn.kv_cache[:, others]
+                    # in fp8 a byte of ones is NaN
+                    attention.attn.kv_cache[:, others] = memory.new_full((), 255 if cache == "fp8" else NAN)
+                    poisoned.append(attention)
+
+        monkeypatch.setattr(native.NativeBlocks, "begin", poisoning)
+        settings = {"predictor": artifact, "cache_crossover": 0, "crossover": crossover}
+        with engine(model, dejavu=settings, kv_cache_dtype=cache, max_model_len=512) as llm:
+            for gate in model_of(llm).gates:
+                if gate.block == "attention":
+                    gate.predictor.bias.fill_(-1e9)
+                    gate.predictor.bias[chosen] = 1e9
+            compute, logits = model_of(llm).compute_logits, []
+            model_of(llm).compute_logits = lambda states: logits.append(compute(states)) or logits[-1].clone()
+            tokens = run_requests(llm, requests, 12)
+            assert len(poisoned) == (LAYERS if poison else 0)
+            counts = [layer["attention"] for layer in metrics_of(llm)["layers"]]
+            assert {c["cache_density"] for c in counts} == {c["density"] for c in counts} == {0.5}
+            assert {c["read_density"] for c in counts} == {0.5 if crossover == 1 else 1.0}
+            return tokens, torch.cat(logits)
+
+    (tokens, logits), (expected, expected_logits) = run(True), run(False)
+    assert tokens == expected and torch.equal(logits, expected_logits) and logits.isfinite().all()
 
 
 def test_python_attends_where_one_layer_s_cache_is_another(opt, predictors, monkeypatch):

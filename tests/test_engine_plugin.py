@@ -14,9 +14,12 @@ from engine import engine, generate, metrics_of, model_of, random_prompt
 from safetensors.torch import load_file, save_file
 from tiny import make_artifact, make_opt, rewrite_tensors
 from transformers import LlamaConfig
+from vllm.platforms import current_platform
 
 import vllm_dejavu
 from vllm_dejavu import artifact as artifacts
+from vllm_dejavu.config import DejaVuConfig
+from vllm_dejavu.engine import check_engine
 
 PROMPTS = [random_prompt(5), random_prompt(11)]
 
@@ -134,11 +137,6 @@ class TestRefusedModels:
         ),
         pytest.param({"enable_lora": True}, "enable_lora=True: predictors are trained", id="lora"),
         pytest.param(
-            {"kv_cache_dtype": "fp8"},
-            "kv_cache_dtype='fp8': selected heads are read from an unquantized cache",
-            id="fp8_kv_cache",
-        ),
-        pytest.param(
             {"compilation_config": {"cudagraph_mode": "FULL"}, "enforce_eager": False},
             "cudagraph_mode='FULL': one full graph",
             id="cudagraph_full",
@@ -171,6 +169,15 @@ def test_refused_engine_options(options, words, model, artifact):
     error = refusal(model, {"predictor": artifact}, **options)
     assert f"model_impl='dejavu' does not support {words}" in error
     assert "Remove the option, or serve without --model-impl dejavu." in error
+
+
+def test_an_fp8_cache_is_refused_on_a_gpu(model, artifact, monkeypatch):
+    """Whose kernels are ours; on a CPU vLLM's own operators read it (test_engine_native.py)."""
+    with engine(model, dejavu={"predictor": artifact}, kv_cache_dtype="fp8") as llm:
+        config = llm.llm_engine.vllm_config
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match="kv_cache_dtype='fp8': selected heads are read from an unquantized"):
+        check_engine(config, DejaVuConfig.from_vllm_config(config))
 
 
 class TestRefusedSettingsAndArtifacts:

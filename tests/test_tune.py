@@ -9,11 +9,13 @@ import json
 
 import pytest
 import torch
-from engine import engine, model_of
+from engine import engine, generate, model_of, random_prompt
 
-from vllm_dejavu import artifact, cli, tune
+from vllm_dejavu import artifact, cli, tune, tune_cache
+from vllm_dejavu.kernels import cpu as native
 from vllm_dejavu.kernels.interface import implementation
 from vllm_dejavu.manifest import MANIFEST_FILE, TENSORS_FILE, ArtifactError
+from vllm_dejavu.metrics import GATE_COUNTERS
 
 CPU = torch.device("cpu")
 TABLE = {"mlp": {1: 0.6, 2: 0.2}, "attention": {1: 0.0}}
@@ -56,6 +58,8 @@ class FakeTimer:
         assert copies >= 2
         for run in runs.values():
             run(0), run(copies - 1)
+        if "all" in runs:  # the cache of all heads, and of half of them
+            return dict.fromkeys(runs, [10.0])
         units = 2 if "2" in runs else 1  # runs of heads are named by their number
         return {
             name: [1e9, self.dense if name == "dense" else 2 + 16 * float(name) / units, 0.0] for name in runs
@@ -87,7 +91,8 @@ def test_crossovers_follow_from_the_times(made, monkeypatch, dense, mlp, attenti
     assert result["measured"]["mlp"][3]["dense_us"] == dense and len(
         result["measured"]["mlp"][3]["sparse_us"]
     ) == len(tune.DENSITIES)
-    assert len(said) == 4 and "3 tokens" in said[1]
+    assert len(said) == 4 + len(result.get("cache_measured", ())) and "3 tokens" in said[1]
+    assert result.get("cache_crossover", tune_cache.NEVER) == tune_cache.NEVER
 
 
 def test_of_neighbouring_batch_sizes_the_lowest_counts():
@@ -153,9 +158,9 @@ def test_kept_and_found_again(place):
         and "float32" in path.name
         and f"{torch.get_num_threads()}-threads" in path.name
     )
-    assert tune.load(place, key) == TABLE
+    assert tune.load(place, key) == tune.Tuned(TABLE)
     write(place, key, {"mlp": {1: 0.9}, "attention": {1: 0.5}})
-    assert tune.load(place, key)["mlp"] == {1: 0.9} and len(list(path.parent.iterdir())) == 1
+    assert tune.load(place, key).crossovers["mlp"] == {1: 0.9} and len(list(path.parent.iterdir())) == 1
     for changed in (
         {"rank": 99},
         {"kernels": "others"},
@@ -174,7 +179,7 @@ def test_a_file_from_before_there_were_weight_bits(place):
     found = json.loads(path.read_text())
     del found["key"]["weight_bits"]
     path.write_text(json.dumps(found))
-    assert tune.load(place, key) == TABLE
+    assert tune.load(place, key) == tune.Tuned(TABLE)
 
 
 def test_8_bits_are_measured_and_taken_apart(made, place):
@@ -199,8 +204,10 @@ def test_8_bits_are_measured_and_taken_apart(made, place):
         lambda t: t.replace('"mlp": {', '"mlpp": {'),
         lambda t: t.replace("0.6", '"x"'),
         lambda t: t.replace('"1": 0.6', '"one": 0.6'),
+        lambda t: t.replace('"versions"', '"cache_crossover": -1, "versions"'),
+        lambda t: t.replace('"versions"', '"cache_crossover": 0.5, "versions"'),
     ],
-    ids=["cut", "no-object", "out-of-range", "no-block", "no-number", "no-size"],
+    ids=["cut", "no-object", "out-of-range", "no-block", "no-number", "no-size", "below-0", "no-integer"],
 )
 def test_a_damaged_file_is_an_error_with_its_remedy(place, damage):
     path = write(place, key_of(place))
@@ -237,6 +244,79 @@ def test_the_cap_gives_way_to_larger_batches_that_were_measured(made, place, mon
         assert {gate.max_tokens for gate in model_of(llm).gates} == {expected}
 
 
+@pytest.mark.skipif(not native.available(), reason=native.MISSING)
+def test_an_engine_takes_the_cache_crossover(made, place):
+    """The setting, else what was measured, else the built-in one: in tokens of all sequences, from the two
+    heads' calibrated density.
+    """
+
+    def least_cached(**settings):
+        with engine(made[0], dejavu={"predictor": place, **settings}) as llm:
+            generate(llm, [random_prompt(5)])
+            gates = [gate for gate in model_of(llm).gates if gate.block == "attention"]
+            assert {gate.spec.density["mean"] for gate in gates} == {0.5}
+            return {gate.least_cached for gate in gates}, torch.get_num_threads()
+
+    built_in = implementation("cpu").cache_crossover
+    (least,), threads = least_cached()
+    assert least == built_in
+    measured = {"crossovers": TABLE, "cache_crossover": 77}
+    key = dataclasses.replace(key_of(place), threads=threads)
+    tune.save(place, key, measured, {"torch": torch.__version__})
+    assert tune.load(place, key).cache_crossover == 77
+    assert least_cached()[0] == {77}
+    assert least_cached(cache_crossover=5)[0] == {5}
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"),
+    [
+        (lambda spared: 0.25 * spared - 100, 400),
+        (lambda spared: 0.25 * spared + 1, 0),
+        (lambda spared: -10 - 0.1 * spared, tune_cache.NEVER),
+    ],
+    ids=["a-cost-once", "always", "never"],
+)
+def test_where_a_line_through_the_gains_crosses_zero(gain, expected):
+    assert tune_cache.crossing([(n, gain(n), float(n)) for n in (100, 300, 1000)]) == expected
+
+
+@pytest.mark.skipif(not native.available(), reason=native.MISSING)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_half_of_the_cache_is_read(monkeypatch, kv_heads):
+    """The timed runs do what their names say, on copies of their own."""
+    monkeypatch.setattr(tune_cache, "ROTATED_BYTES", 1)
+    counted, said = [], []
+
+    def timer(runs, copies):
+        assert copies == 2 and set(runs) == {"all", "selected"}
+        for name, run in runs.items():
+            before = [read.clone() for read in counters]
+            run(0), run(1)
+            counted.append((name, sum(after - b for after, b in zip(counters, before, strict=True))))
+        return {"all": [3.0, 1e9, 0.0], "selected": [2.0, 1e9, 0.0]}
+
+    counters = []
+    zeros = torch.zeros
+
+    def watched(*shape, **options):
+        made = zeros(*shape, **options)
+        if shape == (len(GATE_COUNTERS),):
+            counters.append(made)
+        return made
+
+    monkeypatch.setattr(tune_cache.torch, "zeros", watched)
+    found = tune_cache.measure(4, kv_heads, 32, torch.float32, timer, said.append)
+    rows = found["cache_measured"]
+    assert len(rows) == len(said) == len(tune_cache.BATCHES) * len(tune_cache.CONTEXTS)
+    held, read = (GATE_COUNTERS.index(name) for name in ("cache_held", "cache_read"))
+    for row, of_all, of_selected in zip(rows, counted[::2], counted[1::2], strict=True):
+        keys = row["batch"] * row["context"] * kv_heads
+        assert of_all[0] == "all" and of_all[1][read] == of_all[1][held] == 2 * keys
+        assert of_selected[1][held] == 2 * keys and of_selected[1][read] == keys
+        assert row["spared"] == keys / 2 and (row["all_us"], row["selected_us"]) == (3.0, 2.0)
+
+
 def test_the_command(place, capsys):
     threads = torch.get_num_threads()
     try:
@@ -264,7 +344,9 @@ def test_the_command(place, capsys):
     finally:
         torch.set_num_threads(threads)
     assert key.threads == 1
-    table = tune.load(place, key)
+    table, cache = tune.load(place, key)
+    assert cache is None or cache >= 0
+    assert (cache is not None) == native.available()
     assert all(set(sizes) == {1, 2} and all(0 <= d <= 1 for d in sizes.values()) for sizes in table.values())
     written = json.loads(key.file(place).read_text())
     assert (

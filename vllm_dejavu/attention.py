@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import QKVParallelLinear
@@ -18,11 +19,14 @@ from vllm_dejavu.formats import config_of, keep_gathered, row_parallel, rows_of
 from vllm_dejavu.gate import Calibrated
 from vllm_dejavu.kernels import interface
 from vllm_dejavu.kernels.interface import Call
+from vllm_dejavu.metrics import GATE_COUNTERS
 from vllm_dejavu.steps import Step
 
 # Backends whose metadata holds max_query_len, seq_lens and num_actual_tokens, and whether our kernels can
 # read their cache: vLLM's CPU backend packs a block for its own instructions.
 ATTENTION_BACKENDS = {"CPU_ATTN": False, "FLASH_ATTN": True, "TRITON_ATTN": True}
+SELECTED = GATE_COUNTERS.index("selected")
+CACHE = slice(GATE_COUNTERS.index("cache_held"), GATE_COUNTERS.index("cache_read") + 1)
 
 
 class DejaVuAttention(Attention):
@@ -224,8 +228,8 @@ class GatedAttention(GatedBlock):
     ) -> torch.Tensor:
         """The whole block but out_proj's bias: [T, hidden] of this rank."""
         output = x.new_empty(x.shape[0], self.hidden)
-        step = self.sparse_step(x.shape[0])
-        if step is None or self.needs_contributions:
+        step = self.step()
+        if not self.selects(step, x.shape[0]) or self.needs_contributions:
             qkv, head_scores = self.project(x, gate_input, positions, head_scores)
             self.attend(*self.split(qkv, positions), head_scores, output)
             return output
@@ -236,8 +240,22 @@ class GatedAttention(GatedBlock):
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return self.selected_attention(query, key, value, head_scores, step)
 
-        self.kernels.attention_block(x, positions, head_scores, self.weights, attend, call, output)
+        if self.takes(step, x.shape[0]):
+            self.kernels.attention_block(x, positions, head_scores, self.weights, attend, call, output)
+            return output
+        gate = self.gate
+        self.kernels.count_dense(gate.counters, gate.dense_step, gate.selected_row, call.row_lens)
+        gate.counters[SELECTED] += (head_scores > 0).sum()
+        qkv = self.kernels.linear(x, self.weights.qkv)
+        attn = attend(*self.split(qkv, positions))
+        self.kernels.linear(attn.flatten(1), self.weights.out, output)
         return output
+
+    def selects(self, step: Step | None, num_tokens: int) -> bool:
+        """Whether heads are selected in a step: for the projections, or for the cache."""
+        return self.takes(step, num_tokens) or (
+            step is not None and step.sparse and self.gate.reads_selected(step)
+        )
 
     def selected_attention(
         self,
@@ -269,12 +287,20 @@ class GatedAttention(GatedBlock):
         metadata, layer, kv_cache, slot_mapping = get_attention_context(self.attn.layer_name)
         if layer.updates_cache and slot_mapping is not None:
             layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.device_type == "cpu" and metadata is not None:
+            self._count_cache(metadata)
         attn = torch.empty_like(query, memory_format=torch.contiguous_format)
         written = 0 if metadata is None else metadata.num_actual_tokens  # not what pads the batch
         if written < query.shape[0]:
             attn[written:].zero_()
         layer.impl.forward(layer, query, key, value, kv_cache, metadata, output=attn)
         return attn
+
+    def _count_cache(self, metadata: Any) -> None:
+        """All of it is read."""
+        step = self.step()
+        if self.gate is not None and step is not None and step.sparse and step.one_token_each:
+            self.gate.counters[CACHE] += self.kv_heads * step.cached_tokens
 
     def contributes(self, attn: torch.Tensor) -> torch.Tensor:
         """[rows, units], bool: whether a head adds more than the threshold; without memory for grams."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from vllm import envs
 
 try:  # whichever vLLM's own OPT takes; same parameters, same result
     from vllm.model_executor.models.opt import LayerNorm
@@ -27,6 +28,9 @@ __all__ = [
     "Attention",
     "LayerNameType",
     "LayerNorm",
+    "cpu_attention_isa",
+    "cpu_attention_schedule",
+    "cpu_attention_splits",
     "direct_register_custom_op",
     "eager_break_during_capture",
     "encode_layer_name",
@@ -62,6 +66,35 @@ def key_and_value_cache(
     blocks, _, block_size, _ = cache.shape
     key, value = cache.view(blocks, kv_heads, 2 * block_size, -1).chunk(2, dim=2)
     return key, value
+
+
+def cpu_attention_splits() -> bool:
+    """Whether threads may share a long sequence, as vLLM's metadata builder asks for it."""
+    return bool(getattr(envs, "VLLM_CPU_ATTN_SPLIT_KV", True))
+
+
+def cpu_attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> str:
+    """By which vLLM's operators pack a cache on this CPU."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return _get_attn_isa(dtype, block_size, head_size)
+
+
+def cpu_attention_schedule(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    seq_lens: torch.Tensor,
+    dtype: torch.dtype,
+    starts: torch.Tensor,
+    isa: str,
+) -> torch.Tensor:
+    """How vLLM's operator shares out a decode step, as its metadata builder has it made."""
+    from vllm import _custom_ops
+
+    shape = rows, heads, kv_heads, head_size, seq_lens, dtype, starts
+    return _custom_ops.cpu_attn_get_scheduler_metadata(*shape, True, -1, isa, cpu_attention_splits())
 
 
 class PlainLinearMethod(UnquantizedLinearMethod):

@@ -39,6 +39,9 @@ class DejaVuConfig:
         blocks: which blocks are gated: `mlp`, `attention` or both.
         crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in
             (0, 1]. None: above what was measured for the device's kernels, by batch size; 1.0: never.
+        cache_crossover: on a CPU attention reads the cache of only the selected heads in decode steps in
+            which that is expected to spare at least so many keys (a head's of a token), whatever the
+            projections do. None: as measured for the device; 0: always.
         sample_recall: in one of how many long dense passes (prompts) a gate compares its prediction with the
             truth on a few rows, so that recall can be watched while serving; 0: never.
         measure: in sparse steps also compute every true activation, to count recall. Costs a dense fc1 per
@@ -59,6 +62,7 @@ class DejaVuConfig:
     row_exact: bool = False
     blocks: tuple[str, ...] = BLOCKS
     crossover: float | None = None
+    cache_crossover: int | None = None
     sample_recall: int = 64
     measure: bool = False
     overlap: bool = False
@@ -87,10 +91,12 @@ class DejaVuConfig:
         number = isinstance(self.crossover, (int, float)) and not isinstance(self.crossover, bool)
         if self.crossover is not None and not (number and 0 < self.crossover <= 1):
             raise _error("crossover", self.crossover, "a number in (0, 1] or null")
-        for key in ("seed", "sample_recall"):
+        for key, absent in (("seed", ""), ("sample_recall", ""), ("cache_crossover", " or null")):
             value = getattr(self, key)
+            if value is None and absent:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-                raise _error(key, value, "an integer in [0, 2147483648)")
+                raise _error(key, value, f"an integer in [0, 2147483648){absent}")
         if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
             raise _error("weight_bits", self.weight_bits, f"one of {list(WEIGHT_BITS)}")
         bits = self.lm_head_bits

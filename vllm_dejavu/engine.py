@@ -63,6 +63,7 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
         ValueError: naming the option, its value and the remedy.
     """
     from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
 
     from vllm_dejavu import quantization
 
@@ -83,7 +84,9 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
         refuse("runner", "pooling", "it reads only prompts, which run dense.")
     if vllm_config.lora_config is not None:
         refuse("enable_lora", True, "predictors are trained for the weights without adapters.")
-    if str(cache.cache_dtype) not in ("auto", str(model.dtype).removeprefix("torch.")):
+    # On a CPU vLLM's own operators read the cache.
+    own = ("auto", str(model.dtype).removeprefix("torch."))
+    if str(cache.cache_dtype) not in own and not current_platform.is_cpu():
         refuse("kv_cache_dtype", cache.cache_dtype, "selected heads are read from an unquantized cache.")
     mode = vllm_config.compilation_config.cudagraph_mode
     if mode == CUDAGraphMode.FULL:

@@ -17,6 +17,7 @@ from vllm_dejavu.config import DejaVuConfig
 from vllm_dejavu.kernels.interface import Kernels
 from vllm_dejavu.manifest import GateSpec
 from vllm_dejavu.predictor import Predictor
+from vllm_dejavu.steps import Step
 
 # Called after each pass of a gated block as recorder(layer, block, mask [T, units], valid [T]), with None and
 # None where the block ran dense. Tests set it on eager engines; None while serving.
@@ -30,11 +31,13 @@ class Calibrated(NamedTuple):
         tensors: by the names of `manifest.gate_tensors`.
         tuned: {tokens: union density} from which on dense is faster (`tune`), or None: as the kernels' own
             table has it.
+        cache_crossover: of an attention, measured likewise: keys that must be spared (`DejaVuConfig`).
     """
 
     spec: GateSpec
     tensors: dict[str, torch.Tensor]
     tuned: dict[int, float] | None
+    cache_crossover: int | None
 
 
 class Gate(nn.Module):
@@ -55,7 +58,7 @@ class Gate(nn.Module):
         kernels: Kernels,
     ):
         super().__init__()
-        spec, tensors, tuned = calibrated
+        spec, tensors, tuned, cache_crossover = calibrated
         self.spec, self.block, self.layer, self.units, self.settings = spec, block, layer, units, settings
         self.start = get_tensor_model_parallel_rank() * units
         device = torch.get_default_device()
@@ -69,6 +72,12 @@ class Gate(nn.Module):
         elif cap is not None:
             cap = max((cap, *tuned))
         self.max_tokens = _largest_batch(spec, settings.crossover, tuned, cap)
+        for known in (settings.cache_crossover, cache_crossover, kernels.cache_crossover):
+            if known is not None:
+                self.cache_crossover: int | None = known
+                break
+        else:
+            self.cache_crossover = None
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
         self.register_buffer(
@@ -76,22 +85,33 @@ class Gate(nn.Module):
         )
         self.register_buffer("counters", metrics.new_gate_counters(device), persistent=False)
         # What a dense pass adds to the counters: once, and for each row.
-        everything = (
-            {"steps": 1, "read": units, "survived": units, "above_crossover": 1},
-            {"rows": 1, "selected": units},
-        )
-        for name, counts in zip(("dense_step", "dense_row"), everything, strict=True):
+        everything = {
+            "dense_step": {"steps": 1, "read": units, "survived": units, "above_crossover": 1},
+            "dense_row": {"rows": 1, "selected": units},
+            "selected_row": {"rows": 1},  # where all weights are read, and of the cache what is selected
+        }
+        for name, counts in everything.items():
             self.register_buffer(
                 name,
                 torch.tensor([counts.get(c, 0) for c in metrics.GATE_COUNTERS], device=device),
                 persistent=False,
             )
+        # Tokens of a decode step's sequences, all together, from which on only the selected heads' cache is
+        # read, whatever the projections do; None: their heads are selected where the projections' are. Known
+        # once there is a cache of which heads can be read (native).
+        self.least_cached: int | None = None
         self.recorder: Recorder | None = None
         self.calibrated_bias: torch.Tensor | None = None  # kept while everything is selected
 
     def takes(self, num_tokens: int) -> bool:
         """Whether a sparse step of so many tokens, padding included, is sparse in this block."""
         return self.max_tokens is None or num_tokens <= self.max_tokens or self.settings.apply_to == "all"
+
+    def reads_selected(self, step: Step) -> bool:
+        """Whether a sparse step reads the cache of the selected heads only."""
+        if self.least_cached is None or not step.one_token_each:
+            return False
+        return step.cached_tokens >= self.least_cached
 
     def select_everything(self, wanted: bool) -> None:
         """By biases that no score can outweigh: also in graphs that are captured already."""
@@ -121,9 +141,10 @@ class Gate(nn.Module):
             active = active & valid[:, None]
             active_count, hit = active.sum(), (active & mask).sum()
         read = mask.any(dim=0).sum()
-        zero, one = selected.new_zeros(()), selected.new_ones(())
-        amounts = [one, valid.sum(), selected, read, zero, active_count, hit]
-        self.counters[: len(amounts)] += torch.stack(amounts)
+        amounts = {"steps": selected.new_ones(()), "rows": valid.sum(), "selected": selected, "read": read}
+        amounts |= {"active": active_count, "hit": hit}
+        zero = selected.new_zeros(())
+        self.counters += torch.stack([amounts.get(name, zero) for name in metrics.GATE_COUNTERS])
         self.observe(mask, valid)
 
     def observe(self, mask: torch.Tensor, valid: torch.Tensor) -> None:

@@ -16,15 +16,19 @@ from vllm_dejavu.kernels.reference import COUNTERS
 #   selected: units selected, summed over rows (per token, before any union)
 #   read: units read, summed over steps (the union of the rows)
 #   survived: MLP: fc2 rows read, summed over steps (neurons that came out positive)
+#   cache_held: attention, on a CPU: keys (a head's of a token) that the cache held in sparse steps in which
+#       every row is a sequence; cache_read: those of them that were read, each with its value
 #   active: truly active units, summed over rows; with `measure` or in oracle mode only; hit: those of them
 #   that were selected
-#   above_crossover: of the steps, those in which the gate's block ran dense because the batch was above its
+#   above_crossover: of the steps, those in which the block's weights were all read, the batch being above its
 #       crossover; also those in which every other block did so too, which are no sparse steps of the model
 #   sampled_*: rows of long dense passes on which prediction was compared with truth (`sample_recall`): rows,
 #   units
 #       predicted, truly active, and both; of prompts, and in no other counter
 GATE_COUNTERS = (
     *COUNTERS,
+    "cache_held",
+    "cache_read",
     "active",
     "hit",
     "above_crossover",
@@ -85,8 +89,9 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         artifact: {path, digest, fingerprint, fingerprint_verified};
         predictor_bytes: of all ranks; dense_switch: whether everything is selected at present;
         layers: per layer {"mlp": {...}, "attention": {...}} with units, and for gated blocks density
-            (selected per token), read_density (read per step), survived_density, recall, and sampled_density
-            and sampled_recall of prompt rows; a dense block has density 1. None: nothing counted;
+            (selected per token), read_density (read per step), survived_density, cache_density (of the
+            attention's cache, on a CPU), recall, and sampled_density and sampled_recall of prompt rows; a
+            dense block has density 1. None: nothing counted;
         mlp_density, head_density: means over layers.
     """
     steps = ranks[0]["steps"]
@@ -145,6 +150,7 @@ def _densities(counts: dict[str, int]) -> dict[str, Any]:
         "density": ratio(counts["selected"], per_token),
         "read_density": ratio(counts["read"], per_step),
         "survived_density": ratio(counts["survived"], per_step),
+        "cache_density": ratio(counts["cache_read"], counts["cache_held"]),
         "active_density": ratio(counts["active"], per_token),
         "recall": ratio(counts["hit"], counts["active"]),
         "sampled_density": ratio(counts["sampled_selected"], counts["sampled_rows"] * counts["units"]),

@@ -147,7 +147,7 @@ class GatedMLP(GatedBlock):
         """
         # All layers of a pass run by one predicate, so that the rider's step is this one.
         step, rider, rows = self.step(), self.rider, x.shape[0]
-        if rider is not None and not rider.takes(step, rows):
+        if rider is not None and not rider.selects(step, rows):
             rider = None
         if not self.takes(step, rows):
             scores = None

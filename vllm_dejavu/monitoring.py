@@ -48,8 +48,18 @@ _GATE_COUNTERS = (
         lambda c: c["steps"] * c["units"],
     ),
     (
+        "read_keys",
+        "Keys of the attention's cache read in sparse steps, each with its value (CPU).",
+        lambda c: c["cache_read"],
+    ),
+    (
+        "readable_keys",
+        "Keys there were in it, summed likewise: read / readable is the density of the cache (CPU).",
+        lambda c: c["cache_held"],
+    ),
+    (
         "above_crossover_steps",
-        "Decode steps in which this block ran dense, the batch being above its crossover.",
+        "Decode steps in which all weights of this block were read, the batch being above its crossover.",
         lambda c: c["above_crossover"],
     ),
     (

@@ -9,6 +9,7 @@ attention included; where only Python can do something, in a pass or a block, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,18 @@ import torch
 
 from vllm_dejavu.attention import GatedAttention
 from vllm_dejavu.blocks import GatedBlock
-from vllm_dejavu.compat import CPU_ATTENTION_SETTINGS, get_attention_context, key_and_value_cache
+from vllm_dejavu.compat import (
+    CPU_ATTENTION_SETTINGS,
+    cpu_attention_splits,
+    get_attention_context,
+    key_and_value_cache,
+)
 from vllm_dejavu.config import DejaVuConfig
 from vllm_dejavu.kernels import cpu
 from vllm_dejavu.mlp import GatedMLP
 from vllm_dejavu.steps import Step
+
+SELECTED_HEADS = 2  # of what `use_cache` answers
 
 
 class NativeBlocks:
@@ -55,17 +63,18 @@ class NativeBlocks:
         mlps = [i for i, mlp in self.mlps.items() if mlp.recall.due(step)]
         attentions = [i for i, attention in self.attentions.items() if attention.recall.due(step)]
         row_lens = step.row_lens(num_tokens, torch.device("cpu"))
-        metadata, slots, tensors, causal = step.metadata, None, [row_lens] * 4, True
+        metadata, slots, tensors = step.metadata, None, [row_lens] * 4
+        causal, row_is_sequence = True, False
         if self.first is not None:
             if self.first.attn.kv_cache is not self.cache:
                 self._use_cache()
             if self.attends:
                 slots = get_attention_context(self.first.attn.layer_name)[3]
-                causal = metadata.causal
+                causal, row_is_sequence = metadata.causal, step.one_token_each
                 tensors = [metadata.query_start_loc, metadata.seq_lens]
                 tensors += [metadata.block_table, metadata.scheduler_metadata]
-        aside = mlps, attentions
-        self.handle.begin(step.sparse, *aside, row_lens, slots, tensors, metadata.num_actual_tokens, causal)
+        aside, how = (mlps, attentions), (causal, row_is_sequence)
+        self.handle.begin(step.sparse, *aside, row_lens, slots, tensors, metadata.num_actual_tokens, *how)
 
     def end(self) -> None:
         self.handle.end()
@@ -92,22 +101,38 @@ class NativeBlocks:
         """
         context = get_attention_context(self.first.attn.layer_name)
         self.cache = context[2]
-        self.attends = all(self._use_cache_of(i, a, context) for i, a in self.attentions.items())
+        ways = {i: self._use_cache_of(i, a, context) for i, a in self.attentions.items()}
+        self.attends = all(ways.values())
         if not self.attends:
             self.handle.forget_caches()
+        for i, attention in self.attentions.items():
+            reads = self.attends and ways[i] == SELECTED_HEADS
+            attention.gate.least_cached = least_cached(attention) if reads else None
 
-    def _use_cache_of(self, i: int, attention: GatedAttention, context: tuple[Any, ...]) -> bool:
-        """Whether a layer's attention can be native; context: of the first one."""
+    def _use_cache_of(self, i: int, attention: GatedAttention, context: tuple[Any, ...]) -> int:
+        """How a layer's attention can be native, as `use_cache` says it; context: of the first one."""
         metadata, layer, cache, slots = get_attention_context(attention.attn.layer_name)
         shared = metadata is context[0] and slots is context[3]
         pair = key_and_value_cache(cache, attention.kv_heads, attention.head_size)
         plain = getattr(metadata, "dynamic_causal", None) is None
         if not (shared and plain and pair and CPU_ATTENTION_SETTINGS <= vars(layer.impl).keys()):
-            return False
+            return 0
         impl = layer.impl
         numbers = [impl.scale, float(impl.logits_soft_cap), layer._k_scale_float, layer._v_scale_float]
         fixed: list[Any] = [layer.isa, impl.kv_cache_dtype, numbers, impl.sliding_window]
-        return self.handle.use_cache(i, *pair, *fixed, impl.alibi_slopes, impl.sinks)
+        fixed += [impl.alibi_slopes, impl.sinks, cpu_attention_splits()]
+        return self.handle.use_cache(i, *pair, *fixed, least_cached(attention))
+
+
+def least_cached(attention: GatedAttention) -> int | None:
+    """Tokens of a decode step's sequences, all together, from which on reading only the selected heads' cache
+    is expected to spare as much as it has to; None: never.
+    """
+    density, group = attention.gate.spec.density["mean"], attention.units // attention.kv_heads
+    spared = (1 - density) ** group  # a key is read for all queries of its group
+    if attention.gate.cache_crossover is None or spared <= 0:
+        return None
+    return math.ceil(attention.gate.cache_crossover / (attention.kv_heads * spared))
 
 
 def native_blocks(
@@ -129,4 +154,4 @@ def _gate(block: GatedBlock) -> tuple[str, list[torch.Tensor], int]:
     """Name for the forward context, counters, most tokens of a sparse step."""
     gate = block.gate
     most = -1 if gate.max_tokens is None or gate.settings.apply_to == "all" else gate.max_tokens
-    return block.layer_name, [gate.counters, gate.dense_step, gate.dense_row], most
+    return block.layer_name, [gate.counters, gate.dense_step, gate.dense_row, gate.selected_row], most

@@ -5,6 +5,7 @@ Decided on the host, when an op is called or captured, from what a captured grap
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,11 @@ class Step:
     def one_token_each(self) -> bool:
         """Whether every request adds one token, so that a row is a sequence."""
         return self.metadata.max_query_len == 1
+
+    @functools.cached_property
+    def cached_tokens(self) -> int:
+        """Of all sequences together, as the host knows them: on a CPU."""
+        return int(self.metadata.seq_lens[: self.metadata.num_actual_tokens].sum())
 
     def row_lens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """[num_tokens], int32: 0 for rows that only pad the batch. vLLM's own buffer wherever that has the

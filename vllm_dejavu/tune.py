@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -94,9 +94,21 @@ class Key:
         return directory / DIRECTORY / f"{name}.json"
 
 
-def load(directory: str | os.PathLike, key: Key) -> dict[str, dict[int, float]] | None:
-    """Crossovers {block: {tokens: union density}} measured for this key, or None: never measured, or for
-    something else.
+class Tuned(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        crossovers: {block: {tokens: union density}} from which on dense is faster.
+        cache_crossover: keys that must be spared for reading only the selected heads' cache to pay; None: not
+            measured (a GPU, or an older file).
+    """
+
+    crossovers: dict[str, dict[int, float]]
+    cache_crossover: int | None = None
+
+
+def load(directory: str | os.PathLike, key: Key) -> Tuned | None:
+    """What was measured for this key, or None: never measured, or for something else.
 
     Raises:
         ArtifactError: there is a file for this device, but it is damaged.
@@ -117,11 +129,14 @@ def load(directory: str | os.PathLike, key: Key) -> dict[str, dict[int, float]] 
             table and all(t > 0 and 0 <= d <= 1 for t, d in table.items()) for table in crossovers.values()
         ):
             raise ValueError("a density is outside of [0, 1], or none is there")
+        cache = found.get("cache_crossover")
+        if cache is not None and (type(cache) is not int or cache < 0):
+            raise ValueError("cache_crossover is no number of keys")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ArtifactError(
             f"{path} is not what `vllm-dejavu tune` writes ({e!r}). Delete it, or tune again."
         ) from None
-    return crossovers
+    return Tuned(crossovers, cache)
 
 
 def save(directory: str | os.PathLike, key: Key, measured: dict[str, Any], versions: dict[str, str]) -> Path:
@@ -273,7 +288,8 @@ def measure(
     Returns:
         crossovers: {block: {tokens: union density}}; of neighbouring batch sizes the lowest counts, since a
             layer that runs sparse for nothing loses more than one that runs dense for nothing. measured:
-            {block: {tokens: {"dense_us", "sparse_us": {density: us}, "crossover"}}}, medians.
+            {block: {tokens: {"dense_us", "sparse_us": {density: us}, "crossover"}}}, medians. On a CPU also
+            what `tune_cache.measure` gives.
     """
     torch.manual_seed(0)
     layers = _Layers(key, model.head_size, device, max(tokens))
@@ -293,12 +309,20 @@ def measure(
             progress(
                 f"{block:9} {size:3} tokens: dense {times['dense']:8.1f} us, as fast at density {at:.2f}"
             )
+    cache = {}
+    if device.type == "cpu":
+        from vllm_dejavu import tune_cache  # which needs vLLM's operators
+
+        kv_heads = max(1, model.num_kv_heads * key.heads // model.num_heads)
+        shape = key.heads, kv_heads, model.head_size, getattr(torch, key.dtype)
+        cache = tune_cache.measure(*shape, timer, progress) or {}
     return {
         "crossovers": {
             block: _cautious({size: row["crossover"] for size, row in rows.items()})
             for block, rows in measured.items()
         },
         "measured": measured,
+        **cache,
     }
 
 

@@ -15,7 +15,8 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t SEGMENT = 128;  // of a neuron list; as in kernels/interface.py
-enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED };
+// As in vllm_dejavu/metrics.py.
+enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED, CACHE_HELD, CACHE_READ };
 
 void check_matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
   TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns,

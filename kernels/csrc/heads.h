@@ -25,6 +25,11 @@ std::vector<bool> read_heads(const Tensor& head_scores, int64_t& selected) {
   return read;
 }
 
+int64_t selected_heads(const Tensor& head_scores) {
+  const auto* scores = head_scores.data_ptr<float>();
+  return std::count_if(scores, scores + head_scores.numel(), [](float score) { return score > 0; });
+}
+
 void check_scores(const Tensor& head_scores, int64_t tokens, int64_t heads) {
   check_matrix(head_scores, tokens, heads, "head_scores");
   TORCH_CHECK(head_scores.scalar_type() == at::kFloat && head_scores.is_contiguous(),

@@ -2,17 +2,18 @@
 // can do, for which they call its ops.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
 #include <algorithm>
-#include <initializer_list>
+#include <limits>
+#include <numeric>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "cache.h"
 #include "heads.h"
 #include "mlp.h"
 #include "select.h"
@@ -21,63 +22,27 @@ namespace dejavu {
 
 namespace {
 
-// One of vLLM's operators, called with arguments by name: those that it has and we do not know keep their
-// defaults, so that versions may add some.
-class Operator {
- public:
-  using Named = std::pair<const char*, c10::IValue>;
-
-  Operator() = default;
-  // fixed: the same in each call, where the operator has it. given: the names of what `operator()` gets, in
-  // its order. An operator that lacks one of these, or wants more, is none.
-  Operator(const char* name, std::initializer_list<Named> fixed, std::initializer_list<const char*> given) {
-    const auto found = c10::Dispatcher::singleton().findSchema({name, ""});
-    if (!found) return;
-    const auto& arguments = found->schema().arguments();
-    std::vector<bool> known(arguments.size());
-    const auto place = [&](const char* argument) {
-      for (size_t i = 0; i < arguments.size(); ++i)
-        if (arguments[i].name() == argument) {
-          known[i] = true;
-          return static_cast<int64_t>(i);
-        }
-      return int64_t{-1};
-    };
-    for (const auto& argument : arguments)
-      values_.push_back(argument.default_value().value_or(c10::IValue()));
-    for (const auto& [argument, value] : fixed) {
-      const int64_t i = place(argument);
-      if (i >= 0) values_[i] = value;
-    }
-    bool whole = true;
-    for (const char* argument : given) {
-      places_.push_back(place(argument));
-      whole = whole && places_.back() >= 0;
-    }
-    for (size_t i = 0; i < arguments.size(); ++i) whole = whole && (known[i] || arguments[i].default_value());
-    if (whole) handle_ = found;
-  }
-
-  explicit operator bool() const { return handle_.has_value(); }
-
-  void operator()(std::initializer_list<c10::IValue> given) const {
-    torch::jit::Stack stack = values_;
-    size_t i = 0;
-    for (const auto& value : given) stack[places_[i++]] = value;
-    handle_->callBoxed(&stack);
-  }
-
- private:
-  std::optional<c10::OperatorHandle> handle_;
-  std::vector<c10::IValue> values_;
-  std::vector<int64_t> places_;
-};
-
 struct GateOf {
-  Tensor counters, dense_step, dense_row;
+  // What a pass that reads all adds to the counters: once, and for each row; one that selects rows of what it
+  // does not read: for each row.
+  Tensor counters, dense_step, dense_row, selected_row;
   int64_t most_tokens;  // of a batch that runs sparse; -1: any
 
   bool takes(int64_t tokens) const { return most_tokens < 0 || tokens <= most_tokens; }
+};
+
+// What is the same for all layers of a pass.
+struct Pass {
+  bool sparse;
+  // Layers whose MLP, or attention, Python runs.
+  std::vector<int64_t> mlps_aside, attentions_aside;
+  Tensor row_lens;
+  // Of vLLM's metadata, where all layers share one.
+  MaybeTensor slot_mapping;
+  Sequences sequences;
+  int64_t num_tokens;    // that are not padding
+  bool row_is_sequence;  // each of them
+  int64_t cached;        // tokens of all sequences
 };
 
 struct MlpBlock {
@@ -95,21 +60,14 @@ struct AttentionBlock {
   MaybeTensor qkv_scale, qkv_bias, out_scale;
   bool transposed;  // out
   int64_t heads, kv_heads, head_size;
-  Tensor key_cache, value_cache;  // as vLLM's operators take them
-  Operator write, attend;         // none: Python attends
-};
+  std::optional<PagedCache> cache;  // none: Python attends
+  int64_t least_cached;             // keys of a pass from which on only those of selected heads are read
 
-// What is the same for all layers of a pass.
-struct Pass {
-  bool sparse;
-  // Layers whose MLP, or attention, Python runs.
-  std::vector<int64_t> mlps_aside, attentions_aside;
-  Tensor row_lens;
-  // Of vLLM's metadata, where all layers share one.
-  MaybeTensor slot_mapping;
-  Tensor query_start_loc, seq_lens, block_table, scheduler_metadata;
-  int64_t num_tokens;  // that are not padding
-  bool causal;
+  // Whether heads are selected: for the projections, or for the cache.
+  bool projects(const Pass& pass, int64_t rows) const { return pass.sparse && gate.takes(rows); }
+  bool selects(const Pass& pass) const {
+    return pass.sparse && cache && cache->selects() && pass.row_is_sequence && pass.cached >= least_cached;
+  }
 };
 
 using Numbers = std::vector<double>;
@@ -124,12 +82,12 @@ struct Model : torch::CustomClassHolder {
 
   Model(int64_t layers, bool row_exact) : mlps(layers), attentions(layers), row_exact(row_exact) {}
 
-  // gate: counters, what a dense pass adds to them once and for each row. predictor: down, up, bias.
+  // gate: its tensors, as GateOf has them. predictor: down, up, bias.
   void add_mlp(int64_t layer, std::string name, Tensors gate, int64_t most_tokens, Tensors predictor,
                Tensor fc1, MaybeTensor fc1_scale, MaybeTensor fc1_bias, Tensor fc2, MaybeTensor fc2_scale,
                int64_t rider) {
     mlps.at(layer) = MlpBlock{std::move(name),
-                              {gate.at(0), gate.at(1), gate.at(2), most_tokens},
+                              {gate.at(0), gate.at(1), gate.at(2), gate.at(3), most_tokens},
                               fc1,
                               fc2,
                               predictor.at(0),
@@ -146,7 +104,7 @@ struct Model : torch::CustomClassHolder {
                      Tensor qkv, MaybeTensor qkv_scale, MaybeTensor qkv_bias, Tensor out,
                      MaybeTensor out_scale, bool transposed, std::vector<int64_t> heads) {
     attentions.at(layer) = AttentionBlock{std::move(name),
-                                          {gate.at(0), gate.at(1), gate.at(2), most_tokens},
+                                          {gate.at(0), gate.at(1), gate.at(2), gate.at(3), most_tokens},
                                           qkv,
                                           out,
                                           predictor.at(0),
@@ -160,43 +118,29 @@ struct Model : torch::CustomClassHolder {
                                           heads.at(2)};
   }
 
-  // The cache of a layer and how vLLM attends to it. numbers: scale, softcap, scales of keys and of values.
-  // False: vLLM's operators want something else, and Python attends.
-  bool use_cache(int64_t layer, Tensor key_cache, Tensor value_cache, const std::string& isa,
-                 const std::string& dtype, Numbers numbers, int64_t window, MaybeTensor slopes,
-                 MaybeTensor sinks) {
+  // The cache of a layer and how vLLM attends to it. Returns 0: vLLM's operators want something else, and
+  // Python attends; 1: to all heads; 2: to those selected, where a pass has so many tokens in its sequences.
+  int64_t use_cache(int64_t layer, Tensor key, Tensor value, std::string isa, std::string dtype,
+                    Numbers numbers, int64_t window, MaybeTensor slopes, MaybeTensor sinks, bool split,
+                    std::optional<int64_t> least_cached) {
     AttentionBlock& block = *attentions.at(layer);
-    block.key_cache = key_cache;
-    block.value_cache = value_cache;
-    block.write = Operator(
-        "_C::cpu_attn_reshape_and_cache",
-        {{"isa", isa}, {"k_scale", numbers.at(2)}, {"v_scale", numbers.at(3)}, {"kv_cache_dtype", dtype}},
-        {"key", "value", "key_cache", "value_cache", "slot_mapping"});
-    block.attend = Operator("_C::cpu_attention_with_kv_cache",
-                            {{"scale", numbers.at(0)},
-                             {"softcap", numbers.at(1)},
-                             {"k_scale", numbers.at(2)},
-                             {"v_scale", numbers.at(3)},
-                             {"kv_cache_dtype", dtype},
-                             {"sliding_window_size", window},
-                             {"alibi_slopes", slopes},
-                             {"s_aux", sinks},
-                             {"dynamic_causal", c10::IValue()}},
-                            {"query", "key_cache", "value_cache", "output", "query_start_loc", "seq_lens",
-                             "causal", "block_table", "scheduler_metadata"});
-    if (!block.write || !block.attend) block.attend = Operator();
-    return static_cast<bool>(block.attend);
+    const Attending attending{isa, dtype, numbers, window, slopes, sinks, split};
+    block.cache.emplace(key, value, block.heads, attending);
+    block.least_cached = least_cached.value_or(std::numeric_limits<int64_t>::max());
+    if (!*block.cache) block.cache.reset();
+    return !block.cache ? 0 : block.cache->selects() && least_cached ? 2 : 1;
   }
 
   void begin(bool sparse, std::vector<int64_t> mlps_aside, std::vector<int64_t> attentions_aside,
-             Tensor row_lens, MaybeTensor slot_mapping, Tensors metadata, int64_t num_tokens, bool causal);
+             Tensor row_lens, MaybeTensor slot_mapping, Tensors metadata, int64_t num_tokens, bool causal,
+             bool row_is_sequence);
   void begin_other();
   void end();
 
   // Python attends in all layers.
   void forget_caches() {
     for (auto& block : attentions)
-      if (block) block->attend = Operator();
+      if (block) block->cache.reset();
   }
 };
 
@@ -205,10 +149,14 @@ thread_local Model* current = nullptr;
 
 void Model::begin(bool sparse, std::vector<int64_t> mlps_aside, std::vector<int64_t> attentions_aside,
                   Tensor row_lens, MaybeTensor slot_mapping, Tensors metadata, int64_t num_tokens,
-                  bool causal) {
+                  bool causal, bool row_is_sequence) {
   current = this;
-  pass = Pass{sparse,         mlps_aside,     attentions_aside, row_lens,   slot_mapping, metadata.at(0),
-              metadata.at(1), metadata.at(2), metadata.at(3),   num_tokens, causal};
+  const Tensor& lens = metadata.at(1);
+  const auto* of_rows = lens.data_ptr<int32_t>();
+  const int64_t cached = row_is_sequence ? std::accumulate(of_rows, of_rows + num_tokens, int64_t{0}) : 0;
+  pass = Pass{sparse,     mlps_aside,      attentions_aside,
+              row_lens,   slot_mapping,    {metadata.at(0), lens, metadata.at(2), metadata.at(3), causal},
+              num_tokens, row_is_sequence, cached};
 }
 
 void Model::begin_other() {
@@ -253,7 +201,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const 
   const Tensor& lens = model.pass->row_lens;
   const bool sparse_step = model.pass->sparse;
   const AttentionBlock* rider = block.rider >= 0 && previous ? &*model.attentions.at(block.rider) : nullptr;
-  if (rider && !(sparse_step && rider->gate.takes(rows))) rider = nullptr;
+  if (rider && !rider->projects(*model.pass, rows) && !rider->selects(*model.pass)) rider = nullptr;
   Tensor out, scores;
   if (sparse_step && block.gate.takes(rows)) {
     const auto [ids, counts, mask, riding] = recorded("dejavu_cpu::select_neurons", [&] {
@@ -285,7 +233,7 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
   const Model& model = running();
   const AttentionBlock& block = *model.attentions.at(layer);
   const int64_t rows = x.size(0), size = block.head_size;
-  if (!model.pass || model.pass->row_lens.size(0) != rows || !block.attend ||
+  if (!model.pass || model.pass->row_lens.size(0) != rows || !block.cache ||
       among(model.pass->attentions_aside, layer)) {
     static const auto python = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("dejavu::python_attention", "")
@@ -294,34 +242,49 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
     return python.call(x, gate_input, positions, head_scores, block.name);
   }
   const Pass& pass = *model.pass;
-  const bool sparse = pass.sparse && block.gate.takes(rows);
+  const bool sparse = block.projects(pass, rows), selects = block.selects(pass);
   Tensor scores, qkv;
-  if (sparse) {
+  if (sparse || selects)
     scores =
         head_scores ? *head_scores : score_heads(gate_input, block.predictor, block.threshold, pass.row_lens);
+  if (sparse) {
     qkv = recorded("dejavu_cpu::sparse_qkv", [&] {
       return sparse_qkv(x, block.qkv, block.qkv_scale, block.qkv_bias, scores, pass.row_lens, size,
                         block.gate.counters);
     });
   } else {
     if (pass.sparse)
-      count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, pass.row_lens);
+      count_dense(block.gate.counters, block.gate.dense_step,
+                  selects ? block.gate.selected_row : block.gate.dense_row, pass.row_lens);
+    if (selects) count(block.gate.counters, SELECTED, selected_heads(scores));
     qkv = at::empty({rows, block.qkv.size(0)}, x.options());
     recorded("dejavu_cpu::linear", [&] { linear(x, block.qkv, block.qkv_scale, block.qkv_bias, qkv); });
   }
   const auto part = [&](int64_t first, int64_t n) {
     return qkv.narrow(1, first * size, n * size).view({rows, n, size});
   };
-  const int64_t heads = block.heads, kv = block.kv_heads;
+  const int64_t heads = block.heads, kv = block.kv_heads, real = pass.num_tokens;
   const Tensor query = part(0, heads), key = part(heads, kv), value = part(heads + kv, kv);
-  if (pass.slot_mapping) block.write({key, value, block.key_cache, block.value_cache, *pass.slot_mapping});
+  if (pass.slot_mapping) {
+    const int64_t written = std::min(rows, pass.slot_mapping->size(0));  // not what pads the batch
+    block.cache->write(key.narrow(0, 0, written), value.narrow(0, 0, written), *pass.slot_mapping);
+  }
   Tensor attn = at::empty({rows, heads, size}, x.options());
-  const int64_t real = pass.num_tokens;
   if (real < rows) attn.narrow(0, real, rows - real).zero_();
-  block.attend({query.narrow(0, 0, real), block.key_cache, block.value_cache, attn.narrow(0, 0, real),
-                pass.query_start_loc, pass.seq_lens, pass.causal, pass.block_table, pass.scheduler_metadata});
+  const Tensor asked = query.narrow(0, 0, real), answered = attn.narrow(0, 0, real);
+  int64_t read = pass.cached * kv;
+  if (selects) {
+    read = recorded("dejavu_cpu::attend_selected",
+                    [&] { return block.cache->attend_selected(asked, scores, pass.sequences, answered); });
+  } else {
+    block.cache->attend(asked, pass.sequences, answered);
+    if (sparse) zero_heads(attn, scores);
+  }
+  if (pass.sparse) {
+    count(block.gate.counters, CACHE_HELD, pass.cached * kv);
+    count(block.gate.counters, CACHE_READ, read);
+  }
   Tensor output = at::empty({rows, block.out.size(block.transposed ? 1 : 0)}, x.options());
-  if (sparse) zero_heads(attn, scores);
   recorded("dejavu_cpu::out_proj", [&] {
     if (block.transposed)
       transposed_out_proj(attn, block.out, block.out_scale, sparse ? MaybeTensor(scores) : std::nullopt,

@@ -48,12 +48,12 @@ class Gates(NamedTuple):
 
     Attributes:
         loaded: the verified artifact, or None in mode "dense".
-        tuned: crossovers {block: {tokens: union density}} measured on this device, or None.
+        tuned: what was measured on this device, or None.
         first_layer: of this pipeline stage; gates that look at the layer before it are dropped there.
     """
 
     loaded: artifact.Artifact | None
-    tuned: dict[str, dict[int, float]] | None
+    tuned: tune.Tuned | None
     blocks: tuple[str, ...]
     first_layer: int
 
@@ -71,7 +71,9 @@ class Gates(NamedTuple):
                 block,
             )
             return None
-        return Calibrated(spec, tensors, None if self.tuned is None else self.tuned[block])
+        if self.tuned is None:
+            return Calibrated(spec, tensors, None, None)
+        return Calibrated(spec, tensors, self.tuned.crossovers[block], self.tuned.cache_crossover)
 
 
 class Plan(NamedTuple):
@@ -112,7 +114,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         settled = engine.settle(vllm_config, in_worker=True)
         self.settings, self.loaded = settled.settings, settled.loaded
         self.artifact_path = "" if settled.directory is None else str(settled.directory)
-        self.tuned: dict[str, dict[int, float]] | None = None
+        self.tuned: tune.Tuned | None = None
         if self.loaded is not None:
             tp = vllm_config.parallel_config.tensor_parallel_size
             bits = self.settings.stored_bits
@@ -182,7 +184,9 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         """Run by Python in eager and PIECEWISE steps, captured as one addition in FULL graphs."""
         if step is not None:
             reason = step.reason if self.gates else "mode_dense"
-            if reason == "sparse" and not any(gate.takes(num_tokens) for gate in self.gates):
+            if reason == "sparse" and not any(
+                gate.takes(num_tokens) or gate.reads_selected(step) for gate in self.gates
+            ):
                 reason = "above_crossover"
             self.step_counters[metrics.STEP_REASONS.index(reason)] += 1
 
