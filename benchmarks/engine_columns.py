@@ -82,8 +82,21 @@ def densities(summary: dict[str, Any]) -> dict[str, Any]:
         "mlp_union_density": read,
         "head_density": summary["head_density"],
         "head_union_density": mean("attention", "read_density"),
+        "cache_density": mean("attention", "cache_density"),
         "survivors": survived / read if survived is not None and read else None,
     }
+
+
+def _share(counts: dict[str, Any], *names: str) -> float:
+    """The first that was counted; a block without counts was read whole."""
+    return next((counts[n] for n in names if counts.get(n) is not None), 1.0)
+
+
+def cache_bytes(g: Geometry, itemsize: float, tokens: float) -> float:
+    """Bytes of keys and values of all heads that a decode step reads; itemsize: of an element of the cache,
+    tokens: of all sequences.
+    """
+    return g.num_layers * tokens * 2 * g.num_kv_heads * g.head_size * itemsize
 
 
 def weight_bytes(
@@ -96,7 +109,8 @@ def weight_bytes(
     """Bytes of weights that a decode step reads: projections and MLP of every layer, the predictors, lm_head
     once.
 
-    Left out, as they are alike on both sides and small: biases, norms, a token's embedding; and the KV cache.
+    Left out, as they are alike on both sides and small: biases, norms, a token's embedding. The KV cache:
+    `cache_bytes`.
 
     Args:
         itemsize: bytes of a weight of the layers, and of the LM head unless `head_itemsize` says otherwise;
@@ -107,16 +121,12 @@ def weight_bytes(
             always. None: all of it.
     """
 
-    def share(counts: dict[str, Any], *names: str) -> float:
-        """The first that was counted; a block without counts was read whole."""
-        return next((counts[n] for n in names if counts.get(n) is not None), 1.0)
-
     square, matrix = g.hidden_size**2, g.hidden_size * g.ffn_dim
     head, elements = g.vocab_size * g.hidden_size * (head_itemsize or itemsize), 0.0
     for layer in layers if layers is not None else [{"mlp": {}, "attention": {}}] * g.num_layers:
-        mlp, heads = layer["mlp"], share(layer["attention"], "read_density")
+        mlp, heads = layer["mlp"], _share(layer["attention"], "read_density")
         elements += (2 + 2 * heads) * square + (
-            share(mlp, "read_density") + share(mlp, "survived_density", "read_density")
+            _share(mlp, "read_density") + _share(mlp, "survived_density", "read_density")
         ) * matrix
     return elements * itemsize + head + predictor_bytes
 

@@ -78,7 +78,7 @@ def build_llm(spec: dict[str, Any]) -> Any:
     if spec["synthetic"]:
         options["load_format"] = register_loader(spec["survive"], spec["seed"]) if cpu else "dummy"
     side = SIDES[spec["side"]]
-    options["model_impl"] = side.impl
+    options["model_impl"], options["kv_cache_dtype"] = side.impl, side.cache
     if side.scheme:
         options["model"] = spec["quantized"][side.scheme]
     if side.impl == "dejavu":

@@ -20,6 +20,7 @@ import synthetic
 from common import Budget
 from engine_columns import (
     Others,
+    cache_bytes,
     densities,
     peak_memory_gb,
     prefill_columns,
@@ -120,10 +121,14 @@ def run_vllm(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> No
         result = drive(llm, batch, context, spec["warmup"], spec["steps"], spec)
         row = {**point, **common, "status": "ok", **timings(result, batch), **lone}
         read = weight_bytes(g, **sizes)
+        # in the middle of the timed steps
+        tokens = batch * (context + spec["warmup"] + spec["steps"] / 2)
+        row["cache_mb"] = cache_bytes(g, 1 if side.cache == "fp8" else itemsize, tokens) / 1e6
         if side.sparse:
             summary = counted(llm)
             row |= densities(summary)
             sparse = summary["sparse_step_share"] or 0.0
+            row["cache_mb"] *= 1 - sparse * (1 - (row["cache_density"] or 1.0))
             read += sparse * (
                 weight_bytes(g, **sizes, layers=summary["layers"], predictor_bytes=predictor_bytes) - read
             )

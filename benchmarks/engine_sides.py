@@ -11,7 +11,7 @@ class Side(NamedTuple):
         impl: `vllm`, stock; `dejavu`, ours; `hf`, Transformers.
         scheme: of stock vLLM's quantized checkpoint (`quantized`), or None.
         settings: of ours.
-        bits: of the layers' weights. head_bits: of the LM head's.
+        bits: of the layers' weights. head_bits: of the LM head's. cache: vLLM's `kv_cache_dtype`.
     """
 
     impl: str
@@ -19,6 +19,7 @@ class Side(NamedTuple):
     settings: dict[str, Any] = {}
     bits: int = 16
     head_bits: int = 16
+    cache: str = "auto"
 
     @property
     def sparse(self) -> bool:
@@ -29,11 +30,13 @@ _SPARSE, _DENSE, _INT8 = {"mode": "sparse"}, {"mode": "dense"}, {"weight_bits": 
 SIDES = {
     "dense": Side("vllm"),
     "w8a8": Side("vllm", "w8a8", bits=8),
+    "w8a8-fp8": Side("vllm", "w8a8", bits=8, cache="fp8"),
     "w4a16": Side("vllm", "w4a16", bits=4),
     "dejavu": Side("dejavu", settings=_SPARSE),
     "dejavu-dense": Side("dejavu", settings=_DENSE),
     "dejavu-int8": Side("dejavu", settings=_SPARSE | _INT8, bits=8, head_bits=8),
     "dejavu-int8-head16": Side("dejavu", settings=_SPARSE | _INT8 | {"lm_head_bits": 16}, bits=8),
+    "dejavu-int8-fp8": Side("dejavu", settings=_SPARSE | _INT8, bits=8, head_bits=8, cache="fp8"),
     "dejavu-int8-dense": Side("dejavu", settings=_DENSE | _INT8, bits=8, head_bits=8),
     "hf": Side("hf"),
 }

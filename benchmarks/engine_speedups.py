@@ -59,8 +59,8 @@ def speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         named. speedup (min, max): its time over ours. same_bits, same_bits_speedup: likewise, of the stock
         side whose layers have our bits. dense_speedup: of stock in 16 bits. ttft_ratio, prefill_ratio: over
         the stock side that is fastest in that: to the first token of a batch, and of a lone prompt.
-        byte_limit_ms: weights read, at `read_gbps`, what this machine's memory delivers; byte_limit_share:
-        that over side_ms. Empty: not measured.
+        byte_limit_ms: weights and cache read (`cache_mb`, where a row has it), at `read_gbps`, what this
+        machine's memory delivers; byte_limit_share: that over side_ms. Empty: not measured.
     """
     groups: dict[tuple, dict[str, Runs]] = {}
     for row in rows:
@@ -82,7 +82,8 @@ def speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             some = next(iter(runs.values()))
             over = _ratios(stock[fastest], runs, "tpot_p50_ms")
             megabytes, gbps = (_medians({name: runs}, what).get(name) for what in ("weight_mb", "read_gbps"))
-            limit = megabytes / gbps if megabytes and gbps else None
+            cache = _medians({name: runs}, "cache_mb").get(name)
+            limit = (megabytes + (cache or 0)) / gbps if megabytes and gbps else None
 
             def over_fastest(what: str, runs: Runs = runs, stock: dict[str, Runs] = stock) -> float | None:
                 found = _medians(stock, what)
@@ -117,12 +118,19 @@ def speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "ttft_ratio": over_fastest("ttft_p50_ms"),
                     "prefill_ratio": over_fastest("prefill_ms"),
                     "weight_mb": megabytes,
+                    "cache_mb": cache,
                     "read_gbps": gbps,
                     "byte_limit_ms": limit,
                     "byte_limit_share": limit / times[name] if limit else None,
                     **{
                         f"{what}_counted": _medians({name: runs}, what).get(name)
-                        for what in ("mlp_density", "mlp_union_density", "head_density", "head_union_density")
+                        for what in (
+                            "mlp_density",
+                            "mlp_union_density",
+                            "head_density",
+                            "head_union_density",
+                            "cache_density",
+                        )
                     },
                     "memory_gb": _medians({name: runs}, "peak_memory_gb").get(name),
                     "stock_memory_gb": _medians(stock, "peak_memory_gb").get(fastest),

@@ -85,8 +85,10 @@ def test_a_row_whose_log_does_not_name_the_kernel_is_refused(side, named, tmp_pa
 
 
 def test_sides():
-    assert STOCK == ["dense", "w8a8", "w4a16"] and all(SIDES[s].scheme in KERNELS for s in STOCK[1:])
-    assert {s for s, side in SIDES.items() if side.sparse} == {"dejavu", "dejavu-int8", "dejavu-int8-head16"}
+    assert STOCK == ["dense", "w8a8", "w8a8-fp8", "w4a16"]
+    assert all(SIDES[s].scheme in KERNELS for s in STOCK[1:])
+    in_8 = {f"dejavu-int8{more}" for more in ("", "-head16", "-fp8")}
+    assert {s for s, side in SIDES.items() if side.sparse} == {"dejavu", *in_8}
 
 
 @pytest.mark.parametrize(("scheme", "error"), [("w8a8", 1e-2), ("w4a16", 0.15)])
