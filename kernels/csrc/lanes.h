@@ -153,6 +153,16 @@ void dot_quads(const Rows& rows, int64_t begin, int64_t end, int64_t last, const
 
 inline bool has_quads(Type type, int64_t columns) { return type == Type::i8 && columns % 4 == 0; }
 
+// Which pairs of QuadAccumulate::load make columns 0 to 15, and 16 to 31.
+#define PAIRS(i) i, 16 + i
+#define EIGHT_PAIRS(i) \
+  PAIRS(i), PAIRS(i + 1), PAIRS(i + 2), PAIRS(i + 3), PAIRS(i + 4), PAIRS(i + 5), PAIRS(i + 6), PAIRS(i + 7)
+alignas(64) constexpr int16_t FIRST_PAIRS[32] = {EIGHT_PAIRS(0), EIGHT_PAIRS(32)}, LAST_PAIRS[32] = {
+                                                                                       EIGHT_PAIRS(8),
+                                                                                       EIGHT_PAIRS(40)};
+#undef EIGHT_PAIRS
+#undef PAIRS
+
 // Four rows at a time, interleaved. VPDPBUSD multiplies unsigned with signed: values of one sign are the
 // unsigned ones, those of both meet rows as w + 128.
 template <class E>
@@ -169,21 +179,20 @@ struct QuadAccumulate {
   static constexpr int64_t COLUMNS = 32;
 
   static void load(const int8_t* const* w, int64_t column, int64_t width, WVec* to) {
-    // Fours of columns change places first: what follows works within halves.
-    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     const __mmask32 some = Ints::first(width);
-    __m256i r[4];
-    for (int j = 0; j < 4; ++j)
-      r[j] = _mm256_permutevar8x32_epi32(_mm256_maskz_loadu_epi8(some, w[j] + column), order);
-    const __m256i low = _mm256_unpacklo_epi8(r[0], r[1]), high = _mm256_unpackhi_epi8(r[0], r[1]);
-    const __m256i low2 = _mm256_unpacklo_epi8(r[2], r[3]), high2 = _mm256_unpackhi_epi8(r[2], r[3]);
+    const auto two = [&](const int8_t* a, const int8_t* b) {
+      const __m256i low = _mm256_maskz_loadu_epi8(some, a + column),
+                    high = _mm256_maskz_loadu_epi8(some, b + column);
+      return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    };
+    // Pairs of rows 0 and 1 in the lower half, of 2 and 3 in the upper one, within quarters: columns 0 to 7
+    // and 16 to 23, then the others.
+    const __m512i a = two(w[0], w[2]), b = two(w[1], w[3]);
+    const __m512i pairs = _mm512_unpacklo_epi8(a, b), others = _mm512_unpackhi_epi8(a, b);
     const __m512i flip = _mm512_set1_epi8(FLIP ? -128 : 0);
-    to[0] =
-        _mm512_xor_si512(flip, joined(_mm256_unpacklo_epi16(low, low2), _mm256_unpackhi_epi16(low, low2)));
-    to[1] = _mm512_xor_si512(flip,
-                             joined(_mm256_unpacklo_epi16(high, high2), _mm256_unpackhi_epi16(high, high2)));
+    to[0] = _mm512_xor_si512(flip, _mm512_permutex2var_epi16(pairs, _mm512_load_si512(FIRST_PAIRS), others));
+    to[1] = _mm512_xor_si512(flip, _mm512_permutex2var_epi16(pairs, _mm512_load_si512(LAST_PAIRS), others));
   }
-  static __m512i joined(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
   static HVec value(const H* h) {
     int32_t four;
     __builtin_memcpy(&four, h, 4);

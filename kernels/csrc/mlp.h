@@ -28,12 +28,10 @@ struct Activations {
   const float* alive;
 };
 
-// x through fc1's rows of the list (null: all of n) and ReLU; row_mask [tokens, ffn] may restrict a token to
-// its own.
+// x through fc1's rows of the list (null: all of n) and ReLU, as values of a type; row_mask [tokens, ffn] may
+// restrict a token to its own.
 Activations up(const Inputs& x, const Tensor& fc1, const Affine& affine, const int32_t* list, int64_t n,
-               const bool* row_mask) {
-  const bool round = type_of(fc1) == Type::i8;  // which needs all of a token's values
-  const Type type = round ? Type::f32 : x.values.type;
+               const bool* row_mask, Type type) {
   const int64_t ffn = fc1.size(0), size = size_of(type);
   const Rows rows = rows_of(fc1, list);
   const int64_t width = (n + 15) / 16 * 16 + CACHE_LINE / 4;  // a line more, as in Inputs
@@ -92,19 +90,32 @@ Type activations_type(Type input, int64_t tokens) {
   return type == Type::i8 ? Type::u8 : type;
 }
 
-// What int8 weights are multiplied with, the survivors' values of fp32 side by side.
+// h's type: fc2's own input; of int8 weights, whose inputs are rounded when all of a token's are known, fp32,
+// or bf16 for many tokens, where h passes through memory.
+Type between(const Inputs& x, Type from) {
+  const Type type = x.values.type;
+  if (type == Type::i16) return Type::f32;
+  return type == Type::i8 ? (from == Type::bf16 ? Type::bf16 : Type::f32) : type;
+}
+
+// What int8 weights are multiplied with, the survivors' values side by side.
 Values rounded_survivors(const Values& h, Survivors& survivors, int64_t tokens, int64_t n, Type type) {
   if (type == Type::f32) return h;
   Values values = h;
   if (survivors.count < n) {
     const int64_t m = survivors.count;
-    auto* to = scratch<GATHERED, float>(tokens * m);
-    share_out(tokens, TOKEN_UNIT, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t i = 0; i < m; ++i)
-          to[t * m + i] = static_cast<const float*>(h.data)[t * h.stride + survivors.places[i]];
-    });
-    values = {to, Type::f32, m};
+    const auto gather = [&](auto* to) {
+      const auto* from = static_cast<decltype(to)>(const_cast<void*>(h.data));
+      share_out(tokens, TOKEN_UNIT, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+          for (int64_t i = 0; i < m; ++i) to[t * m + i] = from[t * h.stride + survivors.places[i]];
+      });
+      values = {to, h.type, m};
+    };
+    if (h.type == Type::bf16)
+      gather(scratch<GATHERED, at::BFloat16>(tokens * m));
+    else
+      gather(scratch<GATHERED, float>(tokens * m));
     std::iota(survivors.places, survivors.places + m, 0);
   }
   return rounded<ROUNDED, ROUNDED_SCALES, ROUNDED_OFFSETS>(values, tokens, survivors.count, type, ROW_GROUP);
@@ -188,7 +199,8 @@ struct Mlp {
 void mlp_rows(const Tensor& x, const Mlp& mlp, const float* bias, const int32_t* list, int64_t n,
               const bool* row_mask, const MaybeTensor& counters, const Tensor& out) {
   const Inputs inputs(x, type_of(mlp.fc1));
-  const Activations h = up(inputs, mlp.fc1, {scale_of(mlp.fc1_scale), bias}, list, n, row_mask);
+  const Activations h =
+      up(inputs, mlp.fc1, {scale_of(mlp.fc1_scale), bias}, list, n, row_mask, between(inputs, type_of(x)));
   Survivors survivors = compact(h, list, n);
   count(counters, SURVIVED, survivors.count);
   Values values = h.values;
