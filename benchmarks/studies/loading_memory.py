@@ -24,7 +24,7 @@ from common import Table, print_rows, read_rows  # noqa: E402
 
 from vllm_dejavu.published import GEOMETRIES  # noqa: E402
 
-CACHE_BYTES = 64 << 20  # of the KV cache: counted too
+CACHE_BYTES = 256 << 20  # of the KV cache: counted too
 
 
 def anonymous_bytes() -> int:
