@@ -96,9 +96,8 @@ TESTS_OF = {
     "vllm_dejavu/formats.py": ("test_engine_int8.py",),
     "kernels/csrc/cache.h": ("test_kernel_native_cache.py", "test_engine_native.py"),
     "vllm_dejavu/tune_cache.py": ("test_tune.py",),
-    **dict.fromkeys(
-        ("kernels/csrc/model.h", "vllm_dejavu/native.py", "vllm_dejavu/compat.py"), ("test_engine_native.py",)
-    ),
+    **dict.fromkeys(("kernels/csrc/model.h", "vllm_dejavu/compat.py"), ("test_engine_native.py",)),
+    "vllm_dejavu/native.py": ("test_engine_native.py", "test_tune.py"),
     "predictor_training/calibrate.py": ("test_training_fit.py", "test_training_calibrate.py"),
     "predictor_training/describe.py": ("test_training_fit.py", "test_training_calibrate.py"),
     "predictor_training/gates.py": ("test_training_fit.py", "test_training_calibrate.py"),
