@@ -63,6 +63,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "mlp_union_density",
             "head_density",
             "head_union_density",
+            "cache_density",
             "survivors",
             "tokens_per_step",
         ):

@@ -51,6 +51,7 @@ COUNTED = {
     "mlp_union_density",
     "head_density",
     "head_union_density",
+    "cache_density",
     "survivors",
     "steps_sparse",
     "steps_prefill_or_mixed",

@@ -142,11 +142,12 @@ def snapshot(gates, steps=(8, 2, 0, 0, 0, 0)):
 
 
 def test_densities_of_one_rank():
-    s = metrics.summarize([snapshot([(0, "mlp", 10, 8, 16, 40, 32, 24, 20, 15)])])
+    s = metrics.summarize([snapshot([(0, "mlp", 10, 8, 16, 40, 32, 24, 8, 6, 20, 15)])])
     mlp = s["layers"][0]["mlp"]
     assert (
         mlp["density"] == 40 / 160 and mlp["read_density"] == 32 / 80 and mlp["survived_density"] == 24 / 80
     )
+    assert mlp["cache_density"] == 6 / 8
     assert mlp["recall"] == 15 / 20 and s["sparse_step_share"] == 0.8
     assert mlp["calibrated"] == {"density": 0.25} and s["predictor_bytes"] == 7
     assert (
@@ -159,10 +160,14 @@ def test_densities_of_one_rank():
 def test_tensor_parallel_ranks_add_their_units_not_their_steps():
     ranks = [
         snapshot([(0, "mlp", 5, 8, 16, *units, 3, 4, *sampled)])
-        for units, sampled in (((30, 20, 10, 0, 0), (6, 8, 4)), ((10, 12, 14, 0, 0), (2, 2, 2)))
+        for units, sampled in (
+            ((30, 20, 10, 8, 4, 0, 0), (6, 8, 4)),
+            ((10, 12, 14, 4, 1, 0, 0), (2, 2, 2)),
+        )
     ]
     summary = metrics.summarize(ranks)
     mlp = summary["layers"][0]["mlp"]
+    assert mlp["cache_density"] == 5 / 12
     assert (
         mlp["above_crossover"] == 3
         and mlp["sampled_density"] == 8 / 40
