@@ -21,9 +21,9 @@ Sides (engine_sides.py): `dense` is vLLM's own OPT; `w8a8` and `w4a16` likewise,
 checkpoint, refused where the log does not name the kernel that vLLM has for it; `dejavu` the sparse one;
 `dejavu-int8` with INT8 weights and LM head, `-head16` with the head in 16 bits; `-fp8` with an fp8 KV cache;
 `dejavu-dense` ours with mode "dense"; `hf` is Hugging Face Transformers, eager, one point unless --hf-points
-all. Time per token is the
-host's clock between two steps that gave tokens, with async scheduling as vLLM has it by default (rows say
-whether it was on): what the host adds to a step beyond what that hides is in it, on both sides.
+all. Time per token is the host's clock between two steps that gave tokens, with async scheduling as vLLM has
+it by default (rows say whether it was on): what the host adds to a step beyond what that hides is in it, on
+both sides.
 
 On a CPU vLLM's defaults hold (compiled, its own attention), engines use all cores this process may use, the
 KV cache is as large as the largest point needs, and no point's prompts are read twice: short prompts warm an

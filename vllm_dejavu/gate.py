@@ -72,12 +72,8 @@ class Gate(nn.Module):
         elif cap is not None:
             cap = max((cap, *tuned))
         self.max_tokens = _largest_batch(spec, settings.crossover, tuned, cap)
-        for known in (settings.cache_crossover, cache_crossover, kernels.cache_crossover):
-            if known is not None:
-                self.cache_crossover: int | None = known
-                break
-        else:
-            self.cache_crossover = None
+        known = settings.cache_crossover, cache_crossover, kernels.cache_crossover
+        self.cache_crossover = next((keys for keys in known if keys is not None), None)
         static = selection.static_units(tensors["activation_rate"], spec.density["mean"])
         self.register_buffer("static", static[self.start : self.start + units].to(device), persistent=False)
         self.register_buffer(
