@@ -61,7 +61,7 @@ struct AttentionBlock {
   bool transposed;  // out
   int64_t heads, kv_heads, head_size;
   std::optional<PagedCache> cache;  // none: Python attends
-  int64_t least_cached;             // keys of a pass from which on only those of selected heads are read
+  int64_t least_cached;             // tokens of a pass from which on only selected heads are read of it
 
   // Whether heads are selected: for the projections, or for the cache.
   bool projects(const Pass& pass, int64_t rows) const { return pass.sparse && gate.takes(rows); }
