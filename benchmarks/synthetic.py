@@ -295,6 +295,8 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
             p.zero_()
         elif "embed_positions" in name:
             normals.fill(p, POSITION_STD)
+        elif name.endswith((".q_scale", ".k_scale", ".v_scale", ".prob_scale")):
+            continue  # of an fp8 cache: as they are where a checkpoint has none
         elif name.endswith("weight_scale"):
             p.fill_(
                 _std(name, model.config, bias)
