@@ -187,6 +187,7 @@ SHARED = (
     "overlap",
     "mlp_lookahead",
     "survive",
+    "true_rates",
     "spread",
     "seed",
     "steps",

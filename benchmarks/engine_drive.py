@@ -28,7 +28,13 @@ def shape_of(spec: dict[str, Any]) -> Geometry:
     return Geometry(**spec["shape"]) if spec.get("shape") else geometry(spec["geometry"])
 
 
-def register_loader(survive: float, seed: int) -> str:
+def fill(model: Any, spec: dict[str, Any]) -> None:
+    """Synthetic weights."""
+    rates = synthetic.rates_of(spec["predictor"]) if spec["true_rates"] else None
+    synthetic.init_weights(model, survive=spec["survive"], rates=rates, seed=spec["seed"])
+
+
+def register_loader(spec: dict[str, Any]) -> str:
     """A load format of vLLM's that fills in synthetic weights before any layer packs them; its name."""
     from torch import nn
     from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
@@ -39,7 +45,7 @@ def register_loader(survive: float, seed: int) -> str:
             pass
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            synthetic.init_weights(model, survive=survive, seed=seed)
+            fill(model, spec)
 
     return "dejavu_synthetic"
 
@@ -76,7 +82,7 @@ def build_llm(spec: dict[str, Any]) -> Any:
         options["gpu_memory_utilization"] = spec["memory"]
         options["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, *spec["batch"]})}
     if spec["synthetic"]:
-        options["load_format"] = register_loader(spec["survive"], spec["seed"]) if cpu else "dummy"
+        options["load_format"] = register_loader(spec) if cpu else "dummy"
     side = SIDES[spec["side"]]
     options["model_impl"], options["kv_cache_dtype"] = side.impl, side.cache
     if side.scheme:
@@ -96,9 +102,7 @@ def build_llm(spec: dict[str, Any]) -> Any:
     llm = LLM(**options)
     if spec["synthetic"]:
         if not cpu:
-            llm.apply_model(
-                lambda model: synthetic.init_weights(model, survive=spec["survive"], seed=spec["seed"])
-            )
+            llm.apply_model(lambda model: fill(model, spec))
         if side.sparse:
             calibrate(llm, spec)
     return llm

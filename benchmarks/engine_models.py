@@ -60,6 +60,7 @@ PASSED_ON = (
     "overlap",
     "mlp_lookahead",
     "survive",
+    "true_rates",
     "spread",
     "seed",
     "steps",

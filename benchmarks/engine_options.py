@@ -87,6 +87,12 @@ def options() -> argparse.ArgumentParser:
         "--survive", type=float, default=1.0, help="share of neurons that fc1 brings out positive for a token"
     )
     parser.add_argument(
+        "--true-rates",
+        action="store_true",
+        help="draw fc1's biases so that each neuron comes out positive as often as its predictor selects it:"
+        " what mode exact skips; --survive does not hold then",
+    )
+    parser.add_argument(
         "--rank",
         type=int,
         help="of the MLP predictor; a small one shows what its bytes cost (not given: 3%% of the MLP)",

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import synthetic
 from common import Budget
 from engine_columns import (
     Others,
@@ -36,6 +35,7 @@ from engine_drive import (
     compilation,
     counted,
     drive,
+    fill,
     model_of,
     prefill,
     prompts_of,
@@ -124,11 +124,14 @@ def run_vllm(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> No
         # in the middle of the timed steps
         tokens = batch * (context + spec["warmup"] + spec["steps"] / 2)
         row["cache_mb"] = cache_bytes(g, 1 if side.cache == "fp8" else itemsize, tokens) / 1e6
-        if side.sparse:
+        if side.counts:
             summary = counted(llm)
             row |= densities(summary)
             sparse = summary["sparse_step_share"] or 0.0
             row["cache_mb"] *= 1 - sparse * (1 - (row["cache_density"] or 1.0))
+            if not side.sparse:  # fc1 is read whole, and prompts are counted too
+                for layer in summary["layers"]:
+                    layer["mlp"] |= {"read_density": 1.0}
             read += sparse * (
                 weight_bytes(g, **sizes, layers=summary["layers"], predictor_bytes=predictor_bytes) - read
             )
@@ -156,7 +159,7 @@ def run_hf(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None
             model = OPTForCausalLM(config)
         torch.set_default_dtype(torch.float32)
         model.to_empty(device=device).tie_weights()
-        synthetic.init_weights(model, survive=spec["survive"], seed=spec["seed"])
+        fill(model, spec)
     else:
         model = OPTForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(device)
         config = model.config

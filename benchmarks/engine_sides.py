@@ -9,7 +9,7 @@ class Side(NamedTuple):
     """
     Attributes:
         impl: `vllm`, stock; `dejavu`, ours; `hf`, Transformers.
-        scheme: of stock vLLM's quantized checkpoint (`quantized`), or None.
+        scheme: of the quantized checkpoint (`quantized`) that is served, or None.
         settings: of ours.
         bits: of the layers' weights. head_bits: of the LM head's. cache: vLLM's `kv_cache_dtype`.
     """
@@ -25,8 +25,14 @@ class Side(NamedTuple):
     def sparse(self) -> bool:
         return self.settings.get("mode") == "sparse"
 
+    @property
+    def counts(self) -> bool:
+        """Whether it counts what it reads."""
+        return self.settings.get("mode") in ("sparse", "exact")
+
 
 _SPARSE, _DENSE, _INT8 = {"mode": "sparse"}, {"mode": "dense"}, {"weight_bits": 8}
+_EXACT = {"mode": "exact"}
 SIDES = {
     "dense": Side("vllm"),
     "w8a8": Side("vllm", "w8a8", bits=8),
@@ -38,6 +44,8 @@ SIDES = {
     "dejavu-int8-head16": Side("dejavu", settings=_SPARSE | _INT8 | {"lm_head_bits": 16}, bits=8),
     "dejavu-int8-fp8": Side("dejavu", settings=_SPARSE | _INT8, bits=8, head_bits=8, cache="fp8"),
     "dejavu-int8-dense": Side("dejavu", settings=_DENSE | _INT8, bits=8, head_bits=8),
+    "exact": Side("dejavu", settings=_EXACT),
+    "exact-w8a8": Side("dejavu", "w8a8", settings=_EXACT, bits=8),
     "hf": Side("hf"),
 }
 STOCK = [name for name, side in SIDES.items() if side.impl == "vllm"]

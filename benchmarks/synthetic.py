@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -262,8 +262,22 @@ class _Normals:
             done, start = done + count, 0
 
 
+def rates_of(directory: str | Path) -> list[torch.Tensor]:
+    """How often the neurons of each layer are selected, by an artifact's gates; a dense one's: always."""
+    loaded = artifact.load(Path(directory))
+    ffn = loaded.manifest.model.ffn_dim
+    gates = [loaded.gate(i, "mlp") for i in range(loaded.manifest.model.num_layers)]
+    return [tensors["activation_rate"] if spec.sparse else torch.ones(ffn) for spec, tensors in gates]
+
+
 @torch.inference_mode()
-def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0) -> None:
+def init_weights(
+    model: torch.nn.Module,
+    *,
+    survive: float = 1.0,
+    rates: Sequence[torch.Tensor] | None = None,
+    seed: int = 0,
+) -> None:
     """Random weights, on the model's device: addresses stay, so captured graphs hold.
 
     For vLLM's own OPT and ours, which name parameters alike (ours stores fc2 transposed), and Transformers'.
@@ -276,6 +290,7 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
     Args:
         survive: share of neurons that fc1 brings out positive for a token. A batch reads what survives for
             any of its rows, which is more; the engine counts it.
+        rates: instead, how often each neuron is positive, [ffn] for each layer (`rates_of`).
     """
     bias = ALWAYS_POSITIVE if survive >= 1 else NORMAL.inv_cdf(survive)
     normals, params = _Normals(seed), dict(model.named_parameters())
@@ -290,7 +305,10 @@ def init_weights(model: torch.nn.Module, *, survive: float = 1.0, seed: int = 0)
         elif "layer_norm.weight" in name:
             p.fill_(1)
         elif name.endswith("fc1.bias"):
-            p.fill_(bias)
+            if rates is None:
+                p.fill_(bias)
+            else:  # of all ranks: tensor parallelism is not asked for here
+                p.copy_(torch.special.ndtri(rates[int(name.split(".layers.")[1].split(".")[0])].double()))
         elif name.endswith(".bias"):
             p.zero_()
         elif "embed_positions" in name:

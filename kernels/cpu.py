@@ -63,9 +63,11 @@ class NativeKernels(Kernels):
     """
 
     name = "native CPU kernels"
+    activations = ("relu", "relu2")
     weight_bits = (16, 8)
     crossovers = tables.crossovers("native")
     cache_crossover = tables.read("native")["cache_crossover"]
+    exact_crossover = {int(bits): share for bits, share in tables.read("native")["exact_crossover"].items()}
     paged_attention = staticmethod(reference.paged_attention)
 
     def describe(self) -> str:
@@ -102,13 +104,27 @@ class NativeKernels(Kernels):
     def sparse_mlp(
         self, x: torch.Tensor, mlp: Mlp, selection: Selection | None = None, call: Call | None = None
     ) -> torch.Tensor:
-        if mlp.activation not in self.activations:
-            raise ValueError(f"the native CPU kernels know the activation relu, got {mlp.activation!r}")
-        weights = mlp.up.weight, mlp.up.scale, mlp.up.bias, mlp.down.weight, mlp.down.scale
+        square = self.squares(mlp.activation)
+        weights = mlp.up.weight, mlp.up.scale, mlp.up.bias, mlp.down.weight, mlp.down.scale, square
         if selection is None:
             return torch.ops.dejavu_cpu.dense_mlp(x, *weights)
         chosen = selection.ids, selection.counts, call.row_lens, selection.mask
         return torch.ops.dejavu_cpu.sparse_mlp(x, *weights, *chosen, call.counters)
+
+    def exact_down(
+        self, h: torch.Tensor, down: Rows, activation: str, crossover: float, call: Call
+    ) -> torch.Tensor:
+        """By tiles of a few tokens, each a step in the counters."""
+        square = self.squares(activation)
+        return torch.ops.dejavu_cpu.exact_down(h, down.weight, down.scale, square, crossover, call.counters)
+
+    def squares(self, activation: str) -> bool:
+        """Whether an activation is ReLU², not ReLU."""
+        if activation not in self.activations:
+            raise ValueError(
+                f"the native CPU kernels know the activations {list(self.activations)}, got {activation!r}"
+            )
+        return activation == "relu2"
 
     def linear(self, x: torch.Tensor, rows: Rows, output: torch.Tensor | None = None) -> torch.Tensor:
         """A transposed weight is that of `sparse_out_proj`: without a bias."""

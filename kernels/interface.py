@@ -97,7 +97,8 @@ class Mlp(NamedTuple):
     Attributes:
         up: [ffn, hidden]. down: [ffn, hidden], transposed, so that a neuron is a row of both; of up's dtype;
             its bias is added by the caller, after the sum over ranks.
-        activation: 0 at 0, so that neurons that came out <= 0 add nothing and `down` skips them.
+        activation: "relu" or "relu2" (ReLU²): 0 of what is not positive, so that such neurons add nothing and
+            `down` skips them.
     """
 
     up: Rows
@@ -178,6 +179,8 @@ class Kernels:
             as measured for it; where nothing was measured, never. int8_crossovers: with weights of 8 bits.
         cache_crossover: keys of the cache (a head's of a token) that must be spared for reading only the
             selected heads' to pay, as measured; None: these kernels cannot, or it is their own affair.
+        exact_crossover: by bits of weights, the share of what all tokens together need that a few of them may
+            need for `exact_down` to go by these few, as measured; where nothing was: always.
         largest_batch: tokens of the largest batch that runs sparse until `tune` has measured a larger one;
             None: any.
     """
@@ -188,11 +191,13 @@ class Kernels:
     crossovers: dict[str, dict[int, dict[int, float]]] = {}
     int8_crossovers: dict[str, dict[int, dict[int, float]]] = {}
     cache_crossover: int | None = None
+    exact_crossover: dict[int, float] = {}
     largest_batch: int | None = None
 
     score_heads: Callable[..., torch.Tensor]
     select_neurons: Callable[..., tuple[Selection, torch.Tensor | None]]
     sparse_mlp: Callable[..., torch.Tensor]
+    exact_down: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
     sparse_qkv: Callable[..., torch.Tensor]
     mask_heads: Callable[..., torch.Tensor]

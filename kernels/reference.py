@@ -128,7 +128,7 @@ def taken(rows: Rows, ids: torch.Tensor) -> Rows:
     return Rows(*parts)
 
 
-ACTIVATIONS = {"relu": F.relu}
+ACTIVATIONS = {"relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 
 
 def sparse_mlp(
@@ -158,6 +158,29 @@ def sparse_mlp(
     alive = (h > 0).any(dim=0)
     count(call.counters, survived=alive.sum())
     return F.linear(h[:, alive], taken(mlp.down, ids[alive]).floats()).to(x.dtype)
+
+
+def exact_down(h: torch.Tensor, down: Rows, activation: str, crossover: float, call: Call) -> torch.Tensor:
+    """The second half of an MLP of which no neuron was chosen: the activation, and the rows of `down` whose
+    neuron came out positive for some row.
+
+    Args:
+        h: [T, ffn], what the first half gave, with its bias.
+        crossover: implementations may go by tiles of a few rows, each with its own neurons, where these are
+            on average no more than this share of what all rows together need.
+        call: to its counters are added: steps (tiles), rows, selected (positive neurons of rows), read and
+            survived (neurons that some row of a tile needs), and, past COUNTERS, what the implementation
+            says.
+
+    Returns:
+        [T, hidden], dtype of h, without down's bias; accumulates in fp32.
+    """
+    valid = (call.row_lens > 0)[:, None]
+    h = torch.where(valid, ACTIVATIONS[activation](h), 0)
+    alive = (h != 0).any(dim=0)
+    read = alive.sum()
+    count(call.counters, steps=1, rows=valid.sum(), selected=(h != 0).sum(), read=read, survived=read)
+    return F.linear(h[:, alive].float(), taken(down, alive).floats()).to(h.dtype)
 
 
 def linear(x: torch.Tensor, rows: Rows, output: torch.Tensor | None = None) -> torch.Tensor:
@@ -245,10 +268,12 @@ def paged_attention(
 
 class ReferenceKernels(Kernels):
     name = "PyTorch reference kernels"
+    activations = ("relu", "relu2")
     weight_bits = (16, 8)
     score_heads = staticmethod(score_heads)
     select_neurons = staticmethod(select_neurons)
     sparse_mlp = staticmethod(sparse_mlp)
+    exact_down = staticmethod(exact_down)
     linear = staticmethod(linear)
     sparse_qkv = staticmethod(sparse_qkv)
     mask_heads = staticmethod(mask_heads)

@@ -200,7 +200,8 @@ class Collector:
         for name in mlp:
             if name != "mlp_input":
                 self.add(f"{p}{name}.mlp_input", states.named(name).float().T @ m)
-        active, energy = self.request.labels.active(z, norms), neuron_energy(z, norms)
+        labels = self.request.labels
+        active, energy = labels.active(z, norms), neuron_energy(z, norms, labels.activation)
         self.add(p + "active", active.sum(0))
         self.add(p + "energy", (energy * energy).sum(0))
         if self.samples is not None:

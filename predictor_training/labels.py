@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_dejavu.kernels.reference import ACTIVATIONS
 from vllm_dejavu.selection import head_contributions, head_grams
 
 __all__ = ["Labels", "active_neurons", "head_contributions", "head_grams"]
@@ -24,9 +25,11 @@ def active_neurons(pre_activations: torch.Tensor) -> torch.Tensor:
     return pre_activations > 0
 
 
-def neuron_energy(pre_activations: torch.Tensor, fc2_norms: torch.Tensor) -> torch.Tensor:
+def neuron_energy(
+    pre_activations: torch.Tensor, fc2_norms: torch.Tensor, activation: str = "relu"
+) -> torch.Tensor:
     """What each neuron adds to the output, |activation| x norm of its fc2 row: [num_tokens, ffn]."""
-    return pre_activations.clamp_min(0) * fc2_norms
+    return ACTIVATIONS[activation](pre_activations) * fc2_norms
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,19 @@ class Labels:
             that hold `energy_share` of the squared energies.
         heads: norm that importance is measured by: "contribution" after out_proj, or "output_norm" before it
             (the paper's).
+        activation: of the model's MLP, which energies depend on.
     """
 
     neurons: str = "positive"
     energy_share: float = 0.99
     heads: str = "contribution"
+    activation: str = "relu"
 
     def active(self, pre_activations: torch.Tensor, fc2_norms: torch.Tensor) -> torch.Tensor:
         """[num_tokens, ffn], bool: neurons a predictor should catch."""
         if self.neurons == "positive":
             return active_neurons(pre_activations)
-        energy = neuron_energy(pre_activations, fc2_norms) ** 2
+        energy = neuron_energy(pre_activations, fc2_norms, self.activation) ** 2
         ordered, order = energy.sort(1, descending=True)
         held_before = ordered.cumsum(1) - ordered  # by the larger ones
         wanted = (held_before < self.energy_share * ordered.sum(1, keepdim=True)) & (ordered > 0)

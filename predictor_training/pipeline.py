@@ -224,7 +224,8 @@ def collect_and_fit(job: Job, workers: Workers) -> list[FittedLayer]:
 def _one_pass(job: Job, workers: Workers, layers: range) -> dict[int, FittedLayer]:
     config, place, begun = job.config, job.place, time.monotonic()
     store, stride = _sample_store(job, len(layers)) if config.needs_samples else (None, 1)
-    wanted = labels.Labels(config.neuron_label, config.energy_share, config.head_label)
+    activation = job.model.geometry.activation
+    wanted = labels.Labels(config.neuron_label, config.energy_share, config.head_label, activation)
     request = Request(config.lookaheads, layers, wanted, stride)
     moments = workers.collect(request, job.train.tokens, place.moments, job.key, store)
     job.log.write(

@@ -96,7 +96,7 @@ class SampleStore:
             }
         if self.with_energy:
             positive = rows.energy > 0
-            tensors |= {"positive": pack_bits(positive), "energy": rows.energy[positive].half()}
+            tensors |= {"positive": pack_bits(positive), "energy": rows.energy[positive].bfloat16()}
         path = self.directory / f"layer-{layer:03d}" / f"part-{part:06d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu() for k, v in tensors.items()}, path)
@@ -108,7 +108,7 @@ class SampleStore:
             energy = None
             if self.with_energy:
                 positive = unpack_bits(t["positive"], self.ffn)
-                energy = torch.zeros(positive.shape, dtype=torch.float16).masked_scatter_(
+                energy = torch.zeros(positive.shape, dtype=torch.bfloat16).masked_scatter_(
                     positive, t["energy"]
                 )
             yield Rows(

@@ -56,7 +56,9 @@ class LayerWeights:
         fc1, bias = parameter(names.up, "weight"), parameter(names.up, "bias")
         norm = (None, None)
         if model.geometry.norm == "pre":
-            norm = (parameter(names.mlp_norm, "weight"), parameter(names.mlp_norm, "bias"))
+            scale = parameter(names.mlp_norm, "weight")
+            scale = None if scale is None else scale + names.norm_offset
+            norm = (scale, parameter(names.mlp_norm, "bias"))
         return cls(
             fc1,
             torch.zeros(len(fc1), dtype=torch.float64) if bias is None else bias,

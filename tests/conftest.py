@@ -47,7 +47,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from artifact_files import copy, model_dir, original  # noqa: E402, F401
 from serving import Served  # noqa: E402
-from tiny import make_artifact, make_opt  # noqa: E402
+from tiny import make_artifact, make_nemotron, make_opt  # noqa: E402
 from training_runs import model, text, trained, undrawn  # noqa: E402, F401
 
 # What a child process may take before it counts as hung. Not a measure of anything: no child takes a tenth of
@@ -146,6 +146,12 @@ def _cached(tmp_path_factory: pytest.TempPathFactory, kind: str, make):
 def opt(tmp_path_factory):
     """opt(**kwargs of tiny.make_opt) -> directory of a tiny random OPT; one a session for equal arguments."""
     return _cached(tmp_path_factory, "model", make_opt)
+
+
+@pytest.fixture(scope="session")
+def nemotron(tmp_path_factory):
+    """nemotron(**kwargs of tiny.make_nemotron) -> as `opt`."""
+    return _cached(tmp_path_factory, "model", make_nemotron)
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,7 @@ SERVING = [
     picked(
         "gates-not-reset",
         "vllm_dejavu/models/base.py",
-        "(self.step_counters, *(g.counters for g in self.gates))",
+        "(self.step_counters, *(c.counters for c in self.counted))",
         "(self.step_counters,)",
     ),
 ]

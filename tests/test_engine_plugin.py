@@ -91,7 +91,8 @@ class TestRefusedModels:
         ).save_pretrained(tmp_path)
         error = refusal(tmp_path)
         assert (
-            "model_impl='dejavu' supports the architectures ['OPTForCausalLM']" in error
+            "model_impl='dejavu' supports the architectures ['OPTForCausalLM', 'NemotronForCausalLM']"
+            in error
             and "LlamaForCausalLM" in error
         )
 
@@ -132,7 +133,7 @@ class TestRefusedModels:
     [
         pytest.param(
             {"quantization": "fp8"},
-            "quantization='fp8': rows of packed weights cannot be gathered",
+            "quantization='fp8': rows of its weights cannot be gathered; mode 'exact' takes int8",
             id="quantization",
         ),
         pytest.param({"enable_lora": True}, "enable_lora=True: predictors are trained", id="lora"),
@@ -177,7 +178,7 @@ def test_an_fp8_cache_is_refused_on_a_gpu(model, artifact, monkeypatch):
         config = llm.llm_engine.vllm_config
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(ValueError, match="kv_cache_dtype='fp8': selected heads are read from an unquantized"):
-        check_engine(config, DejaVuConfig.from_vllm_config(config))
+        check_engine(config, DejaVuConfig.from_vllm_config(config), in_worker=True)
 
 
 class TestRefusedSettingsAndArtifacts:

@@ -74,7 +74,8 @@ class Case:
         gate = [self.counters, once, row, row]
         predictor = [torch.zeros(self.heads, self.x.shape[1]), torch.zeros(self.heads)]
         weights = self.qkv, None, None, self.out, None, False
-        model.add_attention(0, "", gate, most_tokens, predictor, *weights, [self.heads, self.kv, SIZE])
+        heads = [self.heads, self.kv, SIZE]
+        model.add_attention(0, "", gate, most_tokens, predictor, *weights, heads, None, False)
         numbers = [SIZE**-0.5, 0.0, 1.0, 1.0]
         fixed = self.isa, "auto", numbers, -1, slopes, None, cpu_attention_splits()
         self.way = model.use_cache(0, self.keys, self.values, *fixed, least_cached)

@@ -146,7 +146,7 @@ REFUSED = [
     ("sparse_mlp", "row_lens", one_less, "row_lens of shape"),
     ("sparse_mlp", "row_mask", one_less, "row_mask of shape"),
     ("sparse_mlp", "row_mask", wider_strides, "row_mask contiguous"),
-    ("sparse_mlp", "activation", lambda _: "gelu", "activation 'relu', got gelu"),
+    ("sparse_mlp", "activation", lambda _: "gelu", r"activation out of \['relu', 'relu2'\], got gelu"),
     ("sparse_qkv", "weight", as_half, "weight of dtype"),
     ("sparse_qkv", "weight", one_less, "rows a multiple of 16"),
     ("sparse_qkv", "head_scores", one_less, "head_scores of shape"),

@@ -1,77 +1,28 @@
-"""Training of another architecture takes a `Family` entry and nothing else: here a small random Nemotron,
-with grouped queries, heads whose sizes do not add up to the hidden size, no biases, and rotary positions.
+"""Training of another family takes its entry in `families` and nothing else: here a small random Nemotron,
+with grouped queries, heads whose sizes do not add up to the hidden size, no biases, rotary positions, ReLU².
 """
 
 import pytest
 import tiny
 import torch
-from transformers import NemotronConfig, NemotronForCausalLM
 
-from vllm_dejavu import families
-from vllm_dejavu.families import Family, Geometry, Names
 from vllm_dejavu.predictor_training.calibrate import CalibrationSettings, Calibrator
 from vllm_dejavu.predictor_training.collect import Collector, Request
 from vllm_dejavu.predictor_training.describe import describe
 from vllm_dejavu.predictor_training.hf_model import HfModel
+from vllm_dejavu.predictor_training.labels import Labels, neuron_energy
 from vllm_dejavu.predictor_training.masked import Masked
 from vllm_dejavu.predictor_training.train import FitSettings, LayerWeights, fit_layer
 
-LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_SIZE = 3, 64, 256, 4, 2, 32
+LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_SIZE = 3, 64, 320, 4, 2, 32
 LOOKAHEAD = {"mlp": "self", "attention": "previous"}
-NEMOTRON = Family(
-    architecture="NemotronForCausalLM",
-    serving="nowhere:Nothing",
-    names=Names(
-        layers="model.layers",
-        behind=("model.norm",),
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        out="self_attn.o_proj",
-        up="mlp.up_proj",
-        down="mlp.down_proj",
-        mlp_norm="post_attention_layernorm",
-    ),
-    geometry=lambda config: Geometry(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_dim=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
-        activation=config.hidden_act,
-        gated=False,
-        norm="pre",
-        max_positions=config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-    ),
-)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    config = NemotronConfig(
-        vocab_size=tiny.VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_SIZE,
-        hidden_act="relu",
-        max_position_embeddings=128,
-        bos_token_id=2,
-        eos_token_id=2,
-    )
     directory = tmp_path_factory.mktemp("nemotron")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        made = NemotronForCausalLM(config)
-        for name, p in made.named_parameters():
-            if p.ndim == 2:
-                p.normal_(std=0.7 if "embed" in name else p.shape[1] ** -0.5)
-    made.save_pretrained(directory)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(families, "FAMILIES", (*families.FAMILIES, NEMOTRON))
-        return HfModel(str(directory))
+    sizes = {"hidden": HIDDEN, "heads": HEADS, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE}
+    return HfModel(str(tiny.make_nemotron(directory, layers=LAYERS, **sizes)))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +67,7 @@ def test_what_is_observed_is_what_the_projections_are_given(model, tokens):
     rows = tokens.numel()
     assert kept["attn"].shape == (rows, HEADS, HEAD_SIZE) and kept["z"].shape == (rows, FFN)
     assert torch.equal(kept["attn"].flatten(1), seen["attn"].reshape(rows, -1))
-    assert torch.equal(kept["z"].relu(), seen["activations"].reshape(rows, -1))
+    assert torch.equal(kept["z"].relu().square(), seen["activations"].reshape(rows, -1))
     assert kept["attn_input"].shape == kept["mlp_input"].shape == (rows, HIDDEN)
     assert model.head_grams(1).shape == (HEADS, HEAD_SIZE, HEAD_SIZE)
 
@@ -126,7 +77,9 @@ def test_predictors_are_fitted_and_calibrated(model, tokens):
     request = Request({block: (name,) for block, name in LOOKAHEAD.items()}, range(LAYERS))
     moments = Collector(model, request).run(tokens, 4, progress=lambda n: None)
     weights = [LayerWeights.of(model, i) for i in range(LAYERS)]
-    assert all(not w.fc1_bias.any() and w.norm_weight is not None for w in weights)
+    norms = [layer.post_attention_layernorm.weight.double() for layer in model.layers]
+    assert all(torch.equal(w.norm_weight, 1 + norm) for w, norm in zip(weights, norms, strict=True))
+    assert all(not w.fc1_bias.any() for w in weights)
     fitted = [fit_layer(FitSettings(16, LOOKAHEAD), moments, i, w) for i, w in enumerate(weights)]
     gates, record = Calibrator(model, fitted, tokens, CalibrationSettings(LOOKAHEAD, 0.1, "int8", 4)).run()
     rise = Masked(model, gates).nll(tokens, 4) - Masked(model, {}).nll(tokens, 4)
@@ -137,3 +90,15 @@ def test_predictors_are_fitted_and_calibrated(model, tokens):
     for (layer, block), gate in gates.items():
         assert specs[layer, block].sparse and 0 < specs[layer, block].density["mean"] < 1
         assert len(gate.tensors["bias"]) == model.geometry.units(block)
+
+
+def test_energies_are_those_of_the_activation():
+    """A neuron of ReLU² adds its square; which neurons hold most of the energy depends on it."""
+    z, norms = torch.tensor([[-1.0, 0.5, 2.0, 1.2]]), torch.tensor([1.0, 2.0, 3.0, 1.0])
+    assert torch.equal(neuron_energy(z, norms), torch.tensor([[0.0, 1.0, 6.0, 1.2]]))
+    assert torch.allclose(neuron_energy(z, norms, "relu2"), torch.tensor([[0.0, 0.5, 12.0, 1.44]]))
+    kept = {
+        activation: Labels("energy", 0.96, activation=activation).active(z, norms)[0].tolist()
+        for activation in ("relu", "relu2")
+    }
+    assert kept == {"relu": [False, False, True, True], "relu2": [False, False, True, False]}

@@ -126,7 +126,9 @@ def some_rows(count, seed=0, hidden=5, ffn=13, heads=3, positive=0.4):
 
 @pytest.mark.parametrize("with_energy", [True, False], ids=["energies", "labels-only"])
 def test_rows_round_trip_in_order(tmp_path, with_energy):
-    """In fp16; energies at their places, 0 elsewhere; another layer's and empty shards apart."""
+    """In fp16; energies, whose squares would not fit that, in bf16, at their places, 0 elsewhere; another
+    layer's and empty shards apart.
+    """
     store = SampleStore(tmp_path / "samples", 13, with_energy, True)
     parts = [some_rows(n, n) for n in (4, 1, 7)]
     for part, rows in zip((0, 4, 100), parts, strict=True):
@@ -139,7 +141,7 @@ def test_rows_round_trip_in_order(tmp_path, with_energy):
         for name in ("mlp_x", "attn_x", "head_norms"):
             assert torch.equal(getattr(rows, name), getattr(truth, name).half())
         assert torch.equal(rows.active, truth.active)
-        assert torch.equal(rows.energy, truth.energy.half()) if with_energy else rows.energy is None
+        assert torch.equal(rows.energy, truth.energy.bfloat16()) if with_energy else rows.energy is None
 
 
 def test_shards_behind_a_checkpoint_are_forgotten(tmp_path):

@@ -1,4 +1,4 @@
-"""Tiny random OPT checkpoints and artifacts for them: what the engine tests run on."""
+"""Tiny random checkpoints, of OPT and Nemotron, and artifacts for them: what the engine tests run on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, NemotronConfig, NemotronForCausalLM, OPTConfig, OPTForCausalLM
 
 from vllm_dejavu import artifact
 from vllm_dejavu.artifact import DTYPES, WeightsFingerprint
@@ -71,6 +71,52 @@ def make_opt(
     return Path(directory)
 
 
+def make_nemotron(
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    layers: int = 3,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_size: int = 32,
+    tied: bool = False,
+) -> Path:
+    """The same of Nemotron; heads need not fill the hidden size, half of each is rotated."""
+    config = NemotronConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_size,
+        intermediate_size=5 * hidden,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        partial_rotary_factor=0.5,
+        tie_word_embeddings=tied,
+        hidden_act="relu2",
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = NemotronForCausalLM(config)
+        for name, p in model.named_parameters():
+            if "embed" in name or "lm_head" in name:
+                p.normal_(std=0.7)
+            elif p.ndim == 2:
+                p.normal_(std=p.shape[1] ** -0.5)
+            elif name.endswith("norm.weight"):  # to which 1 is added
+                p.uniform_(-0.5, 0.5)
+            else:  # the norms' biases, which shift what the MLP sees
+                p.normal_(std=0.3)
+    model.to(DTYPES[dtype]).save_pretrained(directory)
+    return Path(directory)
+
+
 def fingerprint_of(model_dir: Path) -> str:
     fp = WeightsFingerprint()
     for name, tensor in load_file(Path(model_dir) / "model.safetensors").items():
@@ -94,7 +140,7 @@ def make_artifact(
     dtype: str = "float16",
 ) -> Path:
     """Random predictors with biases that select about `density` of the units, or all of them."""
-    config = OPTConfig.from_pretrained(model_dir)
+    config = AutoConfig.from_pretrained(model_dir)
     model = ModelSpec.from_hf_config(config, "tiny", fingerprint or fingerprint_of(model_dir))
     g = torch.Generator().manual_seed(seed)
     quantile = 1e6 if select_all else float(torch.distributions.Normal(0, 1).icdf(torch.tensor(density)))

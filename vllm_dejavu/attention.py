@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm_dejavu import ops, selection
 from vllm_dejavu.blocks import Flow, GatedBlock, Site
 from vllm_dejavu.compat import Attention, encode_layer_name, get_attention_context
-from vllm_dejavu.formats import config_of, keep_gathered, row_parallel, rows_of
+from vllm_dejavu.formats import keep_gathered, linear_config, row_parallel, rows_of
 from vllm_dejavu.gate import Calibrated
 from vllm_dejavu.kernels import interface
 from vllm_dejavu.kernels.interface import Call
@@ -80,10 +80,10 @@ class GatedAttention(GatedBlock):
             geometry.num_heads,
             geometry.num_kv_heads,
             bias=bias,
-            quant_config=config_of(bits),
+            quant_config=linear_config(site),
             prefix=f"{site.prefix}.qkv_proj",
         )
-        self.out_proj = row_parallel(geometry.num_heads * size, hidden, bias, bits, f"{site.prefix}.out_proj")
+        self.out_proj = row_parallel(geometry.num_heads * size, hidden, bias, site, "out_proj")
         self.attn = DejaVuAttention(
             self.units,
             size,

@@ -60,6 +60,7 @@ class GatedBlock(nn.Module):
     attention_name: str  # of the layer's attention, whose metadata tells how the step runs
     number: int | None = None  # by which the native ops know it (native), or None: Python's ops
     workspace: Any = None  # of the kernels, where they need one; set by the model
+    most_rows = 0  # that the kernels may be given, where that is not a decode step's
 
     def __init__(self, site: Site):
         super().__init__()
@@ -73,11 +74,18 @@ class GatedBlock(nn.Module):
         self.gate = Gate(calibrated, block, site.layer, units, site.settings, self.kernels)
         vars(self)["gate"] = self.gate  # found without Module's own search, at each of a step's questions
         self.recall = Recall(self.gate)
-        self.layer_name = f"{site.prefix}.dejavu_{block}"
-        context = site.vllm_config.compilation_config.static_forward_context
-        if self.layer_name in context:
-            raise ValueError(f"Duplicate layer name: {self.layer_name}")
-        context[self.layer_name] = self
+        self.layer_name = self.name_for_ops(site, block)
+
+    def name_for_ops(self, site: Site, what: str) -> str:
+        """Make this block findable by the ops; returns the name they find it by."""
+        name, context = (
+            f"{site.prefix}.dejavu_{what}",
+            site.vllm_config.compilation_config.static_forward_context,
+        )
+        if name in context:
+            raise ValueError(f"Duplicate layer name: {name}")
+        context[name] = self
+        return name
 
     def gate_input(self, block_input: torch.Tensor, flow: Flow) -> torch.Tensor:
         """What the gate's predictor reads: [T, hidden]."""

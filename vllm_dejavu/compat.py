@@ -15,6 +15,7 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -38,6 +39,7 @@ __all__ = [
     "keep_plain_weight",
     "key_and_value_cache",
     "resolve_layer_name",
+    "rotary_cache",
 ]
 
 encode_layer_name = _encode_layer_name
@@ -66,6 +68,18 @@ def key_and_value_cache(
     blocks, _, block_size, _ = cache.shape
     key, value = cache.view(blocks, kv_heads, 2 * block_size, -1).chunk(2, dim=2)
     return key, value
+
+
+def rotary_cache(rotary: nn.Module | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, bool] | None:
+    """What vLLM's operator turns queries and keys by: cosines and sines [positions, rotated], in the queries'
+    dtype, and whether it turns halves of a head; (None, False) without a rotary embedding, and None of one
+    that does more than call that operator.
+    """
+    if rotary is None:
+        return None, False
+    if type(rotary).forward_cpu is not RotaryEmbedding.forward_cpu:
+        return None
+    return rotary.cos_sin_cache.to(dtype), rotary.is_neox_style
 
 
 def cpu_attention_splits() -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-MODES = ("sparse", "dense", "oracle", "random", "static")
+MODES = ("sparse", "exact", "dense", "oracle", "random", "static")
 APPLY_TO = ("decode", "all")
 BLOCKS = ("mlp", "attention")
 WEIGHT_BITS = (16, 8, 4)
@@ -30,7 +30,8 @@ class DejaVuConfig:
     Attributes:
         predictor: directory or hub id of the predictor artifact; None looks in `MODEL/dejavu/`; `auto` makes
             one (`auto`).
-        mode: `sparse` (predictors decide), `dense` (everything is read), or the controls `oracle` (the truly
+        mode: `sparse` (predictors decide), `exact` (no predictors: only fc2 skips, what came out 0), `dense`
+            (everything is read), or the controls `oracle` (the truly
             active neurons and heads), `random` and `static` (at the artifact's calibrated densities).
         apply_to: `decode` (steps in which every request adds one token) or `all` (evaluation: prompt tokens
             too, each row reading exactly its own selection).
@@ -38,7 +39,9 @@ class DejaVuConfig:
             cannot change a request's result.
         blocks: which blocks are gated: `mlp`, `attention` or both.
         crossover: a layer's block runs dense at batch sizes whose calibrated union density is above this; in
-            (0, 1]. None: above what was measured for the device's kernels, by batch size; 1.0: never.
+            (0, 1]. None: above what was measured for the device's kernels, by batch size; 1.0: never. In mode
+            `exact`, on a CPU: prompts go through fc2 by a few tokens at a time, where these need no more
+            than this share of what all of them need together.
         cache_crossover: on a CPU attention reads the cache of only the selected heads in decode steps in
             which that is expected to spare at least so many keys (a head's of a token), whatever the
             projections do. None: as measured for the device; 0: always.

@@ -41,9 +41,9 @@ def settle(vllm_config: Any, *, in_worker: bool) -> Settled:
     settings, model = DejaVuConfig.from_vllm_config(vllm_config), vllm_config.model_config
     geometry_of(model.hf_config)
     if in_worker:  # where a scheduler counts on the configuration as it is
-        check_engine(vllm_config, settings)
+        check_engine(vllm_config, settings, in_worker=True)
     loaded = directory = None
-    if settings.mode != "dense" or settings.predictor is not None:
+    if settings.mode != "exact" and (settings.mode != "dense" or settings.predictor is not None):
         directory = locate.resolve(settings.predictor, model.model, model.revision)
         loaded = artifact.load(directory)
         check_model(loaded.manifest, ModelSpec.from_hf_config(model.hf_config, model.model))
@@ -51,18 +51,18 @@ def settle(vllm_config: Any, *, in_worker: bool) -> Settled:
             settings = replace(settings, predictor=str(directory))
     update_engine(vllm_config, settings, "" if loaded is None else loaded.digest)
     if not in_worker:
-        check_engine(vllm_config, settings)
+        check_engine(vllm_config, settings, in_worker=False)
     return Settled(settings, loaded, directory)
 
 
-def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
+def check_engine(vllm_config: Any, settings: DejaVuConfig, *, in_worker: bool) -> None:
     """Refuse engine features the sparse path cannot honour; called in the front end and again in every
     worker.
 
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    from vllm.config import CUDAGraphMode
+    from vllm.config import CUDAGraphMode, VllmConfig
     from vllm.platforms import current_platform
 
     from vllm_dejavu import quantization
@@ -78,8 +78,13 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig) -> None:
             " without --model-impl dejavu."
         )
 
-    if model.quantization:
-        refuse("quantization", model.quantization, "rows of packed weights cannot be gathered.")
+    if model.quantization and settings.mode != "exact":
+        why = "rows of its weights cannot be gathered; mode 'exact' takes int8 with a scale for each output."
+        refuse("quantization", model.quantization, why)
+    if not in_worker:
+        # vLLM has not come to it yet
+        quant_config = VllmConfig._get_quantization_config(model, vllm_config.load_config)
+        quantization.check_checkpoint(quant_config, model.hf_config, settings.weight_bits)
     if model.runner_type == "pooling":
         refuse("runner", "pooling", "it reads only prompts, which run dense.")
     if vllm_config.lora_config is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Exactly 0 for half of their inputs, so that a neuron that came out 0 is skipped without an error.
-SPARSE_ACTIVATIONS = ("relu",)
+SPARSE_ACTIVATIONS = ("relu", "relu2")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Names:
         behind: what hidden states pass between the last layer and the head, in order; skipped where a model
             has None.
         qkv: the three projections. mlp_norm: what normalises the residual in front of the MLP, where `norm`
-            is "pre".
+            is "pre". norm_offset: what that one adds to its weight.
     """
 
     layers: str
@@ -62,6 +62,7 @@ class Names:
     up: str
     down: str
     mlp_norm: str
+    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,22 @@ def _opt(config: Any) -> Geometry:
     )
 
 
+def _nemotron(config: Any) -> Geometry:
+    return Geometry(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_dim=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        activation=config.hidden_act,
+        gated=False,
+        norm="pre",
+        max_positions=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+    )
+
+
 FAMILIES = (
     Family(
         architecture="OPTForCausalLM",
@@ -114,6 +131,21 @@ FAMILIES = (
             mlp_norm="final_layer_norm",
         ),
         geometry=_opt,
+    ),
+    Family(
+        architecture="NemotronForCausalLM",
+        serving="vllm_dejavu.models.nemotron:DejaVuNemotronForCausalLM",
+        names=Names(
+            layers="model.layers",
+            behind=("model.norm",),
+            qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            out="self_attn.o_proj",
+            up="mlp.up_proj",
+            down="mlp.down_proj",
+            mlp_norm="post_attention_layernorm",
+            norm_offset=1.0,
+        ),
+        geometry=_nemotron,
     ),
 )
 

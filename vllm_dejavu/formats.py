@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_dejavu import ops
+from vllm_dejavu.blocks import Site
 from vllm_dejavu.compat import keep_plain_weight
 from vllm_dejavu.kernels.interface import Kernels, Rows, implementation
 
@@ -108,12 +109,17 @@ class TransposedRowParallelLinear(nn.Module):
         if bits == 8:
             scale = torch.empty(output_size, dtype=torch.float32)
             self.weight_scale = nn.Parameter(scale, requires_grad=False)
+            self.weight_scale.weight_loader = self.load_scale
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
 
     def load_weight(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
         """Checkpoint layout [outputs, inputs] -> this rank's rows, transposed."""
         start = get_tensor_model_parallel_rank() * self.size
         param.data.copy_(loaded.narrow(1, start, self.size).t())
+
+    def load_scale(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
+        """[outputs], or, as compressed-tensors stores it, [outputs, 1]; of any float type."""
+        param.data.copy_(loaded.flatten())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """As vLLM's: [T, inputs / tp] -> [T, outputs], of all ranks. In 8 bits only: a layer without a gate
@@ -125,18 +131,24 @@ class TransposedRowParallelLinear(nn.Module):
         return out if self.bias is None else out + self.bias, None
 
 
+def linear_config(site: Site) -> QuantizationConfig | None:
+    """What a layer's linears take as their `quant_config`: ours, or that of the checkpoint."""
+    return config_of(site.settings.stored_bits) or site.vllm_config.quant_config
+
+
 def config_of(bits: int) -> QuantizationConfig | None:
     """What vLLM's layers take as their `quant_config`."""
     return Int8Config() if bits == 8 else None
 
 
 def row_parallel(
-    input_size: int, output_size: int, bias: bool, bits: int, prefix: str
+    input_size: int, output_size: int, bias: bool, site: Site, name: str
 ) -> RowParallelLinear | TransposedRowParallelLinear:
     """A linear that is cut by its inputs."""
-    if bits == 8:
-        return TransposedRowParallelLinear(input_size, output_size, bias, bits)
-    return RowParallelLinear(input_size, output_size, bias=bias, prefix=prefix)
+    if site.settings.stored_bits == 8:
+        return TransposedRowParallelLinear(input_size, output_size, bias, 8)
+    quant_config, prefix = site.vllm_config.quant_config, f"{site.prefix}.{name}"
+    return RowParallelLinear(input_size, output_size, bias=bias, quant_config=quant_config, prefix=prefix)
 
 
 def keep_gathered(kernels: Kernels, *linears: nn.Module) -> None:
@@ -165,7 +177,10 @@ def fill_dummies(model: nn.Module) -> None:
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     for module in model.modules():
-        if getattr(module, "weight_scale", None) is not None:
+        ours = isinstance(module, TransposedRowParallelLinear) or isinstance(
+            getattr(module, "quant_method", None), Int8Method
+        )
+        if ours and module.weight_scale is not None:
             integers = torch.randint(
                 -127, 128, module.weight.shape, dtype=torch.int8, generator=generator, device="cpu"
             )

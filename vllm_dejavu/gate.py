@@ -99,6 +99,11 @@ class Gate(nn.Module):
         self.recorder: Recorder | None = None
         self.calibrated_bias: torch.Tensor | None = None  # kept while everything is selected
 
+    @property
+    def calibrated(self) -> dict[str, float | None]:
+        """What the artifact says of its calibration text."""
+        return {"density": self.spec.density["mean"], "recall": self.spec.recall}
+
     def takes(self, num_tokens: int) -> bool:
         """Whether a sparse step of so many tokens, padding included, is sparse in this block."""
         return self.max_tokens is None or num_tokens <= self.max_tokens or self.settings.apply_to == "all"

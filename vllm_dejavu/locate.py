@@ -26,10 +26,10 @@ def resolve(predictor: str | None, model: str, revision: str | None = None) -> P
         if directory.is_dir():
             return directory
         raise ArtifactError(
-            f"No predictor artifact: looked for {directory / MANIFEST_FILE}. Make one (vllm-dejavu train"
-            f" --model {model} --data FILE --output {directory}), or name one with"
-            ' additional_config={"dejavu": {"predictor": PATH_OR_HUB_ID}}; "auto" there makes one'
-            " without data."
+            f"No predictor artifact: looked for {directory / MANIFEST_FILE}. Three ways on:"
+            ' additional_config={"dejavu": {"mode": "exact"}} needs none and loses nothing;'
+            ' {"predictor": "auto"} makes one without data, and {"predictor": PATH_OR_HUB_ID} names one;'
+            f" vllm-dejavu train --model {model} --data FILE --output {directory} makes a better one."
         )
     repo, subdirectory = (predictor, ".") if predictor is not None else (model, "dejavu")
     if predictor is not None and (repo.startswith((".", "/", "~")) or repo.count("/") != 1):

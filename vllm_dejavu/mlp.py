@@ -15,8 +15,8 @@ from vllm_dejavu.blocks import Flow, GatedBlock, Site
 from vllm_dejavu.compat import encode_layer_name
 from vllm_dejavu.formats import (
     TransposedRowParallelLinear,
-    config_of,
     keep_gathered,
+    linear_config,
     row_parallel,
     rows_of,
 )
@@ -40,10 +40,10 @@ class GatedMLP(GatedBlock):
         self._rider: tuple[GatedAttention, ...] = ()
         bits = site.settings.stored_bits
         self.fc1 = ColumnParallelLinear(
-            hidden, ffn, bias=bias, quant_config=config_of(bits), prefix=f"{site.prefix}.fc1"
+            hidden, ffn, bias=bias, quant_config=linear_config(site), prefix=f"{site.prefix}.fc1"
         )
         if calibrated is None:
-            self.fc2 = row_parallel(ffn, hidden, bias, bits, f"{site.prefix}.fc2")
+            self.fc2 = row_parallel(ffn, hidden, bias, site, "fc2")
             return
         self.kernels = interface.choose(self.device_type, self.activation, bits)
         self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias, bits)

@@ -22,6 +22,7 @@ from vllm_dejavu.compat import (
     cpu_attention_splits,
     get_attention_context,
     key_and_value_cache,
+    rotary_cache,
 )
 from vllm_dejavu.config import DejaVuConfig
 from vllm_dejavu.kernels import cpu
@@ -40,7 +41,9 @@ class NativeBlocks:
 
     def __init__(self, layers: Sequence[tuple[GatedAttention, GatedMLP]], row_exact: bool):
         self.attentions = {i: a for i, (a, _) in enumerate(layers) if _native(a) and a.attn.updates_cache}
-        self.attentions = {i: a for i, a in self.attentions.items() if a.rotary is None}
+        rotaries = {i: rotary_cache(a.rotary, a.qkv_proj.params_dtype) for i, a in self.attentions.items()}
+        self.rotaries = {i: found for i, found in rotaries.items() if found is not None}
+        self.attentions = {i: a for i, a in self.attentions.items() if i in self.rotaries}
         self.mlps = {i: mlp for i, (_, mlp) in enumerate(layers) if _native(mlp)}
         for blocks in (self.attentions, self.mlps):
             for i, block in blocks.items():
@@ -83,15 +86,16 @@ class NativeBlocks:
         """Once the weights are in place."""
         numbers = {id(attention): i for i, attention in self.attentions.items()}
         for i, mlp in self.mlps.items():
-            predictor, (up, down, _) = mlp.gate.predictor.weights, mlp.weights
+            predictor, (up, down, activation) = mlp.gate.predictor.weights, mlp.weights
             rider = -1 if mlp.rider is None else numbers.get(id(mlp.rider), -1)
-            weights = up.weight, up.scale, up.bias, down.weight, down.scale
+            weights = up.weight, up.scale, up.bias, down.weight, down.scale, activation == "relu2"
             self.handle.add_mlp(i, *_gate(mlp), list(predictor), *weights, rider)
         for i, attention in self.attentions.items():
             predictor, (qkv, out, size, _) = attention.gate.predictor.weights, attention.weights
             weights = qkv.weight, qkv.scale, qkv.bias, out.weight, out.scale, out.transposed
             heads = [attention.units, attention.kv_heads, size]
-            self.handle.add_attention(i, *_gate(attention), list(predictor), *weights, heads)
+            named = *_gate(attention), list(predictor), *weights, heads
+            self.handle.add_attention(i, *named, *self.rotaries[i])
         self.bound = True
 
     def _use_cache(self) -> None:

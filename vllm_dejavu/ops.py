@@ -231,6 +231,15 @@ def _int8_linear_fake(
     return x.new_empty((x.shape[0], scale.shape[0]))
 
 
+def _exact_down(h: torch.Tensor, hidden: int, layer_name: LayerNameType) -> torch.Tensor:
+    """In mode `exact`: the activation and fc2, without its bias: [T, units] -> [T, hidden] of this rank."""
+    return _block(layer_name).run(h)
+
+
+def _exact_down_fake(h: torch.Tensor, hidden: int, layer_name: LayerNameType) -> torch.Tensor:
+    return h.new_empty((h.shape[0], hidden))
+
+
 # What the native ops (kernels/csrc/model.h) call where Python has to decide: they know a block by its number,
 # and hand on the name that Python knows it by.
 
@@ -278,6 +287,7 @@ for _name, _function, _fake, _mutates in (
     ("attention", _attention, _attention_fake, ["output"]),
     ("attention_block", _attention_block, _attention_block_fake, []),
     ("int8_linear", _int8_linear, _int8_linear_fake, []),
+    ("exact_down", _exact_down, _exact_down_fake, []),
     ("python_mlp", _python_mlp, None, []),
     ("python_attention", _python_attention, None, []),
 ):
@@ -289,9 +299,24 @@ qkv = torch.ops.dejavu.qkv
 attention = torch.ops.dejavu.attention
 attention_block = torch.ops.dejavu.attention_block
 int8_linear = torch.ops.dejavu.int8_linear
+exact_down = torch.ops.dejavu.exact_down
+
+
+def _native_exact_down_fake(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    square: bool,
+    crossover: float,
+    counters: torch.Tensor | None,
+) -> torch.Tensor:
+    return h.new_empty((h.shape[0], weight.shape[1]))
+
 
 if current_platform.is_cpu() and cpu.available():
+    torch.library.register_fake("dejavu_cpu::exact_down", _native_exact_down_fake)
     torch.library.register_fake("dejavu_cpu::mlp", _native_mlp_fake)
     torch.library.register_fake("dejavu_cpu::attention", _attention_block_fake)
     native_mlp = torch.ops.dejavu_cpu.mlp
+    native_exact_down = torch.ops.dejavu_cpu.exact_down
     native_attention = torch.ops.dejavu_cpu.attention

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from vllm_dejavu.families import family_of
+
 SCHEME = "W4A16"  # compressed-tensors' name of 4 bits
 GROUP_SIZE = 128  # of that scheme; a test compares
 # Of the scales: compressed-tensors takes the checkpoint's, which for facebook/opt-* is this one.
@@ -32,7 +34,8 @@ BLIND_FORMATS = {
     ),
 }
 _LINEAR = re.compile(
-    r"(?:model\.)?(?:decoder\.)?layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc1|fc2)\.weight"
+    r"(?:model\.)?(?:decoder\.)?layers\.\d+\."
+    r"(?:self_attn\.(?:[qkv]|out|o)_proj|mlp\.(?:up|down)_proj|fc1|fc2)\.weight"
 )
 
 
@@ -124,6 +127,58 @@ def check_model(sizes: Any, bits: int) -> None:
     if bits == 4:
         _check_inputs(sizes.hidden_size, "hidden_size", bits)
         _check_inputs(sizes.ffn_dim, "ffn_dim", bits)
+
+
+def integer_bits(quant_config: Any, name: str) -> int:
+    """Of a linear as its checkpoint stores it: 16, or 8 where that is int8 with a scale for each output.
+
+    Args:
+        quant_config: vLLM's, of the checkpoint, or None. name: the linear's, as `quant_config` knows it.
+
+    Raises:
+        ValueError: rows of it cannot be read as integers, with the reason.
+    """
+    if quant_config is None:
+        return 16
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(
+            f"mode='exact' reads single rows of {name}, stored as {what}: it takes 16 bits, or"
+            " compressed-tensors int8, symmetric, with a scale for each output (W8A8). Serve the model"
+            " without --model-impl dejavu."
+        )
+
+    if quant_config.get_name() != "compressed-tensors":
+        raise refuse(str(quant_config.get_name()))
+    if getattr(quant_config, "transform_config", None):
+        raise refuse("integers of rotated weights (transform_config)")
+    # a linear by its class's name, which is what schemes ask for
+    found = quant_config.get_scheme_dict(torch.nn.Linear(1, 1, device="meta"), name)
+    scheme = None if found is None else found["weights"]
+    if scheme is None:
+        return 16
+    kind, strategy = (str(getattr(value, "value", value)) for value in (scheme.type, scheme.strategy))
+    if (scheme.num_bits, kind, strategy, scheme.symmetric) != (8, "int", "channel", True):
+        symmetry = "symmetric" if scheme.symmetric else "asymmetric"
+        raise refuse(f"{kind}{scheme.num_bits} by {strategy}, {symmetry}")
+    return 8
+
+
+def check_checkpoint(quant_config: Any, hf_config: Any, bits: int) -> None:
+    """Refuse a quantized checkpoint that mode `exact` cannot serve, by its first layer.
+
+    Raises:
+        ValueError: naming the linear and how it is stored.
+    """
+    if quant_config is None:
+        return
+    names = family_of(hf_config.architectures).names
+    integer_bits(quant_config, f"{names.layers}.0.{names.down}")
+    if bits < 16:
+        raise ValueError(
+            f"weight_bits={bits} rounds 16-bit weights, this checkpoint is quantized already: use"
+            " weight_bits=16, which serves them as they are."
+        )
 
 
 def check_load_format(load_format: Any, bits: int) -> None:

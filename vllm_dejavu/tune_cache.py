@@ -126,7 +126,8 @@ class _Point:
         for name, least in (("all", None), ("selected", 0)):
             model = torch.classes.dejavu_cpu.Model(1, False)
             weights = qkv, None, None, out, None, False
-            model.add_attention(0, "", [counters] * 4, -1, predictor, *weights, [self.heads, kv_heads, size])
+            heads = [self.heads, kv_heads, size]
+            model.add_attention(0, "", [counters] * 4, -1, predictor, *weights, heads, None, False)
             numbers = [size**-0.5, 0.0, 1.0, 1.0]
             fixed = isa, "auto", numbers, -1, None, None, cpu_attention_splits()
             way = model.use_cache(0, *key_value, *fixed, least)

@@ -207,7 +207,7 @@ void many_tokens(const Block<A>& block, int64_t at, int64_t width, int64_t token
 template <class A>
 void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                      int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
-                     char* scratch) {
+                     char* scratch, bool add) {
   using H = typename A::H;
   using Sum = typename A::Sum;
   using WVec = typename A::WVec;
@@ -259,16 +259,16 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const Values&
       const float scale = h.scales && !A::GROUPED ? h.scales[t] : 1;
       float* to = out + t * ldo + column;
       for (int64_t c = 0; c < (left < A::COLUMNS ? left : A::COLUMNS); ++c)
-        to[c] = static_cast<float>(from[c]) * scale;
+        to[c] = (add ? to[c] : 0) + static_cast<float>(from[c]) * scale;
     }
 }
 
 void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                         int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
-                        char* scratch) {
+                        char* scratch, bool add) {
   const auto run = [&](auto weight) {
     accumulate_rows<Accumulate<decltype(weight)>>(rows, begin, end, h, places, tokens, column_begin,
-                                                  column_end, out, ldo, scratch);
+                                                  column_end, out, ldo, scratch, add);
   };
   switch (rows.type) {
     case Type::f32: return run(float());

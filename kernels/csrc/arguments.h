@@ -16,7 +16,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t SEGMENT = 128;  // of a neuron list; as in kernels/interface.py
 // As in vllm_dejavu/metrics.py.
-enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED, CACHE_HELD, CACHE_READ };
+enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED, CACHE_HELD, CACHE_READ, ACTIVE, HIT, ABOVE_CROSSOVER };
 
 void check_matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
   TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns,
@@ -47,11 +47,11 @@ void check_weight(const Tensor& x, const Tensor& weight, const MaybeTensor& scal
 
 const float* scale_of(const MaybeTensor& scale) { return scale ? scale->data_ptr<float>() : nullptr; }
 
-void check_counters(const MaybeTensor& counters) {
+void check_counters(const MaybeTensor& counters, Counter least = SURVIVED) {
   if (!counters) return;
   TORCH_CHECK(counters->device().is_cpu() && counters->scalar_type() == at::kLong &&
-                  counters->is_contiguous() && counters->numel() > SURVIVED,
-              "dejavu: counters must be a contiguous CPU tensor of int64 with at least ", SURVIVED + 1,
+                  counters->is_contiguous() && counters->numel() > least,
+              "dejavu: counters must be a contiguous CPU tensor of int64 with at least ", least + 1,
               " elements, got ", counters->sizes(), " of ", counters->scalar_type(), " on ",
               counters->device());
 }

@@ -160,12 +160,12 @@ void dot(const Rows& rows, int64_t begin, int64_t end, const Values& x, int64_t 
 
 void accumulate(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                 int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
-                char* scratch) {
+                char* scratch, bool add) {
   if (h.type == Type::bf16)
     accumulate_rows<PairAccumulate>(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo,
-                                    scratch);
+                                    scratch, add);
   else
-    accumulate_quads(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch);
+    accumulate_quads(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch, add);
 }
 }  // namespace
 

@@ -148,10 +148,10 @@ void dot_rounded(const Rows& rows, int64_t begin, int64_t end, const Values& x, 
 
 void accumulate_rounded(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                         int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
-                        char* scratch) {
+                        char* scratch, bool add) {
   if (h.type == Type::i16)
     accumulate_rows<IntAccumulate>(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo,
-                                   scratch);
+                                   scratch, add);
   else
-    accumulate_widened(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch);
+    accumulate_widened(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch, add);
 }

@@ -73,9 +73,10 @@ struct Kernels {
   // columns column_begin <= c < column_end; the order of the sum does not depend on the columns. h is in
   // dot_input's type; or i8 or u8 where there is dot_lanes for i8, and then places are 0, 1, ... and begin a
   // multiple of ROW_GROUP. `scratch`, aligned to 64 bytes, has accumulate_scratch(tokens, columns) bytes.
+  // `add`: to what `out` holds.
   void (*accumulate)(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                      int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
-                     char* scratch);
+                     char* scratch, bool add);
 
   // `dot` for many tokens, of which one block is multiplied, `x` as pack_lanes left it: bf16 with weights of
   // bf16, segments of even columns; i8 with int8, whole rows. Rows up to `last` are prefetched where
@@ -96,9 +97,10 @@ struct Kernels {
 
   // How many scores[i] + bias[i] are positive; any[i] becomes 1 where that one is.
   int64_t (*threshold)(const float* scores, const float* bias, int32_t* any, int64_t n);
-  // to = ReLU(values * scale + bias), NaN as it is, of which `alive` gets the sums; a null scale is 1
+  // to = ReLU(values * scale + bias), NaN as it is, of which `alive` gets the sums, squared where that is
+  // asked for; a null scale is 1, a null bias 0
   void (*activate)(const float* values, const float* scale, const float* bias, float* alive, void* to,
-                   Type type, int64_t n);
+                   Type type, int64_t n, bool square);
   void (*widen)(const void* from, Type type, float* to, int64_t n);
   // to = from * scale + bias, rounded to nearest, ties to even; a null scale is 1, a null bias 0
   void (*finish)(const float* from, const float* scale, const float* bias, void* to, Type type, int64_t n);

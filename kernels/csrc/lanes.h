@@ -208,13 +208,13 @@ struct QuadAccumulate {
 
 void accumulate_quads(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                       int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
-                      char* scratch) {
+                      char* scratch, bool add) {
   if (h.type == Type::i8)
     accumulate_rows<QuadAccumulate<int8_t>>(rows, begin, end, h, places, tokens, column_begin, column_end,
-                                            out, ldo, scratch);
+                                            out, ldo, scratch, add);
   else if (h.type == Type::u8)
     accumulate_rows<QuadAccumulate<uint8_t>>(rows, begin, end, h, places, tokens, column_begin, column_end,
-                                             out, ldo, scratch);
+                                             out, ldo, scratch, add);
   else
-    accumulate_rounded(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch);
+    accumulate_rounded(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch, add);
 }

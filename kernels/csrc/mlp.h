@@ -28,10 +28,10 @@ struct Activations {
   const float* alive;
 };
 
-// x through fc1's rows of the list (null: all of n) and ReLU, as values of a type; row_mask [tokens, ffn] may
-// restrict a token to its own.
+// x through fc1's rows of the list (null: all of n) and ReLU, maybe squared, as values of a type; row_mask
+// [tokens, ffn] may restrict a token to its own.
 Activations up(const Inputs& x, const Tensor& fc1, const Affine& affine, const int32_t* list, int64_t n,
-               const bool* row_mask, Type type) {
+               const bool* row_mask, Type type, bool square) {
   const int64_t ffn = fc1.size(0), size = size_of(type);
   const Rows rows = rows_of(fc1, list);
   const int64_t width = (n + 15) / 16 * 16 + CACHE_LINE / 4;  // a line more, as in Inputs
@@ -57,7 +57,7 @@ Activations up(const Inputs& x, const Tensor& fc1, const Affine& affine, const i
             for (int64_t j = 0; j < mine; ++j)
               if (!row_mask[t * ffn + id(begin + j)]) values[i * mine + j] = -INFINITY;
           kernels().activate(values + i * mine, scaled, added, alive + begin, h + (t * width + begin) * size,
-                             type, mine);
+                             type, mine, square);
         }
       }
     }
@@ -154,7 +154,7 @@ void down(const Values& h, const Survivors& survivors, int64_t tokens, const Ten
       for (int64_t column = begin; column < end; column += panel) {
         const int64_t stop = std::min(end, column + panel);
         kernels().accumulate(rows2, share(split), share(split + 1), h, survivors.places, tokens, column, stop,
-                             partials + split * tokens * columns + column, columns, memory);
+                             partials + split * tokens * columns + column, columns, memory, false);
         if (splits == 1)
           for (int64_t t = 0; t < tokens; ++t) finish(t, column, stop);
       }
@@ -180,6 +180,7 @@ struct Mlp {
   const MaybeTensor &fc1_scale, &fc1_bias;
   const Tensor& fc2;
   const MaybeTensor& fc2_scale;
+  bool square;  // what is positive, before fc2
 
   int64_t ffn() const { return fc1.size(0); }
 
@@ -199,8 +200,8 @@ struct Mlp {
 void mlp_rows(const Tensor& x, const Mlp& mlp, const float* bias, const int32_t* list, int64_t n,
               const bool* row_mask, const MaybeTensor& counters, const Tensor& out) {
   const Inputs inputs(x, type_of(mlp.fc1));
-  const Activations h =
-      up(inputs, mlp.fc1, {scale_of(mlp.fc1_scale), bias}, list, n, row_mask, between(inputs, type_of(x)));
+  const Activations h = up(inputs, mlp.fc1, {scale_of(mlp.fc1_scale), bias}, list, n, row_mask,
+                           between(inputs, type_of(x)), mlp.square);
   Survivors survivors = compact(h, list, n);
   count(counters, SURVIVED, survivors.count);
   Values values = h.values;
@@ -211,10 +212,10 @@ void mlp_rows(const Tensor& x, const Mlp& mlp, const float* bias, const int32_t*
 }
 
 Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scale,
-                  const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale,
+                  const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale, bool square,
                   const Tensor& neuron_ids, const Tensor& counts, const Tensor& row_lens,
                   const MaybeTensor& row_mask, const MaybeTensor& counters) {
-  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale};
+  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale, square};
   mlp.check(x);
   const int64_t ffn = mlp.ffn(), segments = (ffn + SEGMENT - 1) / SEGMENT;
   check_vector(neuron_ids, ffn, at::kInt, "neuron_ids");
@@ -273,12 +274,15 @@ void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, con
 // The MLP over all neurons, but fc2's rows of neurons that came out 0 for all tokens of a chunk: that changes
 // nothing but the time.
 Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scale,
-                 const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale) {
-  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale};
+                 const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale, bool square) {
+  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale, square};
   mlp.check(x);
   const float* bias = widened(fc1_bias, fc1.size(0));
-  if (better_plain(x, x.size(0), fc1))
-    return plain_linear(plain_linear(x, fc1, fc1_scale, fc1_bias).relu_(), fc2.t(), fc2_scale, std::nullopt);
+  if (better_plain(x, x.size(0), fc1)) {
+    Tensor h = plain_linear(x, fc1, fc1_scale, fc1_bias).relu_();
+    if (square) h.square_();
+    return plain_linear(h, fc2.t(), fc2_scale, std::nullopt);
+  }
   const Tensor input = x.contiguous();
   const int64_t tokens = x.size(0), chunks = std::max<int64_t>(1, (tokens + MLP_TOKENS - 1) / MLP_TOKENS);
   Tensor out = at::empty({tokens, fc2.size(1)}, x.options());

@@ -50,6 +50,7 @@ struct MlpBlock {
   GateOf gate;
   Tensor fc1, fc2, down, up, threshold;
   MaybeTensor fc1_scale, fc1_bias, fc2_scale;
+  bool square;    // what is positive, before fc2
   int64_t rider;  // layer whose head scores it computes on the way, or -1
 };
 
@@ -60,6 +61,7 @@ struct AttentionBlock {
   MaybeTensor qkv_scale, qkv_bias, out_scale;
   bool transposed;  // out
   int64_t heads, kv_heads, head_size;
+  std::optional<Operator> rotate;   // queries and keys, by vLLM's operator
   std::optional<PagedCache> cache;  // none: Python attends
   int64_t least_cached;             // tokens of a pass from which on only selected heads are read of it
 
@@ -85,7 +87,7 @@ struct Model : torch::CustomClassHolder {
   // gate: its tensors, as GateOf has them. predictor: down, up, bias.
   void add_mlp(int64_t layer, std::string name, Tensors gate, int64_t most_tokens, Tensors predictor,
                Tensor fc1, MaybeTensor fc1_scale, MaybeTensor fc1_bias, Tensor fc2, MaybeTensor fc2_scale,
-               int64_t rider) {
+               bool square, int64_t rider) {
     mlps.at(layer) = MlpBlock{std::move(name),
                               {gate.at(0), gate.at(1), gate.at(2), gate.at(3), most_tokens},
                               fc1,
@@ -96,13 +98,16 @@ struct Model : torch::CustomClassHolder {
                               fc1_scale,
                               fc1_bias,
                               fc2_scale,
+                              square,
                               rider};
   }
 
-  // predictor: weight, bias. heads: queries' and keys', and the size of one.
+  // predictor: weight, bias. heads: queries' and keys', and the size of one. rotary: vLLM's cosines and
+  // sines, and whether it turns halves of a head (neox), not neighbours.
   void add_attention(int64_t layer, std::string name, Tensors gate, int64_t most_tokens, Tensors predictor,
                      Tensor qkv, MaybeTensor qkv_scale, MaybeTensor qkv_bias, Tensor out,
-                     MaybeTensor out_scale, bool transposed, std::vector<int64_t> heads) {
+                     MaybeTensor out_scale, bool transposed, std::vector<int64_t> heads, MaybeTensor rotary,
+                     bool neox) {
     attentions.at(layer) = AttentionBlock{std::move(name),
                                           {gate.at(0), gate.at(1), gate.at(2), gate.at(3), most_tokens},
                                           qkv,
@@ -116,6 +121,15 @@ struct Model : torch::CustomClassHolder {
                                           heads.at(0),
                                           heads.at(1),
                                           heads.at(2)};
+    if (!rotary) return;
+    auto& rotate = attentions.at(layer)->rotate;
+    rotate.emplace("_C::rotary_embedding",
+                   std::initializer_list<Operator::Named>{
+                       {"head_size", heads.at(2)}, {"cos_sin_cache", *rotary}, {"is_neox", neox}},
+                   std::initializer_list<const char*>{"positions", "query", "key"});
+    TORCH_CHECK(*rotate,
+                "dejavu: vLLM's rotary_embedding takes other arguments than expected; this version of "
+                "vLLM is not supported on a CPU (docs/compatibility.md)");
   }
 
   // The cache of a layer and how vLLM attends to it. Returns 0: vLLM's operators want something else, and
@@ -214,13 +228,14 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const 
     const MaybeTensor row_mask = model.row_exact ? MaybeTensor(mask) : std::nullopt;
     const Tensor &list = ids, &numbers = counts;
     out = recorded("dejavu_cpu::sparse_mlp", [&] {
-      return sparse_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale, list,
-                        numbers, lens, row_mask, block.gate.counters);
+      return sparse_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale,
+                        block.square, list, numbers, lens, row_mask, block.gate.counters);
     });
   } else {
     if (sparse_step) count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, lens);
     out = recorded("dejavu_cpu::dense_mlp", [&] {
-      return dense_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale);
+      return dense_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale,
+                       block.square);
     });
     if (rider) scores = score_heads(*previous, rider->predictor, rider->threshold, lens);
   }
@@ -260,6 +275,9 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
     qkv = at::empty({rows, block.qkv.size(0)}, x.options());
     recorded("dejavu_cpu::linear", [&] { linear(x, block.qkv, block.qkv_scale, block.qkv_bias, qkv); });
   }
+  if (block.rotate)
+    (*block.rotate)({positions, qkv.narrow(1, 0, block.heads * size),
+                     qkv.narrow(1, block.heads * size, block.kv_heads * size)});
   const auto part = [&](int64_t first, int64_t n) {
     return qkv.narrow(1, first * size, n * size).view({rows, n, size});
   };

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "exact.h"
 #include "heads.h"
 #include "mlp.h"
 #include "model.h"
@@ -77,11 +78,14 @@ TORCH_LIBRARY(dejavu_cpu, m) {
       "Tensor, Tensor)");
   m.def(
       "sparse_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2_weight_t, "
-      "Tensor? fc2_scale, Tensor neuron_ids, Tensor counts, Tensor row_lens, Tensor? row_mask, "
+      "Tensor? fc2_scale, bool square, Tensor neuron_ids, Tensor counts, Tensor row_lens, Tensor? row_mask, "
       "Tensor(a!)? counters) -> Tensor");
   m.def(
       "dense_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2_weight_t, "
-      "Tensor? fc2_scale) -> Tensor");
+      "Tensor? fc2_scale, bool square) -> Tensor");
+  m.def(
+      "exact_down(Tensor x, Tensor fc2_weight_t, Tensor? fc2_scale, bool square, float crossover, "
+      "Tensor(a!)? counters) -> Tensor");
   m.def(
       "sparse_qkv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor head_scores, Tensor row_lens, "
       "int head_size, Tensor(a!)? counters) -> Tensor");
@@ -119,6 +123,7 @@ TORCH_LIBRARY_IMPL(dejavu_cpu, CPU, m) {
   m.impl("select_neurons", select_neurons);
   m.impl("sparse_mlp", sparse_mlp);
   m.impl("dense_mlp", dense_mlp);
+  m.impl("exact_down", exact_down);
   m.impl("sparse_qkv", sparse_qkv);
   m.impl("sparse_out_proj", sparse_out_proj);
   m.impl("transposed_out_proj", transposed_out_proj);

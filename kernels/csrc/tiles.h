@@ -185,30 +185,31 @@ int64_t threshold(const float* scores, const float* bias, int32_t* any, int64_t 
 
 template <class E>
 void activate_all(const float* values, const float* scale, const float* bias, float* alive, void* to,
-                  int64_t n) {
+                  int64_t n, bool square) {
   const Vec one = Vec::set1(1);
+  const auto activated = [square](Vec value) { return square ? Vec::fma(value, value, Vec::zero()) : value; };
   E* p = static_cast<E*>(to);
   int64_t i = 0;
   for (; i + Vec::WIDTH <= n; i += Vec::WIDTH) {
     const Vec value = Vec::relu(scaled(values, scale, bias, i, n));
     Vec::fma(one, value, Vec::load(alive + i)).store(alive + i);
-    store_as(value, p + i);
+    store_as(activated(value), p + i);
   }
   if (i < n) {
     const Vec value = Vec::relu(scaled(values, scale, bias, i, n));
     Vec::fma(one, value, Vec::load_n(alive + i, n - i)).store_n(alive + i, n - i);
     E last[Vec::WIDTH];
-    store_as(value, last);
+    store_as(activated(value), last);
     for (int64_t j = 0; i + j < n; ++j) p[i + j] = last[j];
   }
 }
 
 void activate(const float* values, const float* scale, const float* bias, float* alive, void* to, Type type,
-              int64_t n) {
+              int64_t n, bool square) {
   if (type == Type::bf16)
-    activate_all<BFloat>(values, scale, bias, alive, to, n);
+    activate_all<BFloat>(values, scale, bias, alive, to, n, square);
   else
-    activate_all<float>(values, scale, bias, alive, to, n);
+    activate_all<float>(values, scale, bias, alive, to, n, square);
 }
 
 void widen_any(const void* from, Type type, float* to, int64_t n) {

@@ -24,6 +24,7 @@ from vllm_dejavu import artifact, engine, metrics, ops, quantization, tune, warm
 from vllm_dejavu.attention import GatedAttention
 from vllm_dejavu.blocks import Site
 from vllm_dejavu.config import DejaVuConfig
+from vllm_dejavu.exact import ExactMLP
 from vllm_dejavu.families import Geometry, geometry_of
 from vllm_dejavu.formats import fill_dummies
 from vllm_dejavu.gate import Calibrated, Gate, Recorder
@@ -40,7 +41,7 @@ class Layer(Protocol):
     """What is asked of a decoder layer."""
 
     attention: GatedAttention
-    mlp: GatedMLP
+    mlp: GatedMLP | ExactMLP
 
 
 class Gates(NamedTuple):
@@ -89,6 +90,12 @@ class Plan(NamedTuple):
         layer = int(prefix.rsplit(".", 1)[1])
         return Site(self.vllm_config, self.settings, self.geometry, layer, prefix)
 
+    def mlp(self, site: Site, bias: bool, attention_name: str) -> GatedMLP | ExactMLP:
+        """Of a layer whose attention is called so."""
+        if self.settings.mode == "exact":
+            return ExactMLP(site, bias, attention_name)
+        return GatedMLP(site, bias, self.gates.get(site.layer, "mlp"), attention_name)
+
 
 def connect(layers: Sequence[Layer]) -> None:
     """Let each MLP's predictor score the heads of the next layer too, where it can: one launch less."""
@@ -129,7 +136,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         self.geometry = geometry_of(self.config)
         pp = get_pp_group()
         first_layer = get_pp_indices(self.geometry.num_layers, pp.rank_in_group, pp.world_size)[0]
-        gated = None if self.settings.mode == "dense" else self.loaded
+        gated = None if self.settings.mode == "dense" else self.loaded  # nothing is in mode exact
         gates = Gates(gated, self.tuned, self.settings.blocks, first_layer)
         layers = list(self.build(Plan(vllm_config, self.settings, self.geometry, gates), prefix))
         blocks = [block for layer in layers for block in (layer.attention, layer.mlp)]
@@ -143,6 +150,8 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         )
         self.register_buffer("step_counters", metrics.new_step_counters(), persistent=False)
         self.gates: list[Gate] = [block.gate for block in blocks if block.gate is not None]
+        exact = [block for block in blocks if isinstance(block, ExactMLP)]
+        self.counted: list[Gate | ExactMLP] = [*self.gates, *exact]
         self.num_local_layers = len(layers)
         pairs = [(layer.attention, layer.mlp) for layer in layers]
         self.native: NativeBlocks | None = native_blocks(self.settings, pairs)
@@ -152,7 +161,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         self.switched_dense = False
         self.first_attention = layers[0].attention.attention_name
         layers[0].attention.attn.after_loading = self.verify_weights
-        self._allocate_workspace(vllm_config, [b for b in blocks if b.gate is not None])
+        self._allocate_workspace(vllm_config, [b for b in blocks if b.gate is not None or b in exact])
         warm_up.complete_warm_up()
         self._announce()
 
@@ -184,7 +193,9 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         """Run by Python in eager and PIECEWISE steps, captured as one addition in FULL graphs."""
         if step is not None:
             reason = step.reason if self.gates else "mode_dense"
-            if reason == "sparse" and not any(
+            if self.settings.mode == "exact":  # prompts too
+                reason = "sparse"
+            elif reason == "sparse" and not any(
                 gate.takes(num_tokens) or gate.reads_selected(step) for gate in self.gates
             ):
                 reason = "above_crossover"
@@ -214,7 +225,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
             # Behind the fingerprint: predictors stay those trained for the checkpoint, whatever its weights
             # are rounded to.
             parts = {name: tensor}
-            if param.dtype == torch.int8:
+            if param.dtype == torch.int8 and tensor.is_floating_point():
                 parts = dict(zip((name, f"{name}_scale"), quantization.int8_rows(tensor), strict=True))
             elif self.settings.weight_bits == 4:
                 parts[name] = quantization.quantize_dequantize(stored_name, tensor, 4)
@@ -270,7 +281,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         """This rank's counts as plain numbers; `metrics.summarize` makes densities of them."""
         manifest = None if self.loaded is None else self.loaded.manifest
         # at once: one wait for the device
-        counts = torch.stack([g.counters for g in self.gates]).tolist() if self.gates else []
+        counts = torch.stack([c.counters for c in self.counted]).tolist() if self.counted else []
         return {
             "mode": self.settings.mode,
             "weight_bits": self.settings.weight_bits,
@@ -281,13 +292,13 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
             "steps": dict(zip(metrics.STEP_REASONS, self.step_counters.tolist(), strict=True)),
             "gates": [
                 {
-                    "layer": g.layer,
-                    "block": g.block,
-                    "units": g.units,
-                    "calibrated": {"density": g.spec.density["mean"], "recall": g.spec.recall},
+                    "layer": c.layer,
+                    "block": c.block,
+                    "units": c.units,
+                    "calibrated": c.calibrated,
                 }
                 | dict(zip(metrics.GATE_COUNTERS, values, strict=True))
-                for g, values in zip(self.gates, counts, strict=True)
+                for c, values in zip(self.counted, counts, strict=True)
             ],
             "artifact": {
                 "path": self.artifact_path,
@@ -300,7 +311,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         }
 
     def reset_metrics(self) -> None:
-        for counters in (self.step_counters, *(g.counters for g in self.gates)):
+        for counters in (self.step_counters, *(c.counters for c in self.counted)):
             counters.zero_()
 
     def set_dense(self, dense: bool) -> None:
@@ -325,7 +336,9 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
 
     # At the start
 
-    def _allocate_workspace(self, vllm_config: VllmConfig, gated: list[GatedAttention | GatedMLP]) -> None:
+    def _allocate_workspace(
+        self, vllm_config: VllmConfig, gated: list[GatedAttention | GatedMLP | ExactMLP]
+    ) -> None:
         """Scratch memory of the Triton kernels, now, so that vLLM's memory profile counts it."""
         if torch.get_default_device().type != "cuda" or not gated:
             return
@@ -334,8 +347,8 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         workspace = Workspace.for_model(
             torch.device("cuda", torch.cuda.current_device()),
             vllm_config.model_config.dtype,
-            num_tokens=vllm_config.scheduler_config.max_num_seqs,
-            ffn=max((b.units for b in gated if isinstance(b, GatedMLP)), default=0),
+            num_tokens=max(vllm_config.scheduler_config.max_num_seqs, *(b.most_rows for b in gated)),
+            ffn=max((b.units for b in gated if not isinstance(b, GatedAttention)), default=0),
             head_size=max((b.head_size for b in gated if isinstance(b, GatedAttention)), default=0),
         )
         self.register_buffer("kernel_semaphores", workspace.semaphore_memory, persistent=False)
@@ -347,6 +360,19 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         if min(bits, head_bits) < 16:
             log = logger.warning if bits == 4 else logger.info
             log("dejavu: %s", quantization.describe(bits, head_bits))
+        device = self.weights_fingerprint.device.type
+        kernels = interface.implementation(device)
+        if device == "cpu" and kernels is not cpu.KERNELS:
+            logger.warning("dejavu: %s", cpu.MISSING)
+        if self.settings.mode == "exact":
+            logger.info(
+                "dejavu: %s served exactly (mode='exact'): no predictors, fc2 of %d layers skips neurons that"
+                " came out 0, by %s",
+                self.model_name,
+                self.num_local_layers,
+                kernels.describe(),
+            )
+            return
         if self.loaded is None:
             logger.info("dejavu: %s served dense (mode='dense'), no predictors", self.model_name)
             return
@@ -355,10 +381,6 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
                 "dejavu: the artifact %s gates no block that is served here: every step runs dense",
                 self.artifact_path,
             )
-        device = self.weights_fingerprint.device.type
-        kernels = interface.implementation(device)
-        if device == "cpu" and kernels is not cpu.KERNELS:
-            logger.warning("dejavu: %s", cpu.MISSING)
         count = {b: sum(g.block == b for g in self.gates) for b in ("mlp", "attention")}
         recalls = [g.spec.recall for g in self.gates if g.block == "mlp" and g.spec.recall is not None]
         recall = (

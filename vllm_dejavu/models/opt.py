@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import (
+    WeightsMapper,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
@@ -28,7 +29,6 @@ from vllm_dejavu.attention import GatedAttention
 from vllm_dejavu.blocks import Flow
 from vllm_dejavu.compat import LayerNorm
 from vllm_dejavu.formats import config_of
-from vllm_dejavu.mlp import GatedMLP
 from vllm_dejavu.models.base import DejaVuForCausalLM, Plan, connect
 
 
@@ -52,8 +52,7 @@ class DejaVuOPTDecoderLayer(nn.Module):
         self.pre_norm = plan.geometry.norm == "pre"  # 125m, 1.3b, ... 175b; 350m normalises after each block
         self.self_attn = GatedAttention(site.at("self_attn"), bias, plan.gates.get(site.layer, "attention"))
         self.self_attn_layer_norm = LayerNorm(hidden, elementwise_affine=affine)
-        mlp_gate = plan.gates.get(site.layer, "mlp")
-        self.mlp = GatedMLP(site.at("mlp"), bias, mlp_gate, self.self_attn.attention_name)
+        self.mlp = plan.mlp(site.at("mlp"), bias, self.self_attn.attention_name)
         self.final_layer_norm = LayerNorm(hidden, elementwise_affine=affine)
 
     @property
@@ -159,6 +158,10 @@ class DejaVuOPTModel(nn.Module):
 
 class DejaVuOPTForCausalLM(DejaVuForCausalLM):
     """`--model-impl dejavu` for OPT."""
+
+    # By which a quantized checkpoint's schemes are found for our layers.
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".fc1": ".mlp.fc1", ".fc2": ".mlp.fc2"})
 
     def build(self, plan: Plan, prefix: str) -> Iterable[DejaVuOPTDecoderLayer]:
         config = self.config
