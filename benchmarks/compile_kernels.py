@@ -63,6 +63,7 @@ NAMES = {FP16: "fp16", BF16: "bf16", FP32: "fp32"}
 MODULES = {
     "_down_kernel": predict,
     "_up_select_kernel": predict,
+    "_positive_kernel": sparse_mlp,
     "_fc1_kernel": sparse_mlp,
     "_fc2_kernel": sparse_mlp,
     "_qkv_kernel": projections,
@@ -167,6 +168,13 @@ def _mlp(model: Model, tokens: int, dtype: torch.dtype) -> None:
     )
 
 
+def _exact(model: Model, tokens: int, dtype: torch.dtype) -> None:
+    """Of an fc1 that is computed, squared: mode exact of Nemotron."""
+    h, weight = empty(tokens, model.ffn, dtype=dtype), empty(model.ffn, model.hidden, dtype=dtype)
+    call = Call(empty(tokens, dtype=torch.int32), _counters())
+    sparse_mlp.exact_down(h, Rows(weight, transposed=True), "relu2", 1.0, call)
+
+
 def _project(model: Model, tokens: int, dtype: torch.dtype) -> None:
     size, scores = 3 * model.hidden, empty(tokens, model.heads, dtype=FP32)
     head_size = model.hidden // model.heads
@@ -211,6 +219,7 @@ def configs(dtypes: tuple[torch.dtype, ...] = (FP16, BF16, FP32)) -> Iterator[Co
     calls = (
         ("", _select, ("_down_kernel", "_up_select_kernel")),
         ("", _mlp, ("_fc1_kernel", "_fc2_kernel")),
+        ("exact relu2 ", _exact, ("_positive_kernel", "_fc1_kernel", "_fc2_kernel")),
         ("", _project, ("_qkv_kernel", "_out_proj_kernel")),
         ("heads only ", _score_heads, ("_down_kernel",)),
         ("no heads ", functools.partial(_select, heads=False), ("_down_kernel",)),

@@ -119,7 +119,7 @@ class NativeKernels(Kernels):
         return torch.ops.dejavu_cpu.exact_down(h, down.weight, down.scale, square, crossover, call.counters)
 
     def squares(self, activation: str) -> bool:
-        """Whether an activation is ReLU², not ReLU."""
+        """Whether an activation is relu2, the square of ReLU."""
         if activation not in self.activations:
             raise ValueError(
                 f"the native CPU kernels know the activations {list(self.activations)}, got {activation!r}"

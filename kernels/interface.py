@@ -97,8 +97,8 @@ class Mlp(NamedTuple):
     Attributes:
         up: [ffn, hidden]. down: [ffn, hidden], transposed, so that a neuron is a row of both; of up's dtype;
             its bias is added by the caller, after the sum over ranks.
-        activation: "relu" or "relu2" (ReLU²): 0 of what is not positive, so that such neurons add nothing and
-            `down` skips them.
+        activation: "relu" or "relu2" (its square): 0 of what is not positive, so that such neurons add
+            nothing and `down` skips them.
     """
 
     up: Rows

@@ -1,4 +1,4 @@
-"""Gathered MLP: fc1 rows of the selected neurons, ReLU or ReLU², fc2-transposed rows of those that came out
+"""Gathered MLP: fc1 rows of the selected neurons, ReLU or relu2, fc2-transposed rows of those that came out
 positive. Two launches; three where fc1 is computed already and nothing was selected (`exact_down`).
 
 1. `_fc1_kernel`: a fixed grid divides the device-side number of neurons evenly, whatever it is: in blocks of
@@ -9,7 +9,7 @@ positive. Two launches; three where fc1 is computed already and nothing was sele
 
 `_positive_kernel` in front of these makes the list, where no predictor did.
 
-ReLU² of what is more than 255 does not fit into fp16: there squares are kept as sixteenths.
+The square of what is more than 255 does not fit into fp16: there squares are kept as sixteenths.
 
 Source: Deja Vu (2023), whose kernels take a k fixed in advance; the even division and the skip of fc2 rows
 are ours.

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from faults_base import TESTS_OF, Fault, picked
+from faults_exact import EXACT
 from faults_native import INT8, NATIVE, PASSES
 
 TRITON = [
@@ -215,7 +216,7 @@ REFUSALS = [
 
 PICKED = [
     *(*NATIVE, *TRITON, *REFERENCE, *SERVING, *METRICS, *TRAINING, *ARTIFACT, *REFUSALS, *INT8),
-    *PASSES,
+    *(*PASSES, *EXACT),
 ]
 # As `scripts/draw_faults.py` wrote them; only `equivalent` was added by hand.
 DRAWN_FILE = Path(__file__).with_name("drawn_faults.json")

@@ -204,6 +204,8 @@ def test_what_is_refused(w8a8, opt, tmp_path):
     four = quantized.write(opt(tied=False, hidden=128), tmp_path / "w4a16", "w4a16")
     cases = [
         (four, EXACT, r"layers\.0\.fc2, stored as int4 by group"),
+        (with_scheme(w8a8, tmp_path / "asymmetric", symmetric=False), EXACT, "int8 by channel, asymmetric"),
+        (with_scheme(w8a8, tmp_path / "tensor", strategy="tensor"), EXACT, "int8 by tensor, symmetric"),
         (w8a8, {"mode": "dense"}, "quantization='compressed-tensors'.*mode 'exact'"),
         (w8a8, EXACT | {"weight_bits": 8}, "weight_bits=8 rounds 16-bit weights"),
     ]
@@ -220,7 +222,9 @@ def test_without_an_artifact_three_ways_are_offered(opt):
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="made for workers on a CPU: here they would share a GPU"
 )
-@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize(
+    "parallel", ["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.on_demand)]
+)
 def test_in_parallel(parallel, tmp_path):
     """Two ranks write what one writes, and all of them count."""
     from test_engine_parallel import in_processes, job

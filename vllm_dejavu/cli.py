@@ -1,5 +1,5 @@
-"""`vllm-dejavu`: train, evaluate, inspect, tune, plan, doctor. Thin: arguments in, one function called,
-result printed.
+"""`vllm-dejavu`: train, evaluate, inspect, tune, plan, probe, doctor. Thin: arguments in, one function
+called, result printed.
 """
 
 from __future__ import annotations
@@ -230,6 +230,22 @@ def _parser() -> argparse.ArgumentParser:
     plan_table.add_options(p)
     p.set_defaults(run=_plan)
 
+    p = commands.add_parser(
+        "probe", help="how sparse is a model by itself? measured in Transformers, without training"
+    )
+    p.add_argument("model", help="directory or hub id of a model with ReLU or its square, served or not")
+    p.add_argument("--data", nargs="+", default=[], help="text, as of train (default: the model's own)")
+    p.add_argument("--field", default="text")
+    p.add_argument("--tokens", type=int, default=8_192, help="of the text (%(default)s)")
+    p.add_argument("--seq-len", type=int, default=512, help="tokens a window (%(default)s)")
+    p.add_argument("--device", default="cpu")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--output", help="directory for probe.json, probe.md and probe.png")
+    p.set_defaults(run=_probe)
+
     p = commands.add_parser("doctor", help="would --model-impl dejavu take effect here?")
     p.set_defaults(run=_doctor)
     return parser
@@ -334,6 +350,18 @@ def _plan(args: argparse.Namespace) -> int:
         args.model, args.gpu, batch=batch[0], context=context[0], predictor=args.predictor, tp=args.tp
     )
     print(json.dumps(result, indent=1) if args.json else plan.report(result))
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from vllm_dejavu.predictor_training import probe
+
+    result = probe.run(probe.ProbeConfig(**_fields(probe.ProbeConfig, args)))
+    print(probe.report(result))
+    if args.output:
+        print("wrote", *probe.save(result, Path(args.output)))
     return 0
 
 

@@ -162,7 +162,9 @@ def family_of(architectures: str | Sequence[str] | None) -> Family:
             return family
     raise ValueError(
         f"model_impl='dejavu' supports the architectures {[f.architecture for f in FAMILIES]}, this model has"
-        f" {named}. Serve it without --model-impl dejavu."
+        f" {named}. Serve it without --model-impl dejavu; `vllm-dejavu probe MODEL` says how sparse it is, if"
+        " its activation leaves neurons at exactly 0 (ReLU and its square do; SiLU and GELU leave nothing to"
+        " skip exactly)."
     )
 
 

@@ -1,5 +1,5 @@
 """Nemotron (Minitron, Nemotron-Mini) with gated attention and MLPs: LayerNorm by 1 + w, partly rotated heads,
-grouped queries, ReLU², no biases.
+grouped queries, ReLU squared, no biases.
 
 Layout and arithmetic follow vLLM's own Nemotron (Apache-2.0). T is the number of tokens of a step, padded;
 hidden states are [T, hidden].
