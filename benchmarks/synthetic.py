@@ -307,8 +307,9 @@ def init_weights(
         elif name.endswith("fc1.bias"):
             if rates is None:
                 p.fill_(bias)
-            else:  # of all ranks: tensor parallelism is not asked for here
-                p.copy_(torch.special.ndtri(rates[int(name.split(".layers.")[1].split(".")[0])].double()))
+            else:  # of all ranks: tensor parallelism is not asked for here; of a rate of 1, finite
+                rate = rates[int(name.split(".layers.")[1].split(".")[0])].double()
+                p.copy_(torch.special.ndtri(rate.clamp(max=NORMAL.cdf(ALWAYS_POSITIVE))))
         elif name.endswith(".bias"):
             p.zero_()
         elif "embed_positions" in name:

@@ -11,7 +11,7 @@ import torch
 from common import percentile
 from kernel_flat import flat_reference as reference
 from profile_step import kernels_of, launches_per_layer, summarize
-from transformers import OPTConfig
+from transformers import OPTConfig, OPTForCausalLM
 
 from vllm_dejavu import artifact
 from vllm_dejavu.manifest import ModelSpec, check_model
@@ -255,3 +255,20 @@ def test_tiled_weights_are_random_enough(dtype):
     ) == pytest.approx(0.02, rel=0.02)
     rows = torch.nn.functional.normalize(torch.cat([first, second]).float(), dim=1)
     assert (rows @ rows.T - torch.eye(len(rows))).abs().max() < 0.4
+
+
+def test_true_rates(tmp_path):
+    """fc1's biases bring each neuron out as often as its gate selects it; one that always fires has a finite
+    one.
+    """
+    recipe = synthetic.Recipe("small", rank=16)
+    rates = synthetic.rates_of(synthetic.write_artifact(tmp_path, SMALL, PRESET, 0.5, recipe))
+    assert len(rates) == SMALL.num_layers and any(bool((rate == 1).any()) for rate in rates)
+    model = OPTForCausalLM(OPTConfig(**synthetic.hf_config(SMALL)))
+    synthetic.init_weights(model, rates=rates)
+    generator = torch.Generator().manual_seed(0)
+    for rate, layer in zip(rates, model.model.decoder.layers, strict=True):
+        bias = layer.fc1.bias
+        assert bias.isfinite().all()
+        out = torch.randn(4000, 1, generator=generator) + bias  # what fc1 gives, of standard deviation 1
+        assert torch.allclose((out > 0).float().mean(0), rate, atol=0.04)

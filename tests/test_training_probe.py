@@ -58,7 +58,7 @@ def test_counts(family, opt, nemotron, tmp_path, monkeypatch):
     seen: dict[int, list[torch.Tensor]] = {}
     for i, layer in enumerate(find_modules(hf, "").layers):
         layer.get_submodule(down).register_forward_pre_hook(
-            lambda m, args, i=i: seen.setdefault(i, []).append(args[0][0] != 0)
+            lambda m, args, i=i: seen.setdefault(i, []).append(args[0].flatten(0, -2) != 0)
         )
     with torch.inference_mode():
         for window in given[0]:
