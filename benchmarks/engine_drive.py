@@ -204,7 +204,7 @@ def drive(
     given = 0
     while given < warmup:
         given += bool(engine.step())
-    if SIDES[spec["side"]].sparse:
+    if SIDES[spec["side"]].counts:
         llm.collective_rpc("dejavu_reset_metrics")
     if before_timed is not None:
         before_timed()

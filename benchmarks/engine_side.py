@@ -129,7 +129,7 @@ def run_vllm(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> No
             row |= densities(summary)
             sparse = summary["sparse_step_share"] or 0.0
             row["cache_mb"] *= 1 - sparse * (1 - (row["cache_density"] or 1.0))
-            if not side.sparse:  # fc1 is read whole, and prompts are counted too
+            if not side.sparse:  # fc1 is read whole
                 for layer in summary["layers"]:
                     layer["mlp"] |= {"read_density": 1.0}
             read += sparse * (
