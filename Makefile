@@ -1,5 +1,6 @@
 # The commands of the README. `make PYTHON=python3.12 ...` names another Python, BUILD=cpu|cuda overrides the choice
-# that scripts/install.py makes by looking for an NVIDIA GPU, JOBS=N the number of test processes.
+# that scripts/install.py makes by looking for an NVIDIA GPU, JOBS=N the number of test processes; of the demo
+# MODEL=DIR the model, and PREDICTOR=DIR its artifact where that is not in MODEL/dejavu.
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= auto
@@ -10,7 +11,7 @@ RUN = $(VENV)/bin/python
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo     serve examples/opt-books-7m sparsely, beside dense vLLM, and compare"
+	@echo "make demo     serve examples/opt-books-7m sparsely, beside dense vLLM, and compare; MODEL=DIR another one"
 	@echo "make test     run the tests"
 	@echo "make faults   plant faults in copies of the code, and see which no test notices; takes an hour"
 	@echo "make format   run ruff: the format, and what it can mend"
@@ -24,7 +25,7 @@ $(VENV)/.installed: setup.py scripts/install.py $(wildcard kernels/csrc/*)
 	@$(PYTHON) scripts/install.py --venv $(VENV) --build $(BUILD)
 
 demo: install
-	@$(RUN) scripts/demo.py
+	@$(RUN) scripts/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(PREDICTOR),--predictor $(PREDICTOR))
 
 test: install
 	$(RUN) -m pytest -n $(JOBS)

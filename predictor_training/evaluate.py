@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vllm_dejavu import artifact, locate, metrics, quantization
-from vllm_dejavu.config import BLOCKS, MODES, WEIGHT_BITS
+from vllm_dejavu.config import BLOCKS, EVALUATED_MODES, WEIGHT_BITS
 from vllm_dejavu.families import Geometry, family_of, geometry_of
 from vllm_dejavu.manifest import ModelSpec, check_model
 from vllm_dejavu.predictor_training import data
@@ -61,8 +61,8 @@ class EvaluateConfig:
     weight_bits: int = 16
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"--mode {self.mode!r} is unknown: expected one of {list(MODES)}.")
+        if self.mode not in EVALUATED_MODES:
+            raise ValueError(f"--mode {self.mode!r} is unknown: expected one of {list(EVALUATED_MODES)}.")
         if self.weight_bits not in WEIGHT_BITS:
             raise ValueError(
                 f"--weight-bits {self.weight_bits!r} is unknown: expected one of {list(WEIGHT_BITS)}."
@@ -95,8 +95,8 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     hf_config = AutoConfig.from_pretrained(config.model)
-    quantization.check_model(hf_config, config.weight_bits)
     geometry = geometry_of(hf_config)
+    quantization.check_model(geometry, config.weight_bits)
     seq_len = min(2048, geometry.max_positions) - 1  # the engine wants room for one new token
     texts = [t for source in config.data for t in data.read_documents(source, config.field)]
     if loaded is not None:

@@ -252,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=MODEL, help="a directory with an OPT model")
+    parser.add_argument("--model", type=Path, default=MODEL, help="a directory with a served model")
     parser.add_argument("--predictor", type=Path, help="a predictor artifact; default: MODEL/dejavu/")
     args = parser.parse_args()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_dejavu import __version__, plan_table
-from vllm_dejavu.config import BLOCKS, LOOKAHEADS, MODES, WEIGHT_BITS
+from vllm_dejavu.config import BLOCKS, EVALUATED_MODES, LOOKAHEADS, WEIGHT_BITS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--predictor", help="directory or hub id of the artifact (default: MODEL/dejavu)")
     p.add_argument("--data", required=True, nargs="+")
     p.add_argument("--field", default="text")
-    p.add_argument("--mode", choices=MODES, default="sparse")
+    p.add_argument("--mode", choices=EVALUATED_MODES, default="sparse")
     p.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     p.add_argument(
         "--max-tokens", type=int, help="score at most so many tokens (and compare fewer continuations)"

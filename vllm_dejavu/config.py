@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MODES = ("sparse", "exact", "dense", "oracle", "random", "static")
+EVALUATED_MODES = tuple(mode for mode in MODES if mode != "exact")  # which has nothing to lose but rounding
 APPLY_TO = ("decode", "all")
 BLOCKS = ("mlp", "attention")
 WEIGHT_BITS = (16, 8, 4)
