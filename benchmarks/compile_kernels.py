@@ -345,7 +345,7 @@ def measure(job: tuple[str, str, str]) -> dict[str, Any]:
         "arch": arch,
         "triton": triton.__version__,
     }
-    row["num_stages"] = recorder.kwargs["STAGES"]
+    row["num_stages"] = recorder.kwargs.get("STAGES", "")  # of kernels with a loop to pipeline
     try:
         compiled, log = compile_kernel(recorder, target)
     except Exception as error:  # whatever a compiler raises is the result
