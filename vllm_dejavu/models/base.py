@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import is_pp_missing_parameter
+from vllm.sequence import IntermediateTensors
 
 from vllm_dejavu import artifact, engine, metrics, ops, quantization, tune, warm_up
 from vllm_dejavu.attention import GatedAttention
@@ -166,7 +167,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         self._announce()
 
     def build(self, plan: Plan, prefix: str) -> Iterable[Layer]:
-        """Make the whole model; returns the layers of this pipeline stage."""
+        """Make `model`, `lm_head` and `logits_processor`; returns the layers of this pipeline stage."""
         raise NotImplementedError
 
     def parameter_name(self, name: str) -> tuple[str | None, str | None]:
@@ -174,6 +175,19 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         raise NotImplementedError
 
     # Steps
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        with self.step(positions.shape[-1]):
+            return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
 
     @contextlib.contextmanager
     def step(self, num_tokens: int) -> Iterator[None]:

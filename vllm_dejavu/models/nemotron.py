@@ -139,19 +139,6 @@ class DejaVuNemotronForCausalLM(DejaVuForCausalLM):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
-        with self.step(positions.shape[-1]):
-            return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
-
     def parameter_name(self, name: str) -> tuple[str | None, str | None]:
         if "rotary_emb.inv_freq" in name or (name.startswith("lm_head.") and self.config.tie_word_embeddings):
             return None, None
