@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tolerances import RELATIVE_RMS
+from tolerances import RELATIVE_RMS, relative_rms
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.forward_context import get_forward_context
@@ -262,3 +262,9 @@ def next_token_log_probs(steps: list[Step]) -> dict[tuple[str, int], torch.Tenso
         for row, (request, length) in enumerate(zip(step.requests, step.seq_lens, strict=True)):
             out.setdefault((request, length - 1), step.log_probs[row])
     return out
+
+
+def distance(found: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor]) -> float:
+    """Of two `next_token_log_probs`, which must be of the same positions: relative RMS."""
+    assert found.keys() == expected.keys(), "the two engines computed other positions"
+    return relative_rms(*(torch.stack([side[k] for k in sorted(found)]) for side in (found, expected)))

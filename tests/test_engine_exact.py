@@ -12,6 +12,7 @@ import torch
 from engine import (
     TOLERANCE,
     Recorder,
+    distance,
     engine,
     generate,
     metrics_of,
@@ -19,7 +20,6 @@ from engine import (
     next_token_log_probs,
     random_prompt,
 )
-from tolerances import relative_rms
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import quantized
@@ -37,11 +37,6 @@ def run(model, impl="dejavu", dejavu=None, prompts=PROMPTS, new_tokens=16, **opt
             tokens = generate(llm, prompts, new_tokens)
         counts = metrics_of(llm) if impl == "dejavu" else None
         return tokens, next_token_log_probs(recorder.steps), counts
-
-
-def distance(found, expected):
-    assert found.keys() == expected.keys()
-    return relative_rms(*(torch.stack([side[k] for k in sorted(found)]) for side in (found, expected)))
 
 
 def fp32_prompts(number):

@@ -11,6 +11,7 @@ import torch
 from engine import (
     TOLERANCE,
     Recorder,
+    distance,
     engine,
     generate,
     metrics_of,
@@ -39,11 +40,6 @@ def run(model, impl="dejavu", dejavu=None, new_tokens=16, texts=None, **options)
             tokens = generate(llm, PROMPTS, new_tokens)
         counts = metrics_of(llm) if impl == "dejavu" else None
         return tokens, next_token_log_probs(recorder.steps), counts
-
-
-def distance(found, expected):
-    assert found.keys() == expected.keys()
-    return relative_rms(*(torch.stack([side[k] for k in sorted(found)]) for side in (found, expected)))
 
 
 def assert_all_selected(counts):
