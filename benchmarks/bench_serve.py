@@ -1,22 +1,24 @@
-"""Servers under load, dense vLLM against dejavu: `vllm bench serve` at Poisson rates, from idle to
+"""Servers under load, stock vLLM against dejavu: `vllm bench serve` at Poisson rates, from idle to
 saturation. A measurement.
 
     python benchmarks/bench_serve.py --model DIR --text FILE.txt --output results/
     python benchmarks/bench_serve.py --model DIR --rates 1 4 16 inf --output results/
         -- --tensor-parallel-size 2
+    python benchmarks/bench_serve.py --model DIR --sides w8a8 dejavu-int8 --output results/
     python benchmarks/bench_serve.py --dry-run --output /tmp/out  # few requests to a tiny model: no times
     python benchmarks/bench_serve.py --report --output results/   # table and picture again
 
-One server at a time (scripts/server.py), with the same settings on both sides but --model-impl; sides
-alternate, and their order changes from repeat to repeat. Every server gets every rate, idle in between. The
-client is vLLM's own, in a process of its own; it sends the same prompts at the same times to both sides,
-others in the next repeat. Prompts are random tokens, or with --text real text: what predictors select depends
-on it. Answers have a fixed length. A failed request ends the run.
+One server at a time (scripts/server.py), with the same settings on both sides but what makes the side
+(engine_sides.py); for one that serves a quantized checkpoint, it is made (quantized.py). Sides alternate,
+and their order changes from repeat to repeat. Every server gets every rate, idle in between. The client is
+vLLM's own, in a process of its own; it sends the same prompts at the same times to both sides, others in
+the next repeat. Prompts are random tokens, or with --text real text: what predictors select depends on it.
+Answers have a fixed length. A failed request ends the run.
 
 Rates are requests a second; `inf` sends all at once, which is saturation. TPOT is a request's mean time per
 token after its first, so prompts of others that are read meanwhile are in it; percentiles are over requests.
-Steps and densities are what the dejavu server counted during the rate. Ratios are above 1 where dejavu is
-better; each is taken within a repeat, then the median.
+Steps and densities are what our server counted during the rate. Ratios are above 1 where ours is better; each
+is taken within a repeat, then the median.
 
 On a CPU vLLM binds the worker to all cores but one, which its scheduler, front end and this client share
 (VLLM_CPU_OMP_THREADS_BIND and OMP_NUM_THREADS are passed on). Writes serve.csv, a row a rate, side and
@@ -34,9 +36,10 @@ from typing import Any, NamedTuple
 
 from common import ROOT, Table
 from engine_columns import BUSY_CORES
+from engine_sides import SIDES
 from serve_client import ClientError, client_options, counts, parse_result, run_client, tail, write_prompts
 from serve_options import parse_args
-from serve_report import SIDES, report
+from serve_report import report
 from serve_server import Neighbours, length_of, make_server, shape_of, warm_up
 
 from vllm_dejavu.families import Geometry
@@ -79,6 +82,9 @@ def serve(args: argparse.Namespace, shape: Geometry, turn: Turn, work: Path, tab
         "prompts": "random tokens" if args.text is None else args.text.name,
         "seed": args.seed,
         "max_num_seqs": args.max_num_seqs,
+        "weight_bits": SIDES[side].bits,
+        "lm_head_bits": SIDES[side].head_bits,
+        "kv_cache_dtype": SIDES[side].cache,
         "server_options": " ".join(args.server),
         "weights": "checkpoint",
         "synthetic": False,
@@ -90,7 +96,7 @@ def serve(args: argparse.Namespace, shape: Geometry, turn: Turn, work: Path, tab
         warm_up(server, args, shape)
         print(f"{side} repeat {repeat}: ready after {start_s:.0f} s", flush=True)
         for rate in args.rates:
-            if side == "dejavu":
+            if SIDES[side].counts:
                 server.post("/collective_rpc", {"method": "dejavu_reset_metrics"})
             result, log = work / "result.json", logs / f"serve-{side}-{repeat}-rate{rate:g}.log"
             others = Neighbours(server)
@@ -102,7 +108,7 @@ def serve(args: argparse.Namespace, shape: Geometry, turn: Turn, work: Path, tab
             )
             row = parse_result(found, args.requests, args.output_len)
             row["others_cores"] = others.cores()
-            if side == "dejavu":
+            if SIDES[side].counts:
                 row |= counts(summarize(server.metrics()), row["output_tokens"])
             table.add(
                 benchmark="serve",
@@ -144,7 +150,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     length_of(args, shape)
     with tempfile.TemporaryDirectory(prefix="dejavu-serve-") as work:
         prompts: dict[int, Path | None] = {}
-        for repeat, side in schedule(SIDES, args.repeats):
+        for repeat, side in schedule(args.sides, args.repeats):
             if repeat not in prompts:
                 prompts[repeat] = None if args.text is None else write_prompts(args, repeat, Path(work))
             serve(args, shape, Turn(repeat, side, prompts[repeat]), Path(work), table)

@@ -121,13 +121,16 @@ def weight_bytes(
             always. None: all of it.
     """
 
-    square, matrix = g.hidden_size**2, g.hidden_size * g.ffn_dim
+    of_heads, matrix = g.hidden_size * g.num_heads * g.head_size, g.hidden_size * g.ffn_dim
+    of_keys = g.hidden_size * g.num_kv_heads * g.head_size
     head, elements = g.vocab_size * g.hidden_size * (head_itemsize or itemsize), 0.0
     for layer in layers if layers is not None else [{"mlp": {}, "attention": {}}] * g.num_layers:
         mlp, heads = layer["mlp"], _share(layer["attention"], "read_density")
-        elements += (2 + 2 * heads) * square + (
-            _share(mlp, "read_density") + _share(mlp, "survived_density", "read_density")
-        ) * matrix
+        elements += (
+            2 * of_keys
+            + 2 * heads * of_heads
+            + (_share(mlp, "read_density") + _share(mlp, "survived_density", "read_density")) * matrix
+        )
     return elements * itemsize + head + predictor_bytes
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import synthetic
+import synthetic_weights
 from common import geometry
 from engine_columns import Others, prefill_columns
 from engine_sides import SIDES
@@ -30,8 +31,9 @@ def shape_of(spec: dict[str, Any]) -> Geometry:
 
 def fill(model: Any, spec: dict[str, Any]) -> None:
     """Synthetic weights."""
-    rates = synthetic.rates_of(spec["predictor"]) if spec["true_rates"] else None
-    synthetic.init_weights(model, survive=spec["survive"], rates=rates, seed=spec["seed"])
+    rates = synthetic_weights.rates_of(spec["predictor"]) if spec["true_rates"] else None
+    fc1 = synthetic_weights.fc1_of(spec["predictor"]) if shape_of(spec).activation == "relu2" else None
+    synthetic_weights.init_weights(model, survive=spec["survive"], rates=rates, fc1=fc1, seed=spec["seed"])
 
 
 def register_loader(spec: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import quantized
 import synthetic
 import synthetic_rates
+import synthetic_weights
 from common import geometry
 from engine_drive import CALIBRATION_ROWS, SHORT_PROMPT
 from engine_options import PREFILL_TOKENS, complete
@@ -24,6 +25,7 @@ from engine_sides import SIDES
 from vllm_dejavu.families import Geometry
 
 MAX_LEN = 2048
+RECIPE = (synthetic, synthetic_rates, synthetic_weights)  # what a synthetic model was made by
 CPU_BLOCK = 128  # tokens of a block of vLLM's KV cache on a CPU
 
 
@@ -79,7 +81,7 @@ def synthetic_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
     g = geometry(name)
     rank = args.rank or synthetic.rank_of(g, args.predictor_dtype)
     profile, heads, source = synthetic_rates.target(name, args.mlp_density, args.head_density)
-    code = b"".join(Path(module.__file__).read_bytes() for module in (synthetic, synthetic_rates))
+    code = b"".join(Path(module.__file__).read_bytes() for module in RECIPE)
     recipe = f"{zlib.crc32(code):08x}"
     directory = (
         args.work
@@ -188,5 +190,7 @@ def cpu_sizes(g: Geometry, spec: dict[str, Any]) -> dict[str, int]:
     longest = max(longest, min(spec["max_model_len"], 2 * SHORT_PROMPT))  # calibration
     points = [*needs, (slots, 2 * SHORT_PROMPT), (1, longest)]
     blocks = max(batch * -(-needed // CPU_BLOCK) for batch, needed in points) + 2  # vLLM keeps one for itself
-    block_bytes = CPU_BLOCK * 2 * g.hidden_size * getattr(torch, spec["dtype"]).itemsize * g.num_layers
+    block_bytes = (
+        CPU_BLOCK * 2 * g.num_kv_heads * g.head_size * getattr(torch, spec["dtype"]).itemsize * g.num_layers
+    )
     return {"max_model_len": longest, "slots": slots, "kv_cache_bytes": blocks * block_bytes}

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import synthetic
+from common import ENGINE_GEOMETRIES
 from engine_sides import SIDES
-
-from vllm_dejavu.published import GEOMETRIES
 
 # Tokens of one step. An engine starts with a step of this size, which on 2 cores takes 1.3B in bf16 some
 # seconds a thousand.
@@ -27,7 +26,7 @@ def options() -> argparse.ArgumentParser:
         choices=["cuda", "cpu"],
         help="(not given: cuda where torch finds one; a dry run rehearses a GPU's)",
     )
-    parser.add_argument("--geometry", nargs="+", choices=[*GEOMETRIES, "tiny"], default=["6.7b"])
+    parser.add_argument("--geometry", nargs="+", choices=ENGINE_GEOMETRIES, default=["6.7b"])
     parser.add_argument(
         "--model",
         nargs="+",

@@ -1,9 +1,15 @@
-"""Where a step's time goes on a CPU: operators' own time, of a decode step or a lone prompt. A measurement.
+"""Where a step's time goes on a CPU: operators' own time, of a decode step, a lone prompt, or requests that
+come at once. A measurement.
 
     python benchmarks/profile_cpu.py --geometry 1.3b --mlp-density 0.10 --head-density 0.5 --batch 4
         --sides w8a8 dejavu-int8 --output results/
     python benchmarks/profile_cpu.py --geometry 1.3b --mlp-density 0.10 --head-density 0.5 --prompt 128
         --sides w8a8 dejavu-int8 --output results/
+    OMP_NUM_THREADS=1 python benchmarks/profile_cpu.py --model DIR --text FILE.txt --batch 40 --answer 64
+        --output results/
+
+The last one is what a server computes that gets 40 requests at once and gives its worker one core: their
+prompts' steps, and apart from them the decode steps.
 
 A row an operator and side: milliseconds a step by torch.profiler, share of the wall clock while it is on, and
 what kind of work it is (KINDS). "(outside)" is what no operator covers: vLLM's scheduler, sampler and Python.
@@ -23,13 +29,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Table, median, print_rows
-from engine_drive import build_llm, drive, prefill
+from common import ENGINE_GEOMETRIES, Table, median, print_rows
+from engine_drive import build_llm, drive, prefill, prompts_of, start_requests
 from engine_models import prepare
 from engine_side import environment
 from engine_sides import SIDES
-
-from vllm_dejavu.published import GEOMETRIES
 
 # The first that an operator's name contains names its kind.
 KINDS = (
@@ -58,31 +62,71 @@ def kind_of(name: str) -> str:
     return next((kind for part, kind in KINDS if part in name), "other operators")
 
 
-def own_times(llm: Any, batch: int, prompt: int, spec: dict[str, Any]) -> tuple[dict[str, Any], float, float]:
-    """({operator: its event}, wall milliseconds, median milliseconds of a step without the profiler)."""
-    from torch.profiler import ProfilerActivity, profile
+class Profile:
+    """Between start() and stop(): `events`, {operator: its event}, and `wall`, milliseconds."""
 
-    profiler, clock = profile(activities=[ProfilerActivity.CPU]), []
+    def start(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
 
-    def start() -> None:
-        profiler.start()
-        clock.append(time.perf_counter())
+        self.profiler = profile(activities=[ProfilerActivity.CPU])
+        self.profiler.start()
+        self.started = time.perf_counter()
 
-    def stop() -> None:
-        clock.append(time.perf_counter())
-        profiler.stop()
+    def stop(self) -> None:
+        self.wall = 1e3 * (time.perf_counter() - self.started)
+        self.profiler.stop()
+        self.events = {event.key: event for event in self.profiler.key_averages()}
 
-    steps = spec["steps"]
-    if prompt:
-        plain = prefill(llm, prompt, steps, spec)["prefill_ms"]
-        start()
-        prefill(llm, prompt, steps, spec)
-        stop()
+
+def own_times(llm: Any, what: dict[str, int], spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of `rows_of`, with the phase they are of.
+
+    Args:
+        what: `batch`; and `prompt`, tokens of a lone one, or `answer`, tokens of each of requests that come
+            at once, or neither: decode steps.
+    """
+    steps, context, batch = spec["steps"], spec["context"][0], what["batch"]
+    if what["answer"]:
+        phases = ("prompts", "decode")
+        plain = answer(llm, batch, context, what["answer"], spec, [None, None])
+        profiles = [Profile(), Profile()]
+        counts = [n for n, _ in answer(llm, batch, context, what["answer"], spec, profiles)]
+        return [
+            {"phase": phase, **row}
+            for phase, profile, n, (_, ms) in zip(phases, profiles, counts, plain, strict=True)
+            for row in rows_of(profile.events, profile.wall, ms, n)
+        ]
+    profile = Profile()
+    if what["prompt"]:
+        plain_ms = prefill(llm, what["prompt"], steps, spec)["prefill_ms"]
+        profile.start()
+        prefill(llm, what["prompt"], steps, spec)
+        profile.stop()
     else:
-        point = (llm, batch, spec["context"][0], spec["warmup"], steps, spec)
-        plain = 1e3 * median(drive(*point)["step_s"])
-        drive(*point, before_timed=start, after_timed=stop)
-    return {event.key: event for event in profiler.key_averages()}, 1e3 * (clock[1] - clock[0]), plain
+        point = (llm, batch, context, spec["warmup"], steps, spec)
+        plain_ms = 1e3 * median(drive(*point)["step_s"])
+        drive(*point, before_timed=profile.start, after_timed=profile.stop)
+    phase = "prompts" if what["prompt"] else "decode"
+    return [{"phase": phase, **row} for row in rows_of(profile.events, profile.wall, plain_ms, steps)]
+
+
+def answer(
+    llm: Any, batch: int, context: int, tokens: int, spec: dict[str, Any], profiles: list[Profile | None]
+) -> list[tuple[int, float]]:
+    """(steps, mean milliseconds of one) until every request has its first token, and of the rest."""
+    engine, prompts, found = llm.llm_engine, prompts_of(spec, batch, context), []
+    waiting = set(start_requests(llm, prompts, tokens, spec))
+    for profile in profiles:
+        if profile is not None:
+            profile.start()
+        steps, started = 0, time.perf_counter()
+        while engine.has_unfinished_requests() if found else waiting:
+            waiting -= {output.request_id for output in engine.step()}
+            steps += 1
+        found.append((steps, 1e3 * (time.perf_counter() - started) / steps))
+        if profile is not None:
+            profile.stop()
+    return found
 
 
 def rows_of(events: dict[str, Any], wall: float, plain: float, steps: int) -> list[dict[str, Any]]:
@@ -119,9 +163,14 @@ def by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Operators' own time in a step, on a CPU.")
-    parser.add_argument("--geometry", choices=[*GEOMETRIES, "tiny"], default="1.3b")
+    parser.add_argument("--geometry", choices=ENGINE_GEOMETRIES, default="1.3b")
     sides = [name for name, side in SIDES.items() if side.impl != "hf"]
     parser.add_argument("--sides", nargs="+", choices=sides, default=["dense", "dejavu"])
+    parser.add_argument(
+        "--model", nargs=1, type=Path, metavar="DIR", help="instead: a checkpoint with tokenizer and artifact"
+    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="prompts for --model")
+    parser.add_argument("--true-rates", action="store_true", help="see bench_engine.py")
     parser.add_argument("--mlp-density", type=float)
     parser.add_argument("--head-density", type=float)
     parser.add_argument("--batch", type=int, default=1)
@@ -129,17 +178,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--prompt", type=int, default=0, help="instead of decode steps: lone prompts of so many"
     )
+    parser.add_argument(
+        "--answer", type=int, default=0, help="instead: so many tokens for each of --batch requests at once"
+    )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--output", type=Path, default=Path("benchmark-out"))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dejavu-bench")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # a side's spec
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.model and not args.text:
+        parser.error("--model needs --text FILE: its prompts")
+    return args
 
 
-def child(spec: dict[str, Any], batch: int, prompt: int) -> None:
-    llm = build_llm(spec)
-    events, wall, plain = own_times(llm, batch, prompt, spec)
-    rows = rows_of(events, wall, plain, spec["steps"])
+def child(spec: dict[str, Any], what: dict[str, int]) -> None:
+    rows = own_times(build_llm(spec), what, spec)
     Path(spec["rows"]).write_text(json.dumps(rows), encoding="utf-8")
     os._exit(0)
 
@@ -147,35 +200,35 @@ def child(spec: dict[str, Any], batch: int, prompt: int) -> None:
 def main() -> None:
     args = parse_args()
     os.environ.update(environment(False))
+    what = {name: getattr(args, name) for name in ("batch", "prompt", "answer")}
     if args.child:
-        return child(json.loads(args.child), args.batch, args.prompt)
-    asked = {
-        **vars(args),
-        "device": "cpu",
-        "batch": [args.batch],
-        "warmup": 4,
-        "model": None,
-        "dry_run": False,
-    }
+        return child(json.loads(args.child), what)
+    asked = {**vars(args), "device": "cpu", "batch": [args.batch], "warmup": 4, "dry_run": False}
     asked["context"] = [args.prompt or args.context]
-    spec = prepare(argparse.Namespace(**asked), args.geometry)
-    what = f"prompt{args.prompt}" if args.prompt else f"batch{args.batch}"
-    table = Table(args.output / f"profile-cpu-{args.geometry}-{what}.csv")
+    if args.answer:
+        asked["steps"] = args.answer
+    name = args.model[0].name if args.model else args.geometry
+    spec = prepare(argparse.Namespace(**asked), name)
+    kind = f"prompt{args.prompt}" if args.prompt else f"batch{args.batch}"
+    if args.answer:
+        kind += f"-answer{args.answer}"
+    table = Table(args.output / f"profile-cpu-{name}-{kind}.csv")
     for side in args.sides:
         with tempfile.TemporaryDirectory() as directory:
             spec |= {"side": side, "rows": f"{directory}/rows.json"}
             command = [sys.executable, __file__, "--child", json.dumps(spec)]
-            command += ["--batch", str(args.batch), "--prompt", str(args.prompt)]
+            command += [text for name, value in what.items() for text in (f"--{name}", str(value))]
             log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if log.returncode:
                 raise SystemExit(f"{side}: {log.stdout[-3000:]}")
             rows = json.loads(Path(spec["rows"]).read_text(encoding="utf-8"))
         for row in rows:
-            point = {"geometry": args.geometry, "batch": args.batch, "prompt": args.prompt, "side": side}
-            table.add(benchmark="profile", synthetic=True, **point, **row)
-        own = table.rows[-len(rows) :]
-        print_rows(own[:25], ("side", "share", "ms", "calls", "wall_ms", "unprofiled_ms", "operator"))
-        print_rows(by_kind(own), ("side", "share", "ms", "calls", "kind"))
+            point = {"geometry": name, **what, "side": side}
+            table.add(benchmark="profile", synthetic=spec["synthetic"], **point, **row)
+        for phase in dict.fromkeys(row["phase"] for row in rows):
+            own = [row for row in table.rows[-len(rows) :] if row["phase"] == phase]
+            print_rows(own[:25], ("side", "share", "ms", "calls", "wall_ms", "unprofiled_ms", "operator"))
+            print_rows(by_kind(own), ("side", "share", "ms", "calls", "kind"))
 
 
 if __name__ == "__main__":

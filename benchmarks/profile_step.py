@@ -23,12 +23,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from common import Table, geometry, median, print_rows
+from common import ENGINE_GEOMETRIES, Table, geometry, median, print_rows
 from engine_drive import build_llm, drive
 from engine_models import prepare
 from engine_side import environment
-
-from vllm_dejavu.published import GEOMETRIES
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace that run on the GPU
 
@@ -85,7 +83,7 @@ def summarize(kernels: list[tuple[str, float, float]], num_layers: int, steps: i
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Launches per layer of a decode step, from a profile.")
-    parser.add_argument("--geometry", choices=[*GEOMETRIES, "tiny"], default="6.7b")
+    parser.add_argument("--geometry", choices=ENGINE_GEOMETRIES, default="6.7b")
     parser.add_argument("--side", choices=["dense", "dejavu"], default="dejavu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=256)

@@ -4,9 +4,9 @@ to nearest.
     python benchmarks/quantized.py MODEL OUT w8a8|w4a16
 
 MODEL is a directory with config.json and, of a synthetic model, nothing else: then only OUT's config.json
-is written; its weights are drawn as the engine starts (`synthetic.init_weights`). W8A8: int8 with a scale for
-each output, activations rounded to int8 for each token. W4A16: groups of 128 inputs. Embeddings, LM head,
-biases and norms stay.
+is written; its weights are drawn as the engine starts (`synthetic_weights.init_weights`). W8A8: int8 with a
+scale for each output, activations rounded to int8 for each token. W4A16: groups of 128 inputs. Embeddings, LM
+head, biases and norms stay.
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import ROOT
 from engine_options import DTYPE
+from engine_sides import SIDES, STOCK
 
 # By the device: a 2-core CPU with a model of 1.3B's width, OPT from 6.7B on a GPU.
 RATES = {"cuda": (1.0, 4.0, 8.0, 16.0, math.inf), "cpu": (0.5, 1.0, 2.0, 4.0, math.inf)}
@@ -27,7 +29,7 @@ DRY_RUN = {
     "dtype": "float32",
 }
 LONGEST_TEXT = 1000  # vLLM's client drops prompts of a file that are longer than 1024 tokens
-OURS = ("--model", "--model-impl", "--additional-config", "--host", "--port")
+OURS = ("--model", "--model-impl", "--kv-cache-dtype", "--additional-config", "--host", "--port")
 
 
 def rate_of(text: str) -> float:
@@ -66,6 +68,14 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, help="of each rate (not given: 256; 64 on a CPU)")
     parser.add_argument("--input-len", type=int, help="tokens of a prompt (not given: 256; 128 on a CPU)")
     parser.add_argument("--output-len", type=int, help="tokens of an answer (not given: 128; 64 on a CPU)")
+    parser.add_argument(
+        "--sides",
+        nargs=2,
+        choices=[name for name, side in SIDES.items() if side.impl != "hf"],
+        default=["dense", "dejavu"],
+        metavar=("STOCK", "OURS"),
+        help="see engine_sides.py (not given: dense dejavu)",
+    )
     parser.add_argument("--repeats", type=int, help="servers of each side (not given: 3)")
     parser.add_argument(
         "--max-num-seqs",
@@ -102,6 +112,12 @@ def options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, default=Path("benchmark-out"))
     parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "dejavu-bench",
+        help="quantized checkpoints (%(default)s)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="few requests, two rates, eager: the script, not the speed"
     )
     parser.add_argument(
@@ -119,6 +135,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for option in args.server:
         if (name := option.partition("=")[0]) in OURS:
             parser.error(f"{name} is set for each side here: leave it out behind --")
+    if args.sides[0] not in STOCK or args.sides[1] in STOCK:
+        parser.error(
+            f"--sides {' '.join(args.sides)}: expected one of stock vLLM ({', '.join(STOCK)}), then ours"
+        )
     import torch
 
     args.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,9 +13,25 @@ import tables
 from common import median, number, read_rows, write_rows
 from engine_columns import BUSY_CORES
 from engine_ratios import PROVENANCE
+from engine_sides import STOCK
 
-SIDES = ("dense", "dejavu")
 TIMES = ("tpot_p50_ms", "tpot_p99_ms", "ttft_p50_ms", "ttft_p99_ms")
+
+
+def sides_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The names of both sides: `stock` and `ours`.
+
+    Raises:
+        ValueError: rows of more sides than one of each.
+    """
+    names = dict.fromkeys(row["side"] for row in rows)
+    stock, ours = [n for n in names if n in STOCK], [n for n in names if n not in STOCK]
+    if len(stock) > 1 or len(ours) > 1:
+        raise ValueError(
+            f"serve.csv has the sides {list(names)}, expected one of stock vLLM and one of ours: give each"
+            " pair an --output of its own."
+        )
+    return {"stock": (stock or ["dense"])[0], "ours": (ours or ["dejavu"])[0]}
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -26,24 +42,28 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             failed requests.
 
     Returns:
-        Columns: dense_*, dejavu_*: medians over repeats; *_ratio, with _min and _max over repeats: dense /
-        dejavu of times, dejavu / dense of output_tokens_per_s. None where no repeat has both sides.
+        Columns: stock, ours: which sides; stock_*, ours_*: medians over repeats; *_ratio, with _min and _max
+        over repeats: stock / ours of times, ours / stock of output_tokens_per_s. None where no repeat has
+        both sides.
     """
-    out = []
+    out, names = [], sides_of(rows)
     for rate in sorted({float(row["request_rate"]) for row in rows}):
         every = [row for row in rows if float(row["request_rate"]) == rate]
         at = [row for row in every if row["status"] == "ok"]
-        sides = {side: {int(row["repeat"]): row for row in at if row["side"] == side} for side in SIDES}
-        dense, ours = sides["dense"], sides["dejavu"]
-        pairs = [(dense[repeat], ours[repeat]) for repeat in sorted(dense.keys() & ours.keys())]
+        sides = {
+            which: {int(row["repeat"]): row for row in at if row["side"] == name}
+            for which, name in names.items()
+        }
+        stock, ours = sides["stock"], sides["ours"]
+        pairs = [(stock[repeat], ours[repeat]) for repeat in sorted(stock.keys() & ours.keys())]
 
         def middle(side: str, what: str) -> float | None:
             values = [v for row in sides[side].values() if (v := number(row, what)) is not None]  # noqa: B023
             return median(values) if values else None
 
-        result: dict[str, Any] = {"request_rate": rate, "repeats": len(pairs)}
+        result: dict[str, Any] = {"request_rate": rate, "repeats": len(pairs), **names}
         for what in (*TIMES, "output_tokens_per_s", "request_rate_achieved"):
-            result |= {f"{side}_{what}": middle(side, what) for side in SIDES}
+            result |= {f"{side}_{what}": middle(side, what) for side in names}
         for what in (*TIMES, "output_tokens_per_s"):
             above, below = (1, 0) if what == "output_tokens_per_s" else (0, 1)
             values = [
@@ -67,10 +87,10 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "survivors",
             "tokens_per_step",
         ):
-            result[what] = middle("dejavu", what)
+            result[what] = middle("ours", what)
         result |= {
-            f"{side}_failed": sum(int(row["failed"]) for row in every if row["side"] == side)
-            for side in SIDES
+            f"{which}_failed": sum(int(row["failed"]) for row in every if row["side"] == name)
+            for which, name in names.items()
         }
         result["others_cores"] = max(
             (v for row in at if (v := number(row, "others_cores")) is not None), default=None
@@ -118,19 +138,19 @@ COLUMNS = (
         "requests/s",
         lambda r: "all at once" if math.isinf(float(r["request_rate"])) else f"{float(r['request_rate']):g}",
     ),
-    ("achieved, dense", lambda r: cell(r, "dense_request_rate_achieved", ".2f")),
-    ("dejavu", lambda r: cell(r, "dejavu_request_rate_achieved", ".2f")),
-    ("TPOT p50 ms, dense", lambda r: cell(r, "dense_tpot_p50_ms", ".1f")),
-    ("dejavu", lambda r: cell(r, "dejavu_tpot_p50_ms", ".1f")),
-    ("dense / dejavu (range)", lambda r: ranged(r, "tpot_p50_ratio")),
+    ("achieved, {stock}", lambda r: cell(r, "stock_request_rate_achieved", ".2f")),
+    ("{ours}", lambda r: cell(r, "ours_request_rate_achieved", ".2f")),
+    ("TPOT p50 ms, {stock}", lambda r: cell(r, "stock_tpot_p50_ms", ".1f")),
+    ("{ours}", lambda r: cell(r, "ours_tpot_p50_ms", ".1f")),
+    ("{stock} / {ours} (range)", lambda r: ranged(r, "tpot_p50_ratio")),
     ("p99", lambda r: ranged(r, "tpot_p99_ratio")),
-    ("TTFT p50 ms, dense", lambda r: cell(r, "dense_ttft_p50_ms", ".0f")),
-    ("dejavu", lambda r: cell(r, "dejavu_ttft_p50_ms", ".0f")),
-    ("dense / dejavu (range)", lambda r: ranged(r, "ttft_p50_ratio")),
+    ("TTFT p50 ms, {stock}", lambda r: cell(r, "stock_ttft_p50_ms", ".0f")),
+    ("{ours}", lambda r: cell(r, "ours_ttft_p50_ms", ".0f")),
+    ("{stock} / {ours} (range)", lambda r: ranged(r, "ttft_p50_ratio")),
     ("p99", lambda r: ranged(r, "ttft_p99_ratio")),
-    ("tokens/s, dense", lambda r: cell(r, "dense_output_tokens_per_s", ".1f")),
-    ("dejavu", lambda r: cell(r, "dejavu_output_tokens_per_s", ".1f")),
-    ("dejavu / dense (range)", lambda r: ranged(r, "output_tokens_per_s_ratio")),
+    ("tokens/s, {stock}", lambda r: cell(r, "stock_output_tokens_per_s", ".1f")),
+    ("{ours}", lambda r: cell(r, "ours_output_tokens_per_s", ".1f")),
+    ("{ours} / {stock} (range)", lambda r: ranged(r, "output_tokens_per_s_ratio")),
     ("sparse steps", lambda r: cell(r, "sparse_step_share", ".0%")),
     (
         "MLP density (union)",
@@ -140,7 +160,7 @@ COLUMNS = (
         "head density (union)",
         lambda r: f"{cell(r, 'head_density', '.2f')} ({cell(r, 'head_union_density', '.2f')})",
     ),
-    ("failed", lambda r: str(int(number(r, "dense_failed") or 0) + int(number(r, "dejavu_failed") or 0))),
+    ("failed", lambda r: str(int(number(r, "stock_failed") or 0) + int(number(r, "ours_failed") or 0))),
 )
 
 
@@ -165,7 +185,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     about += alone(rows)
     if str(first["dry_run"]) == "True":
         about += "; DRY RUN, no measurement"
-    return "\n".join([about, "", *tables.of_columns(COLUMNS, rows)])
+    named = [(name.format(**first), value) for name, value in COLUMNS]
+    return "\n".join([about, "", *tables.of_columns(named, rows)])
 
 
 def plot(directory: Path, pyplot: Any) -> None:
@@ -175,7 +196,7 @@ def plot(directory: Path, pyplot: Any) -> None:
     rows = [row for row in read_rows("serve.csv", directory) if row["status"] == "ok"]
     if not rows:
         return
-    rates = sorted({float(row["request_rate"]) for row in rows})
+    rates, names = sorted({float(row["request_rate"]) for row in rows}), sides_of(rows)
     groups = defaultdict(list)
     for row in rows:
         groups[row["side"], rates.index(float(row["request_rate"]))].append(row)
@@ -205,21 +226,21 @@ def plot(directory: Path, pyplot: Any) -> None:
         ("time per output token, p50, ms", "time to first token, p50, ms"),
         strict=False,
     ):
-        for side in SIDES:
+        for side in names.values():
             curve(axis, side, what, side)
         axis.set(title=name)
     axes[0].set_ylim(bottom=0)
     axes[1].set_yscale("log")  # at saturation requests queue
     for each in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
         each("{x:g}")
-    curve(axes[2], "dejavu", "sparse_step_share", "sparse steps", color="black")
+    curve(axes[2], names["ours"], "sparse_step_share", "sparse steps", color="black")
     for what, label in (
         ("mlp_density", "neurons per token"),
         ("mlp_union_density", "neurons per step"),
         ("head_density", "heads per token"),
         ("head_union_density", "heads per step"),
     ):
-        curve(axes[2], "dejavu", what, label, linestyle=":")
+        curve(axes[2], names["ours"], what, label, linestyle=":")
     axes[2].set(title="shares: sparse steps, densities in them", ylim=(0, 1.05))
     for axis in axes:
         axis.set_xticks(

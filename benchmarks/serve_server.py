@@ -9,10 +9,12 @@ import random
 import sys
 from pathlib import Path
 
+import quantized
 from common import ROOT
 from engine_columns import Others
 from engine_models import CPU_BLOCK
 from engine_options import PREFILL_TOKENS
+from engine_sides import SIDES
 
 from vllm_dejavu.families import Geometry
 
@@ -62,7 +64,7 @@ def server_options(args: argparse.Namespace, shape: Geometry, side: str) -> list
     if args.device == "cpu":
         itemsize = 4 if args.dtype == "float32" else 2
         blocks = args.max_num_seqs * -(-length // CPU_BLOCK) + 2  # vLLM keeps one for itself
-        cache = blocks * CPU_BLOCK * 2 * shape.hidden_size * itemsize * shape.num_layers
+        cache = blocks * CPU_BLOCK * 2 * shape.num_kv_heads * shape.head_size * itemsize * shape.num_layers
         options += [
             "--kv-cache-memory-bytes",
             str(cache),
@@ -71,15 +73,22 @@ def server_options(args: argparse.Namespace, shape: Geometry, side: str) -> list
         ]
     if args.dry_run:
         options += ["--enforce-eager"]
-    options += ["--model-impl", "vllm" if side == "dense" else "dejavu"]
-    if side == "dejavu" and args.predictor is not None:
-        options += ["--additional-config", json.dumps({"dejavu": {"predictor": str(args.predictor)}})]
+    options += ["--model-impl", SIDES[side].impl, "--kv-cache-dtype", SIDES[side].cache]
+    if SIDES[side].impl == "dejavu":
+        settings = SIDES[side].settings
+        if SIDES[side].sparse and args.predictor is not None:
+            settings = settings | {"predictor": str(args.predictor)}
+        options += ["--additional-config", json.dumps({"dejavu": settings})]
     return [*options, *args.server]
 
 
 def make_server(args: argparse.Namespace, shape: Geometry, side: str, log: Path) -> Server:
     """With vLLM's own threads, unless the environment says otherwise; a dry run takes one, as tests do."""
-    server = Server(args.model, *server_options(args, shape, side), log=log)
+    model, options, scheme = args.model, server_options(args, shape, side), SIDES[side].scheme
+    if scheme:
+        model = quantized.write(model, args.work / f"{model.resolve().name}-{scheme}", scheme)
+        options += ["--served-model-name", str(args.model)]  # the client asks every side for the same
+    server = Server(model, *options, log=log)
     if not args.dry_run:
         for name in THREADS:
             server.env.pop(name, None)

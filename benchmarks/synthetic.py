@@ -10,8 +10,8 @@ synthetic.
 
 How the rates come out: rows of `down` are orthonormal and the input x is normalised, so down(x) is close to
 N(0, I) over tokens; rows of `up` have length 1, so each score is N(0, 1) before its bias, and bias_j = normal
-quantile of p_j. `init_weights` makes tokens of the model as different as this takes; densities are counted in
-every timed run, and `calibrate` corrects what remains.
+quantile of p_j. `synthetic_weights` makes tokens of the model as different as this takes; densities are
+counted in every timed run, and `calibrate` corrects what remains.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -27,31 +27,20 @@ from typing import Any
 
 import numpy
 import torch
-from common import geometry, geometry_name
+from common import ENGINE_GEOMETRIES, geometry, geometry_name
 from synthetic_rates import Rates, fit_rates, target
+from synthetic_weights import RESIDUAL_STD
 
 from vllm_dejavu import artifact
 from vllm_dejavu.artifact import DTYPES
 from vllm_dejavu.families import Geometry
 from vllm_dejavu.manifest import GateSpec, Manifest, ModelSpec
 from vllm_dejavu.predictor import quantize
-from vllm_dejavu.published import GEOMETRIES
 
 NORMAL = NormalDist()
-# Standard deviation of the residual stream: embeddings have it, and blocks add little to it (WRITE of it
-# each), so that a token stays itself through all layers instead of drowning in what every token is given.
-RESIDUAL_STD = 4.0
-WRITE = 0.05
 # Of what a predictor reads, by lookahead: `previous` is the residual stream, which is not normalised.
 INPUT_STD = {"self": 1.0, "attn_input": 1.0, "previous": RESIDUAL_STD}
-POSITION_STD = 0.1 * RESIDUAL_STD  # tokens at one position must not look alike
-ALWAYS_POSITIVE = 5.0  # fc1's bias, in standard deviations of its output: one neuron in 3e6 comes out <= 0
 PREDICTOR_DTYPES = ("float16", "int8")
-# random numbers drawn on a CPU; primes, so that no two rows of a matrix get the same ones
-TILES = (
-    65_537,
-    16_777_259,
-)
 
 
 def rank_of(g: Geometry, dtype: str = "float16") -> int:
@@ -64,6 +53,32 @@ def rank_of(g: Geometry, dtype: str = "float16") -> int:
 
 
 def hf_config(g: Geometry) -> dict[str, Any]:
+    """An OPT's, or with ReLU squared a Nemotron's."""
+    if g.activation == "relu2":
+        return {
+            "architectures": ["NemotronForCausalLM"],
+            "model_type": "nemotron",
+            "hidden_act": "relu2",
+            "hidden_size": g.hidden_size,
+            "intermediate_size": g.ffn_dim,
+            "num_attention_heads": g.num_heads,
+            "num_key_value_heads": g.num_kv_heads,
+            "head_dim": g.head_size,
+            "num_hidden_layers": g.num_layers,
+            "vocab_size": g.vocab_size,
+            "max_position_embeddings": g.max_positions,
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+            "norm_eps": 1e-5,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "pad_token_id": 1,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_cache": True,
+            "torch_dtype": "float16",
+        }
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
@@ -208,14 +223,14 @@ def write_artifact(
         layers.append({"mlp": mlp, "attention": attention})
     model = ModelSpec(
         name=f"synthetic {recipe.name}",
-        architecture="OPTForCausalLM",
+        architecture=hf_config(g)["architectures"][0],
         num_layers=g.num_layers,
         hidden_size=g.hidden_size,
         ffn_dim=g.ffn_dim,
         num_heads=g.num_heads,
         num_kv_heads=g.num_kv_heads,
         head_size=g.head_size,
-        activation="relu",
+        activation=g.activation,
         gated=False,
         layer_norm="pre",
         fingerprint="sha256:synthetic",
@@ -229,120 +244,6 @@ def write_artifact(
     }
     artifact.save(directory, Manifest(model, tuple(layers), calibration=record), tensors, overwrite=True)
     return Path(directory)
-
-
-class _Normals:
-    """Fills tensors with N(0, std^2); on a CPU out of one block of random numbers, laid in from a random
-    place for each tensor.
-
-    Drawing them all would take every engine its time: 1.3e9 in bf16 take 9 s on 2 cores, 1.6 s from the
-    block.
-    """
-
-    def __init__(self, seed: int):
-        self.seed = seed
-        self.generators: dict[torch.device, torch.Generator] = {}
-        self.tiles: dict[torch.dtype, torch.Tensor] = {}
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        return self.generators.setdefault(device, torch.Generator(device).manual_seed(self.seed))
-
-    def fill(self, p: torch.Tensor, std: float) -> None:
-        generator = self.generator(p.device)
-        if p.device.type != "cpu" or not p.is_contiguous():
-            p.normal_(std=std, generator=generator)
-            return
-        if p.dtype not in self.tiles:  # the embeddings come first: the largest
-            self.tiles[p.dtype] = torch.randn(TILES[p.numel() > TILES[0]], generator=generator).to(p.dtype)
-        tile, flat, done = self.tiles[p.dtype], p.detach().view(-1), 0
-        start = int(torch.randint(tile.numel(), (), generator=generator))
-        while done < flat.numel():
-            count = min(tile.numel() - start, flat.numel() - done)
-            torch.mul(tile[start : start + count], std, out=flat[done : done + count])
-            done, start = done + count, 0
-
-
-def rates_of(directory: str | Path) -> list[torch.Tensor]:
-    """How often the neurons of each layer are selected, by an artifact's gates; a dense one's: always."""
-    loaded = artifact.load(Path(directory))
-    ffn = loaded.manifest.model.ffn_dim
-    gates = [loaded.gate(i, "mlp") for i in range(loaded.manifest.model.num_layers)]
-    return [tensors["activation_rate"] if spec.sparse else torch.ones(ffn) for spec, tensors in gates]
-
-
-@torch.inference_mode()
-def init_weights(
-    model: torch.nn.Module,
-    *,
-    survive: float = 1.0,
-    rates: Sequence[torch.Tensor] | None = None,
-    seed: int = 0,
-) -> None:
-    """Random weights, on the model's device: addresses stay, so captured graphs hold.
-
-    For vLLM's own OPT and ours, which name parameters alike (ours stores fc2 transposed), and Transformers'.
-
-    vLLM's CPU linears pack their weight as soon as it is loaded and drop the original: a parameter of no
-    elements, skipped here. On a CPU this must therefore run while the model is being loaded
-    (`engine_drive.build_llm`), or packed layers would keep what they had. Values do not change the speed of a
-    CPU's dense layers as long as none is denormal, and none of these is.
-
-    Args:
-        survive: share of neurons that fc1 brings out positive for a token. A batch reads what survives for
-            any of its rows, which is more; the engine counts it.
-        rates: instead, how often each neuron is positive, [ffn] for each layer (`rates_of`).
-    """
-    bias = ALWAYS_POSITIVE if survive >= 1 else NORMAL.inv_cdf(survive)
-    normals, params = _Normals(seed), dict(model.named_parameters())
-    for name, p in params.items():
-        if p.numel() == 0:  # taken over by a backend's packed copy
-            continue
-        if name.endswith("decoder.final_layer_norm.weight"):
-            # random signs: with tied embeddings the last token would otherwise be every next token
-            p.fill_(1).mul_(
-                torch.randint(0, 2, p.shape, generator=normals.generator(p.device), device=p.device) * 2 - 1
-            )
-        elif "layer_norm.weight" in name:
-            p.fill_(1)
-        elif name.endswith("fc1.bias"):
-            if rates is None:
-                p.fill_(bias)
-            else:  # of all ranks: tensor parallelism is not asked for here; of a rate of 1, finite
-                rate = rates[int(name.split(".layers.")[1].split(".")[0])].double()
-                p.copy_(torch.special.ndtri(rate.clamp(max=NORMAL.cdf(ALWAYS_POSITIVE))))
-        elif name.endswith(".bias"):
-            p.zero_()
-        elif "embed_positions" in name:
-            normals.fill(p, POSITION_STD)
-        elif name.endswith((".q_scale", ".k_scale", ".v_scale", ".prob_scale")):
-            continue  # of an fp8 cache: as they are where a checkpoint has none
-        elif name.endswith("weight_scale"):
-            p.fill_(
-                _std(name, model.config, bias)
-                / INTEGER_STDS[f"{name.removesuffix('_scale')}_packed" in params]
-            )
-        elif not p.is_floating_point():
-            if not name.endswith("weight_shape"):
-                whole = torch.iinfo(p.dtype)
-                low = -127 if p.dtype == torch.int8 else whole.min
-                p.random_(low, whole.max + 1, generator=normals.generator(p.device))
-        else:
-            normals.fill(p, _std(name, model.config, bias))
-
-
-# Of int8 and of nibbles, evenly drawn.
-INTEGER_STDS = {False: 127 / math.sqrt(3), True: 16 / math.sqrt(12)}
-
-
-def _std(name: str, config: Any, bias: float) -> float:
-    """Of a weight's values, by what it reads and adds to."""
-    if "embed_tokens" in name or "lm_head" in name:
-        return RESIDUAL_STD
-    if "fc2" in name:
-        return WRITE * RESIDUAL_STD / (max(1.0, bias) * math.sqrt(config.ffn_dim))
-    if "out_proj" in name:
-        return WRITE * RESIDUAL_STD / math.sqrt(config.hidden_size)
-    return config.hidden_size**-0.5  # qkv_proj, fc1
 
 
 def _shift(bias: torch.Tensor, density: float) -> float:
@@ -429,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a synthetic model (config only) and its predictor artifact."
     )
-    parser.add_argument("--geometry", choices=[*GEOMETRIES, "tiny"], required=True)
+    parser.add_argument("--geometry", choices=ENGINE_GEOMETRIES, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--predictor-dtype", choices=PREDICTOR_DTYPES, default="float16")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from vllm_dejavu.published import preset_densities
+from vllm_dejavu.published import GEOMETRIES, preset_densities
 
 PROFILE_BATCHES = (1, 8, 64)
 
@@ -68,8 +68,11 @@ def profile_of(name: str) -> tuple[dict[int, float], float, str]:
     """({batch: MLP union density}, heads per sequence, where they come from) of a geometry; see
     published.py.
     """
-    name = "6.7b" if name == "tiny" else name
-    _, heads, source = preset_densities(name, 1)
+    known = name if name in GEOMETRIES else "6.7b"
+    _, heads, source = preset_densities(known, 1)
+    if known != name:
+        source = f"assumed: {known} stands in"
+    name = known
     return {batch: preset_densities(name, batch)[0] for batch in PROFILE_BATCHES}, heads, source
 
 

@@ -67,7 +67,7 @@ class NativeKernels(Kernels):
     weight_bits = (16, 8)
     crossovers = tables.crossovers("native")
     cache_crossover = tables.read("native")["cache_crossover"]
-    exact_crossover = {int(bits): share for bits, share in tables.read("native")["exact_crossover"].items()}
+    tile_crossover = {int(bits): share for bits, share in tables.read("native")["tile_crossover"].items()}
     paged_attention = staticmethod(reference.paged_attention)
 
     def describe(self) -> str:
@@ -104,8 +104,8 @@ class NativeKernels(Kernels):
     def sparse_mlp(
         self, x: torch.Tensor, mlp: Mlp, selection: Selection | None = None, call: Call | None = None
     ) -> torch.Tensor:
-        square = self.squares(mlp.activation)
-        weights = mlp.up.weight, mlp.up.scale, mlp.up.bias, mlp.down.weight, mlp.down.scale, square
+        weights = mlp.up.weight, mlp.up.scale, mlp.up.bias, mlp.down.weight, mlp.down.scale
+        weights += self.squares(mlp.activation), self.tile_share(mlp.down)
         if selection is None:
             return torch.ops.dejavu_cpu.dense_mlp(x, *weights)
         chosen = selection.ids, selection.counts, call.row_lens, selection.mask
@@ -117,6 +117,10 @@ class NativeKernels(Kernels):
         """By tiles of a few tokens, each a step in the counters."""
         square = self.squares(activation)
         return torch.ops.dejavu_cpu.exact_down(h, down.weight, down.scale, square, crossover, call.counters)
+
+    def tile_share(self, down: Rows) -> float:
+        """`tile_crossover` of fc2's weights."""
+        return self.tile_crossover[16 if down.scale is None else 8]
 
     def squares(self, activation: str) -> bool:
         """Whether an activation is relu2, the square of ReLU."""

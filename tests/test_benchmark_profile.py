@@ -42,6 +42,42 @@ def test_shares_sum_to_the_wall_clock(bench):
     assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
 
 
+class Requests:
+    """An engine that reads all prompts in two steps, and gives a token a step."""
+
+    def __init__(self, count, tokens):
+        self.left, self.steps = dict.fromkeys(count, tokens), 0
+        self.llm_engine = self
+
+    def has_unfinished_requests(self):
+        return bool(self.left)
+
+    def step(self):
+        self.steps += 1
+        ready = list(self.left)[:1] if self.steps == 1 else list(self.left)
+        for request in ready:
+            self.left[request] -= 1
+            if not self.left[request]:
+                del self.left[request]
+        return [SimpleNamespace(request_id=request) for request in ready]
+
+
+def test_requests_at_once_are_two_phases(bench, monkeypatch):
+    """Until the last one's first token, and the rest."""
+    monkeypatch.setattr(bench, "prompts_of", lambda spec, batch, context: [[1] * context] * batch)
+    monkeypatch.setattr(bench, "start_requests", lambda llm, prompts, tokens, spec: ["a", "b", "c"])
+    events = []
+    profiles = [
+        SimpleNamespace(
+            start=lambda i=i: events.append(("start", i)), stop=lambda i=i: events.append(("stop", i))
+        )
+        for i in range(2)
+    ]
+    found = bench.answer(Requests("abc", 5), 3, 16, 5, {}, profiles)
+    assert [steps for steps, _ in found] == [2, 4], "a is one token ahead, b and c need four more"
+    assert events == [("start", 0), ("stop", 0), ("start", 1), ("stop", 1)]
+
+
 def test_kinds(bench):
     rows = bench.rows_of(EVENTS, wall=100.0, plain=45.0, steps=2)
     kinds = {row["kind"]: row for row in bench.by_kind([{"side": "dejavu", **row} for row in rows])}

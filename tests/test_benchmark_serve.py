@@ -48,6 +48,9 @@ COLUMNS = {
     "prompts",
     "seed",
     "max_num_seqs",
+    "weight_bits",
+    "lm_head_bits",
+    "kv_cache_dtype",
     "server_options",
     "weights",
     "synthetic",
@@ -119,19 +122,19 @@ def test_ratios_are_taken_within_repeats(as_text):
         one["output_tokens_per_s_ratio_min"],
         one["output_tokens_per_s_ratio_max"],
     ) == pytest.approx((1.35, 1.2, 1.5))
-    assert (one["dense_tpot_p50_ms"], one["dejavu_tpot_p50_ms"], one["dense_request_rate_achieved"]) == (
+    assert (one["stock_tpot_p50_ms"], one["ours_tpot_p50_ms"], one["stock_request_rate_achieved"]) == (
         100,
         65,
         0.9,
     )
     assert one["sparse_step_share"] == pytest.approx(0.85) and one["mlp_density"] == 0.1
-    assert (one["dense_failed"], one["dejavu_failed"], one["device"]) == (0, 1, "CPU")
+    assert (one["stock_failed"], one["ours_failed"], one["device"]) == (0, 1, "CPU")
     assert (idle["tpot_p50_ratio"], idle["repeats"]) == (0.25, 1)
     assert (
         saturated["repeats"],
         saturated["tpot_p50_ratio"],
-        saturated["dense_tpot_p50_ms"],
-        saturated["dejavu_tpot_p50_ms"],
+        saturated["stock_tpot_p50_ms"],
+        saturated["ours_tpot_p50_ms"],
     ) == (0, None, 10, 20), "sides of different repeats"
     assert saturated["others_cores"] == 0.7
 
@@ -154,6 +157,17 @@ def test_markdown():
     assert "DRY RUN" in serve_report.markdown(
         serve_report.ratios([{**row, "dry_run": "True"} for row in ROWS])
     )
+
+
+def test_report_names_the_sides():
+    rows = [{**row, "side": {"dense": "w8a8", "dejavu": "dejavu-int8"}[row["side"]]} for row in ROWS]
+    found = serve_report.ratios(rows)
+    assert {(row["stock"], row["ours"]) for row in found} == {("w8a8", "dejavu-int8")}
+    assert found[1]["tpot_p50_ratio"] == 1.75
+    text = serve_report.markdown(found)
+    assert "w8a8 / dejavu-int8 (range)" in text and "dejavu-int8 / w8a8 (range)" in text
+    with pytest.raises(ValueError, match=r"sides \['dense', 'dejavu', 'w8a8'\], expected one of stock vLLM"):
+        serve_report.ratios([*ROWS, served("w8a8", 3, 1.0, 10)])
 
 
 # What is started.
@@ -326,12 +340,12 @@ def test_failed_requests_allowed(servers, tmp_path, capsys):
     servers.fail = ("dejavu", "2.0")
     bench_serve.main([*ARGUMENTS, "--repeats", "1", "--output", str(tmp_path), "--allow-failures"])
     two, saturated = read(tmp_path / "serve-ratios.csv")
-    assert (two["dejavu_failed"], two["tpot_p50_ratio"], two["repeats"]) == (
+    assert (two["ours_failed"], two["tpot_p50_ratio"], two["repeats"]) == (
         "1",
         "",
         "0",
     ), "a ratio of a server that dropped requests"
-    assert (saturated["dejavu_failed"], saturated["tpot_p50_ratio"]) == ("0", "1")
+    assert (saturated["ours_failed"], saturated["tpot_p50_ratio"]) == ("0", "1")
 
 
 @pytest.mark.parametrize(

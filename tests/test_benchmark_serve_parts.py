@@ -149,6 +149,11 @@ def test_defaults_by_device(cpu, monkeypatch):
             "--additional-config is set for each side",
             id="additional-config",
         ),
+        pytest.param(
+            ["--sides", "dejavu", "dense"],
+            "--sides dejavu dense: expected one of stock vLLM (dense, w8a8, w8a8-fp8, w4a16), then ours",
+            id="sides",
+        ),
     ],
 )
 def test_refusals(cpu, capsys, arguments, message):
@@ -162,7 +167,9 @@ def test_sides_differ_in_the_model_alone(cpu):
     shape = serve_server.shape_of(args.model)
     dense, ours = (serve_server.server_options(args, shape, side) for side in ("dense", "dejavu"))
     assert value_of(dense, "--model-impl") == "vllm" and value_of(ours, "--model-impl") == "dejavu"
-    assert json.loads(value_of(ours, "--additional-config")) == {"dejavu": {"predictor": "P"}}
+    assert json.loads(value_of(ours, "--additional-config")) == {
+        "dejavu": {"mode": "sparse", "predictor": "P"}
+    }
     at = ours.index("--additional-config")
     assert [o for o in dense if o != "vllm"] == [o for o in ours[:at] + ours[at + 2 :] if o != "dejavu"]
     assert "--no-enable-prefix-caching" in dense and "--enforce-eager" not in dense
@@ -172,6 +179,24 @@ def test_sides_differ_in_the_model_alone(cpu):
     # 64 requests of 2 blocks and vLLM's own, keys and values in bfloat16
     assert value_of(dense, "--kv-cache-memory-bytes") == str((64 * 2 + 2) * 128 * 2 * 256 * 2 * 6)
     assert value_of(dense, "--max-model-len") == str(128 + 64 + 16)
+
+
+def test_a_side_of_a_quantized_checkpoint(cpu, tmp_path):
+    args = parse("--sides", "w8a8-fp8", "dejavu-int8", "--predictor", "P", "--work", str(tmp_path))
+    shape = serve_server.shape_of(args.model)
+    stock, ours = (
+        serve_server.make_server(args, shape, side, tmp_path / f"{side}.log").command for side in args.sides
+    )
+    copy = tmp_path / "opt-books-7m-w8a8"
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert str(copy) in stock and value_of(stock, "--kv-cache-dtype") == "fp8"
+    # one name for the client, whatever directory
+    assert value_of(stock, "--served-model-name") == str(args.model)
+    assert str(args.model) in ours and "--served-model-name" not in ours
+    assert json.loads(value_of(ours, "--additional-config")) == {
+        "dejavu": {"mode": "sparse", "weight_bits": 8, "predictor": "P"}
+    }
 
 
 def test_requests_must_fit_the_model(cpu):

@@ -2,16 +2,18 @@
 counted right.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import synthetic
 import synthetic_rates
+import synthetic_weights
 import torch
 from common import percentile
 from kernel_flat import flat_reference as reference
 from profile_step import kernels_of, launches_per_layer, summarize
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import NemotronConfig, NemotronForCausalLM, OPTConfig, OPTForCausalLM
 
 from vllm_dejavu import artifact
 from vllm_dejavu.manifest import ModelSpec, check_model
@@ -69,7 +71,7 @@ def test_the_predictor_selects_at_the_densities(written):
         assert mask.float().mean() == pytest.approx(0.08, rel=0.1)
         assert mask.view(-1, 8, SMALL.ffn_dim).any(dim=1).float().mean() == pytest.approx(0.21, rel=0.1)
         spec, t = loaded.gate(layer, "attention")
-        inputs = x if spec.lookahead == "self" else x * synthetic.RESIDUAL_STD
+        inputs = x if spec.lookahead == "self" else x * synthetic_weights.RESIDUAL_STD
         assert (reference.linear_scores(inputs, t["weight"], t["bias"]) > 0).float().mean() == pytest.approx(
             0.4, rel=0.1
         )
@@ -241,7 +243,7 @@ def test_density_one_predicts_nothing(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiled_weights_are_random_enough(dtype):
     """Mean, spread, and no two rows alike, within a matrix longer than the tile and between two of them."""
-    normals = synthetic._Normals(0)
+    normals = synthetic_weights._Normals(0)
     # the first decides on the small tile
     first, second = (
         torch.empty(160, 320, dtype=dtype),
@@ -249,7 +251,7 @@ def test_tiled_weights_are_random_enough(dtype):
     )
     for p in (first, second):
         normals.fill(p, 0.02)
-    assert second.numel() > 4 * synthetic.TILES[0]
+    assert second.numel() > 4 * synthetic_weights.TILES[0]
     assert float(second.float().mean()) == pytest.approx(0, abs=1e-3) and float(
         second.float().std()
     ) == pytest.approx(0.02, rel=0.02)
@@ -262,13 +264,50 @@ def test_true_rates(tmp_path):
     one.
     """
     recipe = synthetic.Recipe("small", rank=16)
-    rates = synthetic.rates_of(synthetic.write_artifact(tmp_path, SMALL, PRESET, 0.5, recipe))
+    rates = synthetic_weights.rates_of(synthetic.write_artifact(tmp_path, SMALL, PRESET, 0.5, recipe))
     assert len(rates) == SMALL.num_layers and any(bool((rate == 1).any()) for rate in rates)
     model = OPTForCausalLM(OPTConfig(**synthetic.hf_config(SMALL)))
-    synthetic.init_weights(model, rates=rates)
+    synthetic_weights.init_weights(model, rates=rates)
     generator = torch.Generator().manual_seed(0)
     for rate, layer in zip(rates, model.model.decoder.layers, strict=True):
         bias = layer.fc1.bias
         assert bias.isfinite().all()
         out = torch.randn(4000, 1, generator=generator) + bias  # what fc1 gives, of standard deviation 1
         assert torch.allclose((out > 0).float().mean(0), rate, atol=0.04)
+
+
+RELU2 = replace(SMALL, num_heads=4, num_kv_heads=2, head_size=64, activation="relu2")
+
+
+def test_a_nemotron(tmp_path):
+    """Its artifact fits it, and without biases what a token selects comes out positive."""
+    directory = synthetic.write_model(tmp_path, RELU2)
+    path = synthetic.write_artifact(
+        directory / "dejavu", RELU2, PRESET, 1.0, synthetic.Recipe(rank=32, dtype="int8")
+    )
+    config = NemotronConfig.from_pretrained(directory)
+    loaded = artifact.load(path)
+    check_model(loaded.manifest, ModelSpec.from_hf_config(config, "small"))
+    fc1 = synthetic_weights.fc1_of(path)
+    model = NemotronForCausalLM(config)
+    synthetic_weights.init_weights(model, fc1=fc1)
+    assert all(bool((p == 0).all()) for name, p in model.named_parameters() if "norm" in name)
+    x = torch.nn.functional.layer_norm(
+        torch.randn(512, RELU2.hidden_size, generator=torch.Generator().manual_seed(1)), (RELU2.hidden_size,)
+    )
+    for i, layer in enumerate(model.model.layers):
+        _, t = loaded.gate(i, "mlp")
+        selected = reference.low_rank_scores(x, t["down"], t["up"], t["bias"]) > 0
+        out = x @ layer.mlp.up_proj.weight.T
+        assert 0.05 < selected.float().mean() < 0.2 and (out > 0).float().mean() == pytest.approx(
+            0.5, abs=0.05
+        )
+        # but for the half of the times of neurons that every token selects
+        often = selected.float().mean(0) > 0.5
+        assert (out[:, ~often][selected[:, ~often]] > 0).all()
+        weight, scale = (
+            torch.empty(RELU2.ffn_dim, RELU2.hidden_size, dtype=torch.int8),
+            torch.empty(RELU2.ffn_dim, 1),
+        )
+        synthetic_weights._fill_fc1(weight, scale, fc1[i])
+        assert torch.allclose(weight.float() * scale, layer.mlp.up_proj.weight, atol=float(scale.max()) / 2)

@@ -16,7 +16,7 @@ from vllm_dejavu.kernels.interface import Call, Rows
 from vllm_dejavu.metrics import GATE_COUNTERS, new_gate_counters
 from vllm_dejavu.quantization import int8_rows
 
-TILE, LEAST_TILED = 4, 32  # as in kernels/csrc/exact.h
+TILE, LEAST_TILED = 4, 32  # as in kernels/csrc/transposed.h
 BLOCK_ROWS, BLOCK_COLUMNS = 512, 256
 CHUNK = 256  # MLP_TOKENS
 # Alone, few, many at once, tiles that are full and not, a chunk and one more.
@@ -46,11 +46,8 @@ def tiles_of(tokens):
     chunks, found = max(1, -(-tokens // CHUNK)), []
     for chunk in range(chunks):
         begin, end = tokens * chunk // chunks, tokens * (chunk + 1) // chunks
-        number = 1 if end - begin < LEAST_TILED else -(-(end - begin) // TILE)
-        found += [
-            (begin + (end - begin) * i // number, begin + (end - begin) * (i + 1) // number)
-            for i in range(number)
-        ]
+        of_tile = end - begin if end - begin < LEAST_TILED else TILE
+        found += [(first, min(first + of_tile, end)) for first in range(begin, end, of_tile)]
     return found
 
 

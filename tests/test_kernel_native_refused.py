@@ -274,7 +274,7 @@ def test_one_openmp_library_serves_all():
 import torch
 torch.set_num_threads(2)
 weight = torch.ones(300, 64)
-torch.ops.dejavu_cpu.dense_mlp(torch.ones(20, 64), weight, None, None, weight, None, False)
+torch.ops.dejavu_cpu.dense_mlp(torch.ones(20, 64), weight, None, None, weight, None, False, 1.0)
 names = "libgomp", "libiomp", "libomp"
 print(*{line.split()[-1] for line in open("/proc/self/maps") if any(n in line for n in names)})
 """

@@ -42,7 +42,7 @@ class ExactMLP(GatedBlock):
         keep_gathered(self.kernels, self.fc2)
         self.most_rows = self.kernels.largest_batch or 0
         crossover = settings.crossover
-        self.crossover = self.kernels.exact_crossover.get(bits, 1.0) if crossover is None else crossover
+        self.crossover = self.kernels.tile_crossover.get(bits, 1.0) if crossover is None else crossover
         self.register_buffer("counters", metrics.new_gate_counters(), persistent=False)
         self.layer_name = self.name_for_ops(site, "exact")
 

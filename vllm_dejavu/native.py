@@ -89,6 +89,7 @@ class NativeBlocks:
             predictor, (up, down, activation) = mlp.gate.predictor.weights, mlp.weights
             rider = -1 if mlp.rider is None else numbers.get(id(mlp.rider), -1)
             weights = up.weight, up.scale, up.bias, down.weight, down.scale, activation == "relu2"
+            weights += (cpu.KERNELS.tile_share(down),)
             self.handle.add_mlp(i, *_gate(mlp), list(predictor), *weights, rider)
         for i, attention in self.attentions.items():
             predictor, (qkv, out, size, _) = attention.gate.predictor.weights, attention.weights

@@ -172,8 +172,8 @@ void transposed_out_proj(const Tensor& attn, const Tensor& weight, const MaybeTe
   for (int64_t begin = 0; begin < tokens; begin += MLP_TOKENS) {
     const int64_t some = std::min(MLP_TOKENS, tokens - begin);
     const Tensor part = input.narrow(0, begin, some);
-    down(as_activations(part, weight), {list, places, n}, some, weight, scale_of(scale),
-         output.narrow(0, begin, some));
+    multiply({weight, scale_of(scale)}, as_activations(part, weight), {list, places, n}, some,
+             output.narrow(0, begin, some));
   }
 }
 

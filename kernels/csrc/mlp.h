@@ -3,91 +3,50 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
-#include "products.h"
+#include "transposed.h"
 
 namespace dejavu {
 
 namespace {
 
-constexpr int64_t COLUMN_UNIT = 64;     // columns that an accumulate tile takes at once
-constexpr int64_t LEAST_COLUMNS = 256;  // of a task of fc2: narrower pieces of rows would waste prefetches
-constexpr int64_t LEAST_ROWS = 64;
-constexpr int64_t SUMS_BYTES = 256 << 10;  // of fc2's columns at a time: in the second cache
-constexpr int64_t MLP_TOKENS = 256;        // at once: what is between fc1 and fc2 stays in the caches
+constexpr int64_t MLP_TOKENS = 256;  // at once: what is between fc1 and fc2 stays in the caches
 // Tokens from which on PyTorch's linears overtake ours where there are no lanes.
 constexpr int64_t PLAIN_TOKENS = 16;
 // With int8, all of which PyTorch would have widened each time: not measured.
 constexpr int64_t PLAIN_INT8_TOKENS = 64;
 
-// What is between fc1 and fc2: the values of n neurons, and of each neuron the sum over the tokens, which is
-// 0 where none is positive.
-struct Activations {
-  Values values;
-  const float* alive;
-};
-
 // x through fc1's rows of the list (null: all of n) and ReLU, maybe squared, as values of a type; row_mask
 // [tokens, ffn] may restrict a token to its own.
 Activations up(const Inputs& x, const Tensor& fc1, const Affine& affine, const int32_t* list, int64_t n,
                const bool* row_mask, Type type, bool square) {
-  const int64_t ffn = fc1.size(0), size = size_of(type);
+  const int64_t ffn = fc1.size(0);
   const Rows rows = rows_of(fc1, list);
-  const int64_t width = (n + 15) / 16 * 16 + CACHE_LINE / 4;  // a line more, as in Inputs
-  char* h = scratch<HIDDEN, char>(x.tokens * width * size);
-  float* alive = scratch<ALIVE, float>(n);
+  Activations h(type, x.tokens, n, list);
   share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
     const Segment all{0, x.columns};
-    const auto id = [&](int64_t i) { return list ? static_cast<int64_t>(list[i]) : i; };
+    h.clear(first, last);
     const int64_t chunk = x.chunk(last - first);
     float *added = scratch<ADDED, float>(chunk),
           *scaled = affine.scale ? scratch<SCALED, float>(chunk) : nullptr;
     float* values = scratch<TILE, float>(x.block_tokens(0) * chunk);
     for (int64_t begin = first; begin < last; begin += chunk) {
       const int64_t end = std::min(last, begin + chunk), mine = end - begin;
-      for (int64_t i = 0; i < mine; ++i) added[i] = affine.bias ? affine.bias[id(begin + i)] : 0;
-      for (int64_t i = 0; i < mine && scaled; ++i) scaled[i] = affine.scale[id(begin + i)];
-      std::fill_n(alive + begin, mine, 0);
+      for (int64_t i = 0; i < mine; ++i) added[i] = affine.bias ? affine.bias[h.number(begin + i)] : 0;
+      for (int64_t i = 0; i < mine && scaled; ++i) scaled[i] = affine.scale[h.number(begin + i)];
       for (int64_t block = 0; block < x.blocks(); ++block) {
         x.multiply(rows, begin, end, last, block, &all, 1, values, mine);
         for (int64_t i = 0; i < x.block_tokens(block); ++i) {
           const int64_t t = block * LANE_BLOCK + i;
           if (row_mask)
             for (int64_t j = 0; j < mine; ++j)
-              if (!row_mask[t * ffn + id(begin + j)]) values[i * mine + j] = -INFINITY;
-          kernels().activate(values + i * mine, scaled, added, alive + begin, h + (t * width + begin) * size,
-                             type, mine, square);
+              if (!row_mask[t * ffn + h.number(begin + j)]) values[i * mine + j] = -INFINITY;
+          h.take(t, begin, mine, values + i * mine, scaled, added, square);
         }
       }
     }
   });
-  return {{h, type, width}, alive};
-}
-
-// Neurons that some token needs: their numbers, and their places among the n.
-struct Survivors {
-  const int32_t* numbers;
-  int32_t* places;
-  int64_t count;
-};
-
-Survivors compact(const Activations& h, const int32_t* list, int64_t n) {
-  auto* numbers = scratch<ALIVE_LIST, int32_t>(2 * n);
-  auto* places = numbers + n;
-  int64_t m = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    numbers[m] = list ? list[i] : static_cast<int32_t>(i);
-    places[m] = static_cast<int32_t>(i);
-    m += h.alive[i] != 0;
-  }
-  return {numbers, places, m};
-}
-
-// What fc2 of int8 is multiplied with: ReLU leaves nothing negative.
-Type activations_type(Type input, int64_t tokens) {
-  const Type type = many_tokens(input, tokens);
-  return type == Type::i8 ? Type::u8 : type;
+  return h;
 }
 
 // h's type: fc2's own input; of int8 weights, whose inputs are rounded when all of a token's are known, fp32,
@@ -96,81 +55,6 @@ Type between(const Inputs& x, Type from) {
   const Type type = x.values.type;
   if (type == Type::i16) return Type::f32;
   return type == Type::i8 ? (from == Type::bf16 ? Type::bf16 : Type::f32) : type;
-}
-
-// What int8 weights are multiplied with, the survivors' values side by side.
-Values rounded_survivors(const Values& h, Survivors& survivors, int64_t tokens, int64_t n, Type type) {
-  if (type == Type::f32) return h;
-  Values values = h;
-  if (survivors.count < n) {
-    const int64_t m = survivors.count;
-    const auto gather = [&](auto* to) {
-      const auto* from = static_cast<decltype(to)>(const_cast<void*>(h.data));
-      share_out(tokens, TOKEN_UNIT, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t)
-          for (int64_t i = 0; i < m; ++i) to[t * m + i] = from[t * h.stride + survivors.places[i]];
-      });
-      values = {to, h.type, m};
-    };
-    if (h.type == Type::bf16)
-      gather(scratch<GATHERED, at::BFloat16>(tokens * m));
-    else
-      gather(scratch<GATHERED, float>(tokens * m));
-    std::iota(survivors.places, survivors.places + m, 0);
-  }
-  return rounded<ROUNDED, ROUNDED_SCALES, ROUNDED_OFFSETS>(values, tokens, survivors.count, type, ROW_GROUP);
-}
-
-// Through fc2's rows of the survivors, `scale` [columns] or null. Threads share the columns; where they are
-// too few, the neurons too, whose partial sums are added in order.
-void down(const Values& h, const Survivors& survivors, int64_t tokens, const Tensor& fc2, const float* scale,
-          const Tensor& out) {
-  const int64_t columns = fc2.size(1), m = survivors.count;
-  const int64_t threads = at::get_num_threads(),
-                column_tasks = std::clamp<int64_t>(columns / LEAST_COLUMNS, 1, threads);
-  const int64_t splits = std::clamp<int64_t>(m / LEAST_ROWS, 1, threads / column_tasks);
-  const auto share = [&](int64_t split) {
-    return split == splits   ? m
-           : grouped(h.type) ? m * split / splits / ROW_GROUP * ROW_GROUP
-                             : m * split / splits;
-  };
-  float* partials = scratch<PARTIALS, float>(splits * tokens * columns);
-  const Rows rows2 = rows_of(fc2, survivors.numbers);
-  const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
-  const Type type = type_of(out);
-  const auto finish = [&](int64_t t, int64_t begin, int64_t end) {
-    kernels().finish(partials + t * columns + begin, scale ? scale + begin : nullptr, nullptr,
-                     at_element(out, t * columns + begin), type, end - begin);
-  };
-  const int64_t panel =
-      std::max(LEAST_COLUMNS, SUMS_BYTES / (4 * std::max<int64_t>(tokens, 1)) / COLUMN_UNIT * COLUMN_UNIT);
-  at::parallel_for(0, column_tasks * splits, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t split = task / column_tasks, place = task % column_tasks;
-      const int64_t begin = units * place / column_tasks * COLUMN_UNIT,
-                    end = std::min(columns, units * (place + 1) / column_tasks * COLUMN_UNIT);
-      if (begin >= end) continue;
-      char* memory = scratch<TILE, char>(accumulate_scratch(tokens, panel));
-      for (int64_t column = begin; column < end; column += panel) {
-        const int64_t stop = std::min(end, column + panel);
-        kernels().accumulate(rows2, share(split), share(split + 1), h, survivors.places, tokens, column, stop,
-                             partials + split * tokens * columns + column, columns, memory, false);
-        if (splits == 1)
-          for (int64_t t = 0; t < tokens; ++t) finish(t, column, stop);
-      }
-    }
-  });
-  if (splits > 1)
-    share_out(tokens * units, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t t = i / units, begin = i % units * COLUMN_UNIT,
-                      end = std::min(columns, begin + COLUMN_UNIT);
-        for (int64_t s = 1; s < splits; ++s)
-          for (int64_t c = begin; c < end; ++c)
-            partials[t * columns + c] += partials[(s * tokens + t) * columns + c];
-        finish(t, begin, end);
-      }
-    });
 }
 
 // Weights of an MLP as they come from Python: fc1 [ffn, hidden], fc2 transposed [ffn, hidden]; in int8 with a
@@ -196,24 +80,19 @@ struct Mlp {
 };
 
 // x [tokens, hidden] through fc1's rows of the list, ReLU, and fc2's rows of the neurons that came out
-// positive. `bias`: fc1's, as fp32.
+// positive: see `down`. `bias`: fc1's, as fp32.
 void mlp_rows(const Tensor& x, const Mlp& mlp, const float* bias, const int32_t* list, int64_t n,
-              const bool* row_mask, const MaybeTensor& counters, const Tensor& out) {
+              const bool* row_mask, double crossover, const MaybeTensor& counters, const Tensor& out) {
   const Inputs inputs(x, type_of(mlp.fc1));
   const Activations h = up(inputs, mlp.fc1, {scale_of(mlp.fc1_scale), bias}, list, n, row_mask,
                            between(inputs, type_of(x)), mlp.square);
-  Survivors survivors = compact(h, list, n);
-  count(counters, SURVIVED, survivors.count);
-  Values values = h.values;
-  if (type_of(mlp.fc2) == Type::i8)
-    values = rounded_survivors(values, survivors, x.size(0), n,
-                               activations_type(kernels().dot_input(Type::i8, type_of(x)), x.size(0)));
-  down(values, survivors, x.size(0), mlp.fc2, scale_of(mlp.fc2_scale), out);
+  const Needed needed = down({mlp.fc2, scale_of(mlp.fc2_scale)}, h, type_of(x), crossover, out);
+  count(counters, SURVIVED, needed.survivors);
 }
 
 Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scale,
                   const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale, bool square,
-                  const Tensor& neuron_ids, const Tensor& counts, const Tensor& row_lens,
+                  double crossover, const Tensor& neuron_ids, const Tensor& counts, const Tensor& row_lens,
                   const MaybeTensor& row_mask, const MaybeTensor& counters) {
   const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale, square};
   mlp.check(x);
@@ -231,8 +110,8 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_sca
   auto* list = scratch<LIST, int32_t>(ffn);
   int64_t n = 0;
   for (int64_t s = 0; s < segments; ++s) n = std::copy_n(ids + s * SEGMENT, number[s], list + n) - list;
-  mlp_rows(some, mlp, widened(fc1_bias, ffn), list, n, row_mask ? mask.data_ptr<bool>() : nullptr, counters,
-           out);
+  mlp_rows(some, mlp, widened(fc1_bias, ffn), list, n, row_mask ? mask.data_ptr<bool>() : nullptr, crossover,
+           counters, out);
   if (some.size(0) == x.size(0)) return out;
   return at::zeros({x.size(0), fc2.size(1)}, x.options()).index_copy_(0, at::tensor(valid, at::kLong), out);
 }
@@ -271,10 +150,11 @@ void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, con
           {scale_of(scale), wide}, output);
 }
 
-// The MLP over all neurons, but fc2's rows of neurons that came out 0 for all tokens of a chunk: that changes
+// The MLP over all neurons, but fc2's rows of neurons that came out 0 for the tokens of a tile: that changes
 // nothing but the time.
 Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scale,
-                 const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale, bool square) {
+                 const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale, bool square,
+                 double crossover) {
   const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale, square};
   mlp.check(x);
   const float* bias = widened(fc1_bias, fc1.size(0));
@@ -288,7 +168,7 @@ Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scal
   Tensor out = at::empty({tokens, fc2.size(1)}, x.options());
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t begin = tokens * i / chunks, count = tokens * (i + 1) / chunks - begin;
-    mlp_rows(input.narrow(0, begin, count), mlp, bias, nullptr, fc1.size(0), nullptr, std::nullopt,
+    mlp_rows(input.narrow(0, begin, count), mlp, bias, nullptr, fc1.size(0), nullptr, crossover, std::nullopt,
              out.narrow(0, begin, count));
   }
   return out;

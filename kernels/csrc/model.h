@@ -50,8 +50,9 @@ struct MlpBlock {
   GateOf gate;
   Tensor fc1, fc2, down, up, threshold;
   MaybeTensor fc1_scale, fc1_bias, fc2_scale;
-  bool square;    // what is positive, before fc2
-  int64_t rider;  // layer whose head scores it computes on the way, or -1
+  bool square;       // what is positive, before fc2
+  double crossover;  // of tiles of tokens, see `down`
+  int64_t rider;     // layer whose head scores it computes on the way, or -1
 };
 
 struct AttentionBlock {
@@ -87,7 +88,7 @@ struct Model : torch::CustomClassHolder {
   // gate: its tensors, as GateOf has them. predictor: down, up, bias.
   void add_mlp(int64_t layer, std::string name, Tensors gate, int64_t most_tokens, Tensors predictor,
                Tensor fc1, MaybeTensor fc1_scale, MaybeTensor fc1_bias, Tensor fc2, MaybeTensor fc2_scale,
-               bool square, int64_t rider) {
+               bool square, double crossover, int64_t rider) {
     mlps.at(layer) = MlpBlock{std::move(name),
                               {gate.at(0), gate.at(1), gate.at(2), gate.at(3), most_tokens},
                               fc1,
@@ -99,6 +100,7 @@ struct Model : torch::CustomClassHolder {
                               fc1_bias,
                               fc2_scale,
                               square,
+                              crossover,
                               rider};
   }
 
@@ -229,13 +231,13 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const 
     const Tensor &list = ids, &numbers = counts;
     out = recorded("dejavu_cpu::sparse_mlp", [&] {
       return sparse_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale,
-                        block.square, list, numbers, lens, row_mask, block.gate.counters);
+                        block.square, block.crossover, list, numbers, lens, row_mask, block.gate.counters);
     });
   } else {
     if (sparse_step) count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, lens);
     out = recorded("dejavu_cpu::dense_mlp", [&] {
       return dense_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale,
-                       block.square);
+                       block.square, block.crossover);
     });
     if (rider) scores = score_heads(*previous, rider->predictor, rider->threshold, lens);
   }

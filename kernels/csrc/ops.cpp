@@ -78,11 +78,11 @@ TORCH_LIBRARY(dejavu_cpu, m) {
       "Tensor, Tensor)");
   m.def(
       "sparse_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2_weight_t, "
-      "Tensor? fc2_scale, bool square, Tensor neuron_ids, Tensor counts, Tensor row_lens, Tensor? row_mask, "
-      "Tensor(a!)? counters) -> Tensor");
+      "Tensor? fc2_scale, bool square, float crossover, Tensor neuron_ids, Tensor counts, Tensor row_lens, "
+      "Tensor? row_mask, Tensor(a!)? counters) -> Tensor");
   m.def(
       "dense_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2_weight_t, "
-      "Tensor? fc2_scale, bool square) -> Tensor");
+      "Tensor? fc2_scale, bool square, float crossover) -> Tensor");
   m.def(
       "exact_down(Tensor x, Tensor fc2_weight_t, Tensor? fc2_scale, bool square, float crossover, "
       "Tensor(a!)? counters) -> Tensor");
