@@ -67,7 +67,7 @@ def hf_config(g: Geometry) -> dict[str, Any]:
             "num_hidden_layers": g.num_layers,
             "vocab_size": g.vocab_size,
             "max_position_embeddings": g.max_positions,
-            "rope_theta": 10_000.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
             "partial_rotary_factor": 0.5,
             "norm_eps": 1e-5,
             "bos_token_id": 2,

@@ -179,8 +179,8 @@ class Kernels:
             as measured for it; where nothing was measured, never. int8_crossovers: with weights of 8 bits.
         cache_crossover: keys of the cache (a head's of a token) that must be spared for reading only the
             selected heads' to pay, as measured; None: these kernels cannot, or it is their own affair.
-        tile_crossover: by bits of weights, the share of the neurons which all tokens together need that a few of
-            them may need for fc2 to go by these few, as measured; where nothing was: always.
+        tile_crossover: by bits of weights, the share of the neurons which all tokens together need that a few
+            of them may need for fc2 to go by these few, as measured; where nothing was: always.
         largest_batch: tokens of the largest batch that runs sparse until `tune` has measured a larger one;
             None: any.
     """

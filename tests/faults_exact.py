@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from faults_base import picked
 
-CSRC = "kernels/csrc/exact.h"
+CSRC, WHOLE = "kernels/csrc/transposed.h", "kernels/csrc/exact.h"
 EXACT = [
-    picked("exact-not-a-number-is-dropped", CSRC, "n += any[j] != 0;", "n += any[j] > 0;"),
-    picked("exact-union-of-one-tile", CSRC, "|= all.alive[tile * ffn + i] != 0", "|= all.alive[i] != 0"),
+    picked("exact-not-a-number-is-dropped", CSRC, "m += alive[i] != 0;", "m += alive[i] > 0;"),
+    picked("exact-union-of-one-tile", CSRC, "sum[i] += h.alive[tile * h.n + i];", "sum[i] += h.alive[i];"),
     picked("exact-blocks-not-added", CSRC, "columns, memory, row > 0);", "columns, memory, false);"),
-    picked("exact-block-ends-early", CSRC, "list_end, row + BLOCK_ROWS)", "list_end, row + BLOCK_ROWS - 1)"),
+    picked(
+        "exact-block-ends-early",
+        CSRC,
+        "tile.until(row + BLOCK_ROWS, ffn)",
+        "tile.until(row + BLOCK_ROWS - 1, ffn)",
+    ),
     picked("exact-tiles-on-the-first", CSRC, "sums + tile.first * columns + column", "sums + column"),
     picked(
         "exact-last-tile-of-a-share",
@@ -17,11 +22,13 @@ EXACT = [
         "for (int64_t i = from; i < to; ++i)",
         "for (int64_t i = from; i + 1 < to; ++i)",
     ),
-    picked("exact-scale-of-the-first-panel", CSRC, "scale ? scale + column : nullptr", "scale"),
-    picked("exact-values-of-other-neurons", CSRC, "tile.neurons[j]];", "tile.neurons[0] + j];"),
-    picked("exact-always-tiled", CSRC, "tiles > 1 && static_cast<double>(all.read) <= most", "tiles > 1"),
+    picked("exact-scale-of-the-first-panel", CSRC, "scale ? scale + begin : nullptr", "scale"),
+    picked("exact-values-of-other-neurons", CSRC, "tile.neurons.places[j]];", "tile.neurons.places[0] + j];"),
     picked(
-        "exact-rows-of-chunks", CSRC, "count(counters, ROWS, tokens);", "count(counters, ROWS, all_tokens);"
+        "exact-always-tiled", CSRC, "if (static_cast<double>(read) <= crossover", "if (read >= 0 * crossover"
+    ),
+    picked(
+        "exact-rows-of-chunks", WHOLE, "count(counters, ROWS, tokens);", "count(counters, ROWS, all_tokens);"
     ),
     picked(
         "square-forgotten",

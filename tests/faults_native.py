@@ -8,7 +8,9 @@ SELECT, MLP, HEADS, ARGUMENTS, TILES = (
     f"kernels/csrc/{name}" for name in ("select.h", "mlp.h", "heads.h", "arguments.h", "tiles.h")
 )
 
-INTEGERS, LANES, ACCUMULATE = (f"kernels/csrc/{name}.h" for name in ("integers", "lanes", "accumulate"))
+INTEGERS, LANES, ACCUMULATE, TRANSPOSED = (
+    f"kernels/csrc/{name}.h" for name in ("integers", "lanes", "accumulate", "transposed")
+)
 NATIVE = [
     picked(
         "native-zero-score-selects",
@@ -31,7 +33,7 @@ NATIVE = [
     picked("native-row-mask-dropped", MLP, " n, row_mask ? mask.data_ptr<bool>() : nullptr", " n, nullptr"),
     picked(
         "native-one-thread-not-summed",
-        MLP,
+        TRANSPOSED,
         "for (int64_t s = 1; s < splits; ++s)",
         "for (int64_t s = 2; s < splits; ++s)",
     ),
@@ -88,7 +90,7 @@ INT8 = [
     picked(
         "int8-scale-of-another-row",
         MLP,
-        "scaled[i] = affine.scale[id(begin + i)]",
+        "scaled[i] = affine.scale[h.number(begin + i)]",
         "scaled[i] = affine.scale[begin + i]",
         "test_kernel_int8.py",
     ),
@@ -137,7 +139,10 @@ INT8 = [
         "test_kernel_int8.py",
     ),
     picked(
-        "int8-groups-cut-anywhere", MLP, "m * split / splits / ROW_GROUP * ROW_GROUP", "m * split / splits"
+        "int8-groups-cut-anywhere",
+        TRANSPOSED,
+        "m * split / splits / ROW_GROUP * ROW_GROUP",
+        "m * split / splits",
     ),
     picked("int8-scales-cut-short", "vllm_dejavu/quantization.py", "wide.abs().amax(1)", "wide.amax(1)"),
     picked(

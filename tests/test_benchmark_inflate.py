@@ -14,9 +14,9 @@ from engine import TOLERANCE as ENGINE_TOLERANCE
 from engine import Recorder, engine, metrics_of, model_of, next_token_log_probs, random_prompt, run_requests
 from kernel_flat import flat_reference as reference
 from safetensors.torch import load_file
-from tiny import make_artifact, make_opt, rewrite_tensors
+from tiny import make_artifact, make_nemotron, make_opt, rewrite_tensors
 from tolerances import RELATIVE_RMS, relative_rms
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, OPTForCausalLM
 
 from vllm_dejavu import artifact, selection
 from vllm_dejavu.manifest import TENSORS_FILE, ArtifactError, ModelSpec, check_fingerprint, check_model
@@ -42,7 +42,7 @@ class Pair:
 
     @property
     def copies(self) -> inflate.Copies:
-        return inflate.Copies.draw(OPTConfig.from_pretrained(self.original), self.factor, SEED)
+        return inflate.Copies.draw(AutoConfig.from_pretrained(self.original), self.factor, SEED)
 
     def sources(self, layer: int, block: str) -> torch.Tensor:
         return (self.copies.neurons if block == "mlp" else self.copies.heads)[layer]
@@ -73,6 +73,15 @@ CASES = {
         "hidden": 96,
         "heads": 3,
     },
+    "nemotron_x2": {
+        "factor": 2,
+        "dtype": "int8",
+        "mlp": "self",
+        "attention": "previous",
+        "make": make_nemotron,
+        "hidden": 64,
+        "heads": 4,
+    },
     "books_x2": {"factor": 2},
 }
 
@@ -83,7 +92,8 @@ def pair(request, tmp_path_factory) -> Pair:
     factor = case.pop("factor")
     original = inflate.DEFAULT_MODEL
     if case:
-        original = make_opt(root / "original", hidden=case.pop("hidden"), heads=case.pop("heads"))
+        make = case.pop("make", make_opt)
+        original = make(root / "original", hidden=case.pop("hidden"), heads=case.pop("heads"))
         make_artifact(
             original / "dejavu",
             original,
@@ -144,15 +154,15 @@ def runs(pair) -> tuple[Run, Run]:
 
 @torch.inference_mode()
 def logits(directory: Path) -> torch.Tensor:
-    return OPTForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens()).logits
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens()).logits
 
 
 def test_logits_are_the_same(pair):
     """Guards every rule of the widening at once: what reads copies is divided, biases and norms are copied,
     the last norm is divided.
     """
-    config, wide = (OPTConfig.from_pretrained(d) for d in (pair.original, pair.inflated))
-    for name in ("hidden_size", "word_embed_proj_dim", "ffn_dim", "num_attention_heads"):
+    config, wide = (AutoConfig.from_pretrained(d) for d in (pair.original, pair.inflated))
+    for name in inflate.FORMS[config.model_type].widened:
         assert getattr(wide, name) == pair.factor * getattr(config, name)
     expected, found = logits(pair.original), logits(pair.inflated)
     assert expected.std(dim=-1).min() > 0.1, "the logits say nothing"
@@ -234,7 +244,7 @@ def test_artifact_is_that_of_the_new_weights(pair):
         artifact.load(pair.original / "dejavu").manifest,
     )
     found = hf_model.fingerprint(str(pair.inflated))
-    spec = ModelSpec.from_hf_config(OPTConfig.from_pretrained(pair.inflated), "inflated", found)
+    spec = ModelSpec.from_hf_config(AutoConfig.from_pretrained(pair.inflated), "inflated", found)
     check_model(loaded.manifest, spec)
     check_fingerprint(loaded.manifest, found, "inflated")
     with pytest.raises(ArtifactError, match="weights of"):
@@ -271,7 +281,7 @@ def test_copies_do_not_lie_side_by_side(tmp_path):
     """
     factor = 4
     model = make_opt(tmp_path / "opt", hidden=128, heads=8, layers=2)
-    config = OPTConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model)
     weights = load_file(
         inflate.inflate(model, tmp_path / "wide", factor, torch.float32, SEED) / "model.safetensors"
     )
@@ -302,7 +312,7 @@ def test_powers_of_two_round_nothing_in_bfloat16(tmp_path):
     """
     original = load_file(inflate.DEFAULT_MODEL / "model.safetensors")
     inflate.main(["--geometry", "1.3b", "--output", str(tmp_path / "wide"), "--seed", str(SEED)])
-    copies = inflate.Copies.draw(OPTConfig.from_pretrained(inflate.DEFAULT_MODEL), 8, SEED)
+    copies = inflate.Copies.draw(AutoConfig.from_pretrained(inflate.DEFAULT_MODEL), 8, SEED)
     wide = load_file(tmp_path / "wide" / "model.safetensors")
     assert wide.keys() == original.keys()
     assert {t.dtype for t in wide.values()} == {torch.bfloat16}

@@ -42,7 +42,9 @@ class TestRefusals:
             inflate.factor_for(config, target)
 
     def test_ffn_ratio(self):
-        config = OPTConfig(hidden_size=256, ffn_dim=512, num_attention_heads=4)
+        config = OPTConfig(
+            architectures=["OPTForCausalLM"], hidden_size=256, ffn_dim=512, num_attention_heads=4
+        )
         with pytest.raises(ValueError, match="8192 neurons a layer, .* 4096"):
             inflate.factor_for(config, GEOMETRIES["1.3b"])
 

@@ -16,11 +16,11 @@ from vllm_dejavu.kernels.interface import Call, Rows
 from vllm_dejavu.metrics import GATE_COUNTERS, new_gate_counters
 from vllm_dejavu.quantization import int8_rows
 
-TILE, LEAST_TILED = 4, 32  # as in kernels/csrc/transposed.h
+TILE, LEAST_TILED = 4, 40  # as in kernels/csrc/transposed.h
 BLOCK_ROWS, BLOCK_COLUMNS = 512, 256
 CHUNK = 256  # MLP_TOKENS
 # Alone, few, many at once, tiles that are full and not, a chunk and one more.
-TOKENS = [1, 5, 13, LEAST_TILED - 1, LEAST_TILED, 45, CHUNK + 1]
+TOKENS = [1, 5, 13, LEAST_TILED - 1, LEAST_TILED, 61, CHUNK + 1]
 activations = pytest.mark.parametrize("activation", ["relu", "relu2"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
@@ -127,11 +127,9 @@ def test_native_all_at_once_above_the_crossover(dtype, isa):
 @pytest.mark.parametrize("crossover", [1.0, 1e-6], ids=["tiles", "all-at-once"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_native_int8(dtype, crossover, activation, isa):
-    """Rows of neurons that nobody needs hold other integers. Tiles round inputs to 16 bits; all at once, many
-    tokens' are rounded to 8.
-    """
+    """Rows of neurons that nobody needs hold other integers. From 13 tokens on inputs are rounded to 8 bits."""
     hidden, ffn = 300, 700
-    for tokens in (1, 9, LEAST_TILED, 50):
+    for tokens in (1, 9, 127, 130):
         h = hidden_states(tokens, ffn, dtype, seed=tokens)
         integers, scale = int8_rows(
             rand(hidden, ffn, seed=5, fan_in=ffn) * torch.logspace(-1, 1, hidden)[:, None]
@@ -139,7 +137,7 @@ def test_native_int8(dtype, crossover, activation, isa):
         weight = integers.t().contiguous()
         other = torch.where((h > 0).any(0)[:, None], weight, (weight.int() * 57 % 127).to(torch.int8))
         out, _ = run(cpu.KERNELS, h, Rows(other, None, scale, True), activation, crossover)
-        grouped = (crossover < 1 or tokens < LEAST_TILED) and tokens >= 13 and dtype != torch.float32
+        grouped = tokens >= 13 and dtype != torch.float32
         assert_close(out, truth(h, weight * scale, activation), dtype, 1.2e-2 if grouped else None)
 
 
@@ -158,7 +156,7 @@ def test_native_keeps_what_is_not_a_number(isa):
 @every_isa
 def test_native_threads_and_strides(isa):
     """One thread or three, inputs that are columns of something wider, no tokens: the same."""
-    wide = hidden_states(45, 400, torch.bfloat16)
+    wide = hidden_states(61, 400, torch.bfloat16)
     h, weight = wide[:, 50:350], rand(300, 640, seed=5, dtype=torch.bfloat16, fan_in=300)
     results = []
     for number in (1, 2, 3):

@@ -15,7 +15,7 @@ from vllm_dejavu.kernels.interface import Call, Mlp, Rows
 from vllm_dejavu.metrics import GATE_COUNTERS, new_gate_counters
 from vllm_dejavu.quantization import int8_rows
 
-TILE, LEAST_TILED = 4, 32  # as in kernels/csrc/transposed.h
+TILE, LEAST_TILED = 4, 40  # as in kernels/csrc/transposed.h
 HIDDEN, FFN, NEURON, TOKEN = 96, 640, 77, 6
 ALWAYS, NEVER = 1.0, 1e-6  # shares of what all tokens need
 
@@ -67,7 +67,7 @@ selected_or_all = pytest.mark.parametrize("selected", [True, False], ids=["selec
 
 @every_isa_and_dtype
 @selected_or_all
-@pytest.mark.parametrize("tokens", [LEAST_TILED - 1, LEAST_TILED, 45, 257])
+@pytest.mark.parametrize("tokens", [LEAST_TILED - 1, LEAST_TILED, 61, 257])
 def test_tiles_change_nothing(tokens, selected, dtype, isa, use_share):
     x, mlp = case(tokens, dtype)
     counts = []
@@ -84,7 +84,7 @@ def test_tiles_change_nothing(tokens, selected, dtype, isa, use_share):
 def test_a_tile_reads_what_its_own_tokens_need(selected, dtype, isa, use_share):
     if not selected and (isa != "avx512_bf16" or dtype != torch.bfloat16):
         pytest.skip("PyTorch's own linears run there")
-    tokens = 45
+    tokens = 61
     x, mlp = case(tokens, dtype)
     mlp.down.weight[NEURON] = torch.inf
     tile = [t for t in range(tokens) if t // TILE == TOKEN // TILE]
@@ -99,15 +99,15 @@ def test_a_tile_reads_what_its_own_tokens_need(selected, dtype, isa, use_share):
 @every_isa_and_dtype
 @selected_or_all
 def test_int8(selected, dtype, isa, use_share):
-    """Tiles round a token's values to 16 bits, all at once to 8 in groups."""
-    x, mlp = case(50, dtype, bits=8)
+    """From 128 tokens on, whose values are rounded to 8 bits in groups either way."""
+    x, mlp = case(130, dtype, bits=8)
     for share in (ALWAYS, NEVER):
         use_share(share)
         assert_close(run(x, mlp, selected)[0], truth(x, mlp, selected), dtype, 1.5e-2)
 
 
 def test_threads_do_not_change_a_tile():
-    x, mlp = case(45, torch.bfloat16)
+    x, mlp = case(61, torch.bfloat16)
     results = []
     for number in (1, 2, 3):
         with threads(number):

@@ -9,10 +9,10 @@ namespace dejavu {
 
 namespace {
 
-// x [tokens, ffn] through the activation, as values of a type.
-Activations activated(const Tensor& x, Type type, bool square) {
+// x [tokens, ffn] through the activation, as values of a type, to be multiplied with weights.
+Activations activated(const Tensor& x, Type type, Type weights, bool square) {
   const int64_t ffn = x.size(1);
-  Activations h(type, x.size(0), ffn, nullptr);
+  Activations h(type, weights, x.size(0), ffn, nullptr);
   share_out(ffn, COLUMN_UNIT, [&](int64_t first, int64_t last) {
     h.clear(first, last);
     float* row = scratch<TILE, float>(last - first);
@@ -40,14 +40,15 @@ Tensor exact_down(const Tensor& x, const Tensor& fc2, const MaybeTensor& fc2_sca
   const bool half = from == Type::bf16 && kernels().dot_input(type_of(fc2), from) != Type::f32;
   for (int64_t chunk = 0; chunk < chunks && all_tokens > 0; ++chunk) {
     const int64_t begin = all_tokens * chunk / chunks, tokens = all_tokens * (chunk + 1) / chunks - begin;
-    const Activations h = activated(x.narrow(0, begin, tokens), half ? Type::bf16 : Type::f32, square);
+    const Activations h =
+        activated(x.narrow(0, begin, tokens), half ? Type::bf16 : Type::f32, type_of(fc2), square);
     const Needed needed = down({fc2, scale_of(fc2_scale)}, h, from, crossover, out.narrow(0, begin, tokens));
     count(counters, STEPS, needed.tiles);
     count(counters, ROWS, tokens);
     if (counters) count(counters, SELECTED, tokens == 1 ? needed.survivors : h.positive());
     count(counters, READ, needed.read);
     count(counters, SURVIVED, needed.read);
-    count(counters, ABOVE_CROSSOVER, h.tiles() > 1 && needed.tiles == 1 ? 1 : 0);
+    count(counters, ABOVE_CROSSOVER, h.tiles > 1 && needed.tiles == 1 ? 1 : 0);
   }
   return out;
 }

@@ -16,13 +16,13 @@ constexpr int64_t PLAIN_TOKENS = 16;
 // With int8, all of which PyTorch would have widened each time: not measured.
 constexpr int64_t PLAIN_INT8_TOKENS = 64;
 
-// x through fc1's rows of the list (null: all of n) and ReLU, maybe squared, as values of a type; row_mask
-// [tokens, ffn] may restrict a token to its own.
+// x through fc1's rows of the list (null: all of n) and ReLU, maybe squared, as values of a type, to be
+// multiplied with fc2's weights; row_mask [tokens, ffn] may restrict a token to its own.
 Activations up(const Inputs& x, const Tensor& fc1, const Affine& affine, const int32_t* list, int64_t n,
-               const bool* row_mask, Type type, bool square) {
+               const bool* row_mask, Type type, Type weights, bool square) {
   const int64_t ffn = fc1.size(0);
   const Rows rows = rows_of(fc1, list);
-  Activations h(type, x.tokens, n, list);
+  Activations h(type, weights, x.tokens, n, list);
   share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
     const Segment all{0, x.columns};
     h.clear(first, last);
@@ -85,7 +85,7 @@ void mlp_rows(const Tensor& x, const Mlp& mlp, const float* bias, const int32_t*
               const bool* row_mask, double crossover, const MaybeTensor& counters, const Tensor& out) {
   const Inputs inputs(x, type_of(mlp.fc1));
   const Activations h = up(inputs, mlp.fc1, {scale_of(mlp.fc1_scale), bias}, list, n, row_mask,
-                           between(inputs, type_of(x)), mlp.square);
+                           between(inputs, type_of(x)), type_of(mlp.fc2), mlp.square);
   const Needed needed = down({mlp.fc2, scale_of(mlp.fc2_scale)}, h, type_of(x), crossover, out);
   count(counters, SURVIVED, needed.survivors);
 }

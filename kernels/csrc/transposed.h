@@ -20,8 +20,8 @@ constexpr int64_t SUMS_BYTES = 256 << 10;  // of fc2's columns at a time: in the
 // often a row that was read is multiplied.
 constexpr int64_t TILE_TOKENS = 4;
 // Tokens below which all of them share one list: a row is read from memory, once, and that takes longer than
-// to multiply it.
-constexpr int64_t LEAST_TILED = 32;
+// to multiply it. Of int8 more, whose rows cost more to bring into the order that they are multiplied in.
+constexpr int64_t least_tiled(Type weights) { return weights == Type::i8 ? 128 : 40; }
 // Of fc2 that all tiles go through before the next, in the second cache.
 constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 256;
 
@@ -30,27 +30,31 @@ struct Activations {
   Values values;
   int64_t tokens, n;
   const int32_t* list;  // the neurons' numbers; null: all
-  float* alive;         // [tiles][n], of each neuron the sum over the tile's tokens: 0 where none is positive
+  int64_t tiles;
+  float* alive;  // [tiles][n], of each neuron the sum over the tile's tokens: 0 where none is positive
 
-  // Memory for the values of a type, and for `alive`, which is to be cleared.
-  Activations(Type type, int64_t tokens, int64_t n, const int32_t* list) : tokens(tokens), n(n), list(list) {
+  // Memory for the values of a type, to be multiplied with others, and for `alive`, which is to be cleared.
+  Activations(Type type, Type weights, int64_t tokens, int64_t n, const int32_t* list)
+      : tokens(tokens),
+        n(n),
+        list(list),
+        tiles(tokens < least_tiled(weights) ? 1 : (tokens + TILE_TOKENS - 1) / TILE_TOKENS) {
     const int64_t width = (n + 15) / 16 * 16 + CACHE_LINE / 4;  // a line more, as in Inputs
     values = {scratch<HIDDEN, char>(tokens * width * size_of(type)), type, width};
-    alive = scratch<ALIVE, float>(tiles() * n);
+    alive = scratch<ALIVE, float>(tiles * n);
   }
 
-  int64_t tiles() const { return tokens < LEAST_TILED ? 1 : (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
   int32_t number(int64_t i) const { return list ? list[i] : static_cast<int32_t>(i); }
 
   void clear(int64_t begin, int64_t end) {
-    for (int64_t tile = 0; tile < tiles(); ++tile)
+    for (int64_t tile = 0; tile < tiles; ++tile)
       std::fill(alive + tile * n + begin, alive + tile * n + end, 0);
   }
 
   // Takes a token's products with neurons [begin, begin + mine): through the activation into `values`.
   void take(int64_t t, int64_t begin, int64_t mine, float* products, const float* scale, const float* bias,
             bool square) {
-    float* any = alive + (tiles() == 1 ? 0 : t / TILE_TOKENS * n) + begin;
+    float* any = alive + (tiles == 1 ? 0 : t / TILE_TOKENS * n) + begin;
     char* to = static_cast<char*>(const_cast<void*>(values.data)) +
                (t * values.stride + begin) * size_of(values.type);
     kernels().activate(products, scale, bias, any, to, values.type, mine, square);
@@ -82,6 +86,14 @@ struct Tile {
   int64_t first, tokens;
   Survivors neurons;
   Values values;
+
+  // Of its neurons, how many are below `row` of `rows`; in whole groups, where values have them, if these are
+  // spread evenly.
+  int64_t until(int64_t row, int64_t rows) const {
+    if (row >= rows) return neurons.count;
+    if (grouped(values.type)) return neurons.count * row / rows / ROW_GROUP * ROW_GROUP;
+    return std::lower_bound(neurons.numbers, neurons.numbers + neurons.count, row) - neurons.numbers;
+  }
 };
 
 // Those of n neurons that are alive, in memory for n of each.
@@ -98,7 +110,7 @@ Survivors compact(const Activations& h, const float* alive, int32_t* numbers, in
 // What any tile needs.
 Survivors united(const Activations& h) {
   const float* any = h.alive;
-  if (const int64_t tiles = h.tiles(); tiles > 1) {
+  if (const int64_t tiles = h.tiles; tiles > 1) {
     float* sum = scratch<ALIVE_ANY, float>(h.n);
     share_out(h.n, COLUMN_UNIT, [&](int64_t begin, int64_t end) {
       std::copy(h.alive + begin, h.alive + end, sum + begin);
@@ -113,9 +125,9 @@ Survivors united(const Activations& h) {
 
 // Tiles with their neurons.
 std::vector<Tile> tiles_of(const Activations& h) {
-  std::vector<Tile> tiles(h.tiles());
-  auto* lists = scratch<TILE_LISTS, int32_t>(2 * h.n * h.tiles());
-  share_out(h.tiles(), 1, [&](int64_t begin, int64_t end) {
+  std::vector<Tile> tiles(h.tiles);
+  auto* lists = scratch<TILE_LISTS, int32_t>(2 * h.n * h.tiles);
+  share_out(h.tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * TILE_TOKENS;
       auto* numbers = lists + 2 * h.n * i;
@@ -128,15 +140,24 @@ std::vector<Tile> tiles_of(const Activations& h) {
   return tiles;
 }
 
-// Gives each tile its neurons' values side by side, as they are multiplied with weights of a type.
+// What fc2 of int8 is multiplied with: ReLU leaves nothing negative.
+Type activations_type(Type input, int64_t tokens) {
+  const Type type = many_tokens(input, tokens);
+  return type == Type::i8 ? Type::u8 : type;
+}
+
+// Gives each tile its neurons' values side by side, as they are multiplied: as they are, or rounded.
 void gather_values(const Activations& h, Type type, std::vector<Tile>& tiles) {
   const int64_t size = size_of(h.values.type), n = static_cast<int64_t>(tiles.size());
   const auto stride_of = [](const Tile& tile) { return (tile.neurons.count + 31) / 32 * 32; };
   std::vector<int64_t> begins(n + 1);
   for (int64_t i = 0; i < n; ++i) begins[i + 1] = begins[i] + tiles[i].tokens * stride_of(tiles[i]);
+  const bool round = type == Type::i16 || grouped(type);
+  const int64_t most = grouped(type) ? groups_of(h.n, ROW_GROUP) : 1;  // groups of a token
   char* gathered = scratch<GATHERED, char>(begins[n] * size);
-  char* integers = scratch<ROUNDED, char>(begins[n] * size_of(type));
-  float* scales = scratch<ROUNDED_SCALES, float>(n * TILE_TOKENS);
+  char* integers = round ? scratch<ROUNDED, char>(begins[n] * size_of(type)) : nullptr;
+  float* scales = scratch<ROUNDED_SCALES, float>(h.tokens * most);
+  int32_t* offsets = scratch<ROUNDED_OFFSETS, int32_t>(h.tokens * most);
   share_out(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       Tile& tile = tiles[i];
@@ -152,12 +173,14 @@ void gather_values(const Activations& h, Type type, std::vector<Tile>& tiles) {
       else
         gather(reinterpret_cast<float*>(mine), static_cast<const float*>(h.values.data));
       tile.values = {mine, h.values.type, stride};
-      if (type != Type::i16) continue;
-      char* to = integers + begins[i] * size_of(type);
+      if (!round) continue;
+      const int64_t groups = grouped(type) ? groups_of(count, ROW_GROUP) : 1, first = tile.first * most;
+      tile.values = {
+          integers + begins[i] * size_of(type), type, stride, scales + first, offsets + first, groups};
       for (int64_t t = 0; t < tile.tokens; ++t)
-        kernels().round(mine + t * stride * size, h.values.type, count, type, count,
-                        to + t * stride * size_of(type), scales + i * TILE_TOKENS + t, nullptr);
-      tile.values = {to, type, stride, scales + i * TILE_TOKENS};
+        kernels().round(mine + t * stride * size, h.values.type, count, type, ROW_GROUP,
+                        integers + (begins[i] + t * stride) * size_of(type), scales + first + t * groups,
+                        offsets + first + t * groups);
     }
   });
 }
@@ -206,12 +229,9 @@ void multiply_tiles(const Transposed& matrix, const std::vector<Tile>& tiles, in
         for (int64_t row = 0; row < ffn; row += BLOCK_ROWS)
           for (int64_t i = from; i < to; ++i) {
             const Tile& tile = tiles[i];
-            const int32_t *numbers = tile.neurons.numbers, *last = numbers + tile.neurons.count;
-            const auto* low = std::lower_bound(numbers, last, row);
-            const auto* high = std::lower_bound(low, last, row + BLOCK_ROWS);
-            kernels().accumulate(rows_of(matrix.weight, numbers), low - numbers, high - numbers, tile.values,
-                                 places, tile.tokens, column, stop, sums + tile.first * columns + column,
-                                 columns, memory, row > 0);
+            kernels().accumulate(rows_of(matrix.weight, tile.neurons.numbers), tile.until(row, ffn),
+                                 tile.until(row + BLOCK_ROWS, ffn), tile.values, places, tile.tokens, column,
+                                 stop, sums + tile.first * columns + column, columns, memory, row > 0);
           }
         for (int64_t t = tiles[from].first; t < tiles[to - 1].first + tiles[to - 1].tokens; ++t)
           matrix.finish(sums + t * columns + column, t, column, stop, out);
@@ -264,12 +284,6 @@ void multiply(const Transposed& matrix, const Values& h, const Survivors& surviv
     });
 }
 
-// What fc2 of int8 is multiplied with: ReLU leaves nothing negative.
-Type activations_type(Type input, int64_t tokens) {
-  const Type type = many_tokens(input, tokens);
-  return type == Type::i8 ? Type::u8 : type;
-}
-
 // What int8 weights are multiplied with, the survivors' values side by side.
 Values rounded_survivors(const Activations& h, Survivors& survivors, Type type) {
   if (type == Type::f32) return h.values;
@@ -304,14 +318,14 @@ struct Needed {
 Needed down(const Transposed& fc2, const Activations& h, Type from, double crossover, const Tensor& out) {
   const Type input = kernels().dot_input(type_of(fc2.weight), from);
   Survivors survivors = united(h);
-  if (h.tiles() > 1) {
+  if (h.tiles > 1) {
     std::vector<Tile> tiles = tiles_of(h);
     int64_t read = 0;
     for (const Tile& tile : tiles) read += tile.neurons.count;
-    if (static_cast<double>(read) <= crossover * static_cast<double>(h.tiles() * survivors.count)) {
-      gather_values(h, input, tiles);
+    if (static_cast<double>(read) <= crossover * static_cast<double>(h.tiles * survivors.count)) {
+      gather_values(h, type_of(fc2.weight) == Type::i8 ? activations_type(input, h.tokens) : input, tiles);
       multiply_tiles(fc2, tiles, h.tokens, out);
-      return {survivors.count, read, h.tiles()};
+      return {survivors.count, read, h.tiles};
     }
   }
   const Values values = type_of(fc2.weight) == Type::i8
