@@ -161,7 +161,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         "mlp_recall": _recall(layers, "mlp"),
         "head_recall": _recall(layers, "attention"),
         "bytes_density": _bytes_density(
-            layers, geometry, loaded if config.mode == "sparse" else None, config.weight_bits
+            layers, geometry, loaded if config.mode == "sparse" else None, counted["weight_bits"]
         ),
         "sparse_step_share": served["sparse_step_share"],
         "steps": served["steps"],

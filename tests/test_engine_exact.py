@@ -201,7 +201,6 @@ def test_what_is_refused(w8a8, opt, tmp_path):
         (four, EXACT, r"layers\.0\.fc2, stored as int4 by group"),
         (with_scheme(w8a8, tmp_path / "asymmetric", symmetric=False), EXACT, "int8 by channel, asymmetric"),
         (with_scheme(w8a8, tmp_path / "tensor", strategy="tensor"), EXACT, "int8 by tensor, symmetric"),
-        (w8a8, {"mode": "dense"}, "quantization='compressed-tensors'.*mode 'exact'"),
         (w8a8, EXACT | {"weight_bits": 8}, "weight_bits=8 rounds 16-bit weights"),
     ]
     for model, settings, message in cases:

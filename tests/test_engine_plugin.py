@@ -133,7 +133,7 @@ class TestRefusedModels:
     [
         pytest.param(
             {"quantization": "fp8"},
-            "quantization='fp8': rows of its weights cannot be gathered; mode 'exact' takes int8",
+            "quantization='fp8': its rows cannot be gathered; those of compressed-tensors",
             id="quantization",
         ),
         pytest.param({"enable_lora": True}, "enable_lora=True: predictors are trained", id="lora"),

@@ -127,7 +127,7 @@ def test_native_all_at_once_above_the_crossover(dtype, isa):
 @pytest.mark.parametrize("crossover", [1.0, 1e-6], ids=["tiles", "all-at-once"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_native_int8(dtype, crossover, activation, isa):
-    """Rows of neurons that nobody needs hold other integers. From 13 tokens on inputs are rounded to 8 bits."""
+    """Rows of neurons that nobody needs hold other integers. From 13 tokens on inputs have 8 bits."""
     hidden, ffn = 300, 700
     for tokens in (1, 9, 127, 130):
         h = hidden_states(tokens, ffn, dtype, seed=tokens)

@@ -317,6 +317,42 @@ def test_what_is_left_of_the_budget_is_spent_gate_by_gate():
     assert [p.label for p in chosen.values()] == ["dense", "half"] and nats == 0.01
 
 
+def test_the_probe_is_from_all_of_the_text(plain):
+    """Windows that follow each other may be of one document."""
+    tokens = torch.arange(60)[:, None].expand(60, 512)
+    assert Calibrator(plain, [], tokens, CalibrationSettings({}, 0.01, "int8", 4)).probe[:, 0].tolist() == [
+        0,
+        7,
+        15,
+        22,
+        30,
+        37,
+        45,
+        52,
+    ]
+    assert len(Calibrator(plain, [], tokens[:3], CalibrationSettings({}, 0.01, "int8", 4)).probe) == 3
+
+
+@pytest.mark.parametrize("culprit", ["attention", "mlp"])
+def test_blocks_that_only_seemed_to_cost_nothing_stay_dense(plain, tokens, culprit, monkeypatch):
+    """Each alone cost nothing on the probe text; on all of it the gates of one kind exceed the budget, of
+    which no step by step search would get to the others.
+    """
+    keys = [(layer, block) for layer in range(20) for block in ("mlp", "attention")]
+    points = {
+        key: [Point(None, 1.0, 1.0, 0.0, "dense"), Point(object(), 0.1, 0.1, 0.0, "sparse")] for key in keys
+    }
+    search = Calibrator(plain, [], tokens, CalibrationSettings({}, 0.01, "int8", 4))
+
+    def nll(self, choice, tokens):
+        return 3.0 + sum(p.density < 1 and block == culprit for (_, block), p in choice.items())
+
+    monkeypatch.setattr(Calibrator, "_nll", nll)
+    chosen, record = search._joint(points)
+    assert {key for key, p in chosen.items() if p.label == "sparse"} == {k for k in keys if k[1] != culprit}
+    assert record["ppl_increase"] == 0
+
+
 @pytest.mark.parametrize("budget", [0.0, 0.02])
 def test_what_costs_nothing_is_sparse_at_the_most_daring_density(free, tokens, budget):
     """Without being told which."""

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm_dejavu import ops, selection
 from vllm_dejavu.blocks import Flow, GatedBlock, Site
 from vllm_dejavu.compat import Attention, encode_layer_name, get_attention_context
-from vllm_dejavu.formats import keep_gathered, linear_config, row_parallel, rows_of
+from vllm_dejavu.formats import config_of, gated_bits, keep_gathered, linear_config, row_parallel, rows_of
 from vllm_dejavu.gate import Calibrated
 from vllm_dejavu.kernels import interface
 from vllm_dejavu.kernels.interface import Call
@@ -71,7 +71,10 @@ class GatedAttention(GatedBlock):
     ):
         super().__init__(site)
         geometry, vllm_config = site.geometry, site.vllm_config
-        hidden, size, bits = geometry.hidden_size, geometry.head_size, site.settings.stored_bits
+        hidden, size = geometry.hidden_size, geometry.head_size
+        names = ("qkv_proj", "out_proj")
+        bits = 0 if calibrated is None else gated_bits(site, *names)
+        config = {name: config_of(bits) if bits else linear_config(site, name) for name in names}
         self.units, self.rotary = geometry.num_heads // self.ranks, rotary
         self.kv_heads = max(1, geometry.num_kv_heads // self.ranks)
         self.qkv_proj = QKVParallelLinear(
@@ -80,10 +83,11 @@ class GatedAttention(GatedBlock):
             geometry.num_heads,
             geometry.num_kv_heads,
             bias=bias,
-            quant_config=linear_config(site),
+            quant_config=config["qkv_proj"],
             prefix=f"{site.prefix}.qkv_proj",
         )
-        self.out_proj = row_parallel(geometry.num_heads * size, hidden, bias, site, "out_proj")
+        width, prefix = geometry.num_heads * size, f"{site.prefix}.out_proj"
+        self.out_proj = row_parallel(width, hidden, bias, config["out_proj"], prefix)
         self.attn = DejaVuAttention(
             self.units,
             size,
@@ -110,7 +114,7 @@ class GatedAttention(GatedBlock):
             return
         self.kernels = interface.choose(self.device_type, geometry.activation, bits)
         keep_gathered(self.kernels, self.qkv_proj, self.out_proj)
-        self.attach(calibrated, "attention", site, self.units)
+        self.attach(calibrated, "attention", site, self.units, bits)
         self.threshold = calibrated.spec.threshold
         # True contributions of all heads are wanted: the stock attention computes them, with true queries.
         self.needs_contributions = site.settings.measure or site.settings.mode == "oracle"

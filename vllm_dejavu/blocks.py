@@ -69,9 +69,9 @@ class GatedBlock(nn.Module):
         self.ranks = get_tensor_model_parallel_world_size()
         self.device_type = torch.get_default_device().type
 
-    def attach(self, calibrated: Calibrated, block: str, site: Site, units: int) -> None:
-        """Give this block its gate, and make it findable by the ops."""
-        self.gate = Gate(calibrated, block, site.layer, units, site.settings, self.kernels)
+    def attach(self, calibrated: Calibrated, block: str, site: Site, units: int, bits: int) -> None:
+        """Give this block, whose weights have so many bits, its gate, and make it findable by the ops."""
+        self.gate = Gate(calibrated, block, site.layer, units, site.settings, self.kernels, bits)
         vars(self)["gate"] = self.gate  # found without Module's own search, at each of a step's questions
         self.recall = Recall(self.gate)
         self.layer_name = self.name_for_ops(site, block)

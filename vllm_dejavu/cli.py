@@ -1,5 +1,5 @@
-"""`vllm-dejavu`: train, evaluate, inspect, tune, plan, probe, doctor. Thin: arguments in, one function
-called, result printed.
+"""`vllm-dejavu`: train, evaluate, adopt, inspect, tune, plan, probe, doctor. Thin: arguments in, one
+function called, result printed.
 """
 
 from __future__ import annotations
@@ -185,6 +185,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", help="write the result here")
     p.set_defaults(run=_evaluate)
 
+    p = commands.add_parser(
+        "adopt",
+        help="take an artifact over for a checkpoint with nearly the same weights, such as a quantized one",
+    )
+    p.add_argument("artifact", help="directory of the artifact")
+    p.add_argument("--model", required=True, help="directory or hub id of the other checkpoint")
+    p.add_argument("--data", required=True, nargs="+", help="text that neither was made with")
+    p.add_argument("--output", required=True, help="directory of the copy")
+    p.add_argument("--field", default="text")
+    p.add_argument("--max-tokens", type=int, default=32_768, help="of the text (%(default)s)")
+    p.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        default=0.01,
+        help="sparse over dense with its weights; beyond it nothing is written (%(default)s)",
+    )
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=_adopt)
+
     p = commands.add_parser("inspect", help="an artifact as a readable table")
     p.add_argument("artifact")
     p.set_defaults(run=_inspect)
@@ -294,6 +314,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = evaluate.EvaluateConfig(**_fields(evaluate.EvaluateConfig, args))
     result = evaluate.run(config, args.json)
     print(json.dumps({k: v for k, v in result.items() if k not in ("settings", "versions")}, indent=1))
+    return 0
+
+
+def _adopt(args: argparse.Namespace) -> int:
+    from vllm_dejavu.inspection import artifact_table
+    from vllm_dejavu.predictor_training import adopt
+
+    print(artifact_table(adopt.run(adopt.AdoptConfig(**_fields(adopt.AdoptConfig, args)))))
+    print(f"wrote {args.output}")
     return 0
 
 

@@ -78,13 +78,14 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig, *, in_worker: bool) -
             " without --model-impl dejavu."
         )
 
-    if model.quantization and settings.mode != "exact":
-        why = "rows of its weights cannot be gathered; mode 'exact' takes int8 with a scale for each output."
+    if model.quantization and model.quantization != "compressed-tensors":
+        why = "its rows cannot be gathered; those of compressed-tensors' W8A8 and W8A16 can."
         refuse("quantization", model.quantization, why)
     if not in_worker:
         # vLLM has not come to it yet
         quant_config = VllmConfig._get_quantization_config(model, vllm_config.load_config)
-        quantization.check_checkpoint(quant_config, model.hf_config, settings.weight_bits)
+        exact = settings.mode == "exact"
+        quantization.check_checkpoint(quant_config, model.hf_config, settings.weight_bits, exact)
     if model.runner_type == "pooling":
         refuse("runner", "pooling", "it reads only prompts, which run dense.")
     if vllm_config.lora_config is not None:

@@ -18,7 +18,7 @@ from vllm_dejavu.compat import encode_layer_name
 from vllm_dejavu.formats import TransposedRowParallelLinear, keep_gathered, linear_config, rows_of
 from vllm_dejavu.kernels import cpu, interface
 from vllm_dejavu.kernels.interface import Call
-from vllm_dejavu.quantization import integer_bits
+from vllm_dejavu.quantization import stored_as
 
 
 class ExactMLP(GatedBlock):
@@ -33,10 +33,10 @@ class ExactMLP(GatedBlock):
         self.activation, self.attention_name = geometry.activation, attention_name
         self.units, self.hidden, self.layer = ffn // self.ranks, hidden, site.layer
         self.fc1 = ColumnParallelLinear(
-            hidden, ffn, bias=bias, quant_config=linear_config(site), prefix=f"{site.prefix}.fc1"
+            hidden, ffn, bias=bias, quant_config=linear_config(site, "fc1"), prefix=f"{site.prefix}.fc1"
         )
         quant_config = site.vllm_config.quant_config
-        bits = min(settings.stored_bits, integer_bits(quant_config, f"{site.prefix}.fc2"))
+        bits = min(settings.stored_bits, stored_as(quant_config, f"{site.prefix}.fc2").bits)
         self.kernels = interface.choose(self.device_type, self.activation, bits)
         self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias, bits)
         keep_gathered(self.kernels, self.fc2)

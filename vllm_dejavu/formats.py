@@ -7,6 +7,7 @@ depend neither on the number of ranks nor on how they are loaded.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from vllm_dejavu import ops
 from vllm_dejavu.blocks import Site
 from vllm_dejavu.compat import keep_plain_weight
 from vllm_dejavu.kernels.interface import Kernels, Rows, implementation
+from vllm_dejavu.quantization import Stored, stored_as
 
 
 class Int8Config(QuantizationConfig):
@@ -131,9 +133,35 @@ class TransposedRowParallelLinear(nn.Module):
         return out if self.bias is None else out + self.bias, None
 
 
-def linear_config(site: Site) -> QuantizationConfig | None:
-    """What a layer's linears take as their `quant_config`: ours, or that of the checkpoint."""
-    return config_of(site.settings.stored_bits) or site.vllm_config.quant_config
+def linear_config(site: Site, name: str) -> QuantizationConfig | None:
+    """What a linear that is not gated takes as its `quant_config`: ours, or that of the checkpoint, but for
+    int8 weights alone, which stock vLLM does not serve on a CPU.
+    """
+    quant_config = site.vllm_config.quant_config
+    if site.settings.stored_bits == 8:
+        return Int8Config()
+    with contextlib.suppress(ValueError):  # what we cannot read is stock vLLM's affair here
+        if stored_as(quant_config, f"{site.prefix}.{name}") == Stored(8, inputs=False):
+            return Int8Config()
+    return quant_config
+
+
+def gated_bits(site: Site, *names: str) -> int:
+    """Of a gated block's linears in memory: as the settings have it, or as a quantized checkpoint stores
+    them.
+
+    Raises:
+        ValueError: rows of them cannot be read, or not by one kernel.
+    """
+    quant_config, most = site.vllm_config.quant_config, site.settings.stored_bits
+    bits = {name: min(most, stored_as(quant_config, f"{site.prefix}.{name}").bits) for name in names}
+    if len(set(bits.values())) > 1:
+        raise ValueError(
+            f"model_impl='dejavu' reads {' and '.join(names)} of {site.prefix} by one kernel, the checkpoint"
+            f" stores them in {bits} bits. Quantize both or neither, or leave the block out of the setting"
+            " 'blocks'."
+        )
+    return bits[names[0]]
 
 
 def config_of(bits: int) -> QuantizationConfig | None:
@@ -142,12 +170,11 @@ def config_of(bits: int) -> QuantizationConfig | None:
 
 
 def row_parallel(
-    input_size: int, output_size: int, bias: bool, site: Site, name: str
+    input_size: int, output_size: int, bias: bool, quant_config: QuantizationConfig | None, prefix: str
 ) -> RowParallelLinear | TransposedRowParallelLinear:
     """A linear that is cut by its inputs."""
-    if site.settings.stored_bits == 8:
+    if isinstance(quant_config, Int8Config):
         return TransposedRowParallelLinear(input_size, output_size, bias, 8)
-    quant_config, prefix = site.vllm_config.quant_config, f"{site.prefix}.{name}"
     return RowParallelLinear(input_size, output_size, bias=bias, quant_config=quant_config, prefix=prefix)
 
 

@@ -45,7 +45,7 @@ class Gate(nn.Module):
 
     Args:
         block: "mlp" or "attention". layer: index in the whole model.
-        units: neurons or heads of this rank.
+        units: neurons or heads of this rank. bits: of the block's weights in memory.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Gate(nn.Module):
         units: int,
         settings: DejaVuConfig,
         kernels: Kernels,
+        bits: int,
     ):
         super().__init__()
         spec, tensors, tuned, cache_crossover = calibrated
@@ -67,7 +68,7 @@ class Gate(nn.Module):
         self.lookahead = "self" if settings.mode == "oracle" else spec.lookahead
         cap = kernels.largest_batch
         if tuned is None:
-            built_in = kernels.crossovers if settings.stored_bits == 16 else kernels.int8_crossovers
+            built_in = kernels.crossovers if bits == 16 else kernels.int8_crossovers
             tuned = _of_size(built_in.get(block, {}), self.predictor.hidden)
         elif cap is not None:
             cap = max((cap, *tuned))

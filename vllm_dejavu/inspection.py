@@ -26,6 +26,8 @@ def artifact_table(loaded: Artifact) -> str:
     for name in ("training", "calibration"):
         record = {k: v for k, v in getattr(m, name).items() if not isinstance(v, (list, dict)) or k == "data"}
         lines.append(f"{name:11s} " + ", ".join(f"{k}={_short(v)}" for k, v in record.items()))
+    if isinstance(adopted := m.calibration.get("adopted_from"), dict):
+        lines.append("adopted     " + ", ".join(f"{k}={_short(v)}" for k, v in adopted.items()))
     lines += [
         "",
         (

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -129,8 +129,19 @@ def check_model(sizes: Any, bits: int) -> None:
         _check_inputs(sizes.ffn_dim, "ffn_dim", bits)
 
 
-def integer_bits(quant_config: Any, name: str) -> int:
-    """Of a linear as its checkpoint stores it: 16, or 8 where that is int8 with a scale for each output.
+class Stored(NamedTuple):
+    """How a checkpoint stores a linear.
+
+    Attributes:
+        bits: 16, or 8: int8 with a scale for each output. inputs: whether stock vLLM rounds its inputs too.
+    """
+
+    bits: int
+    inputs: bool = False
+
+
+def stored_as(quant_config: Any, name: str) -> Stored:
+    """Of a linear.
 
     Args:
         quant_config: vLLM's, of the checkpoint, or None. name: the linear's, as `quant_config` knows it.
@@ -139,12 +150,12 @@ def integer_bits(quant_config: Any, name: str) -> int:
         ValueError: rows of it cannot be read as integers, with the reason.
     """
     if quant_config is None:
-        return 16
+        return Stored(16)
 
     def refuse(what: str) -> ValueError:
         return ValueError(
-            f"mode='exact' reads single rows of {name}, stored as {what}: it takes 16 bits, or"
-            " compressed-tensors int8, symmetric, with a scale for each output (W8A8). Serve the model"
+            f"model_impl='dejavu' reads single rows of {name}, stored as {what}: it takes 16 bits, or"
+            " compressed-tensors int8, symmetric, with a scale for each output (W8A8, W8A16). Serve the model"
             " without --model-impl dejavu."
         )
 
@@ -152,20 +163,46 @@ def integer_bits(quant_config: Any, name: str) -> int:
         raise refuse(str(quant_config.get_name()))
     if getattr(quant_config, "transform_config", None):
         raise refuse("integers of rotated weights (transform_config)")
+    if getattr(quant_config, "kv_cache_scheme", None):
+        raise refuse("part of a checkpoint with scales of the KV cache (kv_cache_scheme)")
     # a linear by its class's name, which is what schemes ask for
     found = quant_config.get_scheme_dict(torch.nn.Linear(1, 1, device="meta"), name)
     scheme = None if found is None else found["weights"]
     if scheme is None:
-        return 16
+        return Stored(16)
     kind, strategy = (str(getattr(value, "value", value)) for value in (scheme.type, scheme.strategy))
     if (scheme.num_bits, kind, strategy, scheme.symmetric) != (8, "int", "channel", True):
         symmetry = "symmetric" if scheme.symmetric else "asymmetric"
         raise refuse(f"{kind}{scheme.num_bits} by {strategy}, {symmetry}")
-    return 8
+    inputs = found.get("input_activations")
+    if inputs is not None and not inputs.dynamic:
+        raise refuse("int8 with fixed scales of its inputs (input_activations not dynamic)")
+    if getattr(scheme, "actorder", None):
+        raise refuse("int8 in the order of its activations (actorder)")
+    return Stored(8, inputs is not None)
 
 
-def check_checkpoint(quant_config: Any, hf_config: Any, bits: int) -> None:
-    """Refuse a quantized checkpoint that mode `exact` cannot serve, by its first layer.
+PACKED = "weight_packed"  # compressed-tensors' name of four int8 in an int32
+
+
+def unpacked(tensor: torch.Tensor) -> torch.Tensor:
+    """[outputs, inputs / 4], int32, as compressed-tensors packs 8 bits (from 0 on, the first input lowest)
+    -> [outputs, inputs], int8.
+    """
+    return (tensor.contiguous().view(torch.uint8) ^ 128).view(torch.int8)
+
+
+def checkpoint_bits(quant_config: Any) -> int:
+    """Of the linears that a checkpoint has quantized (`stored_as` refuses others), or 16."""
+    return 16 if quant_config is None else 8
+
+
+def check_checkpoint(quant_config: Any, hf_config: Any, bits: int, exact: bool = False) -> None:
+    """Refuse a quantized checkpoint that cannot be served, by its first layer.
+
+    Args:
+        bits: asked for (`weight_bits`). exact: whether of each layer only what is behind the activation is
+            read by rows.
 
     Raises:
         ValueError: naming the linear and how it is stored.
@@ -173,7 +210,8 @@ def check_checkpoint(quant_config: Any, hf_config: Any, bits: int) -> None:
     if quant_config is None:
         return
     names = family_of(hf_config.architectures).names
-    integer_bits(quant_config, f"{names.layers}.0.{names.down}")
+    for name in (names.down,) if exact else (names.down, names.up, *names.qkv, names.out):
+        stored_as(quant_config, f"{names.layers}.0.{name}")
     if bits < 16:
         raise ValueError(
             f"weight_bits={bits} rounds 16-bit weights, this checkpoint is quantized already: use"

@@ -119,13 +119,14 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         self.config = model_config.hf_config
         self.model_name = model_config.model
         self.load_format = vllm_config.load_config.load_format
+        self.checkpoint_bits = quantization.checkpoint_bits(vllm_config.quant_config)
         settled = engine.settle(vllm_config, in_worker=True)
         self.settings, self.loaded = settled.settings, settled.loaded
         self.artifact_path = "" if settled.directory is None else str(settled.directory)
         self.tuned: tune.Tuned | None = None
         if self.loaded is not None:
             tp = vllm_config.parallel_config.tensor_parallel_size
-            bits = self.settings.stored_bits
+            bits = min(self.settings.stored_bits, self.checkpoint_bits)
             key = tune.Key.of(self.loaded, torch.get_default_device(), model_config.dtype, tp, bits)
             self.tuned = tune.load(settled.directory, key)
         if self.settings.mode != "dense":
@@ -231,11 +232,23 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
             name, shard = self.parameter_name(stored_name)
             if name is None or is_pp_missing_parameter(name, self):
                 continue
+            if name.endswith(".weight_shape"):  # beside packed weights: what theirs would be
+                continue
+            if name.endswith(f".{quantization.PACKED}"):
+                name = f"{name.removesuffix(quantization.PACKED)}weight"
+                tensor = quantization.unpacked(tensor)
             if name not in params:
                 raise ValueError(
                     f"Checkpoint of {self.model_name} holds {name!r}, which {type(self).__name__} lacks."
                 )
             param = params[name]
+            if param.is_floating_point() and not tensor.is_floating_point():
+                raise ValueError(
+                    f"Checkpoint of {self.model_name} holds integers as {stored_name!r}, where its"
+                    " quantization_config has 16 bits: the two do not belong together."
+                )
+            if name.endswith(".weight_scale") and param.ndim == 1:  # compressed-tensors has [outputs, 1]
+                tensor = tensor.flatten()
             # Behind the fingerprint: predictors stay those trained for the checkpoint, whatever its weights
             # are rounded to.
             parts = {name: tensor}
@@ -298,7 +311,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         counts = torch.stack([c.counters for c in self.counted]).tolist() if self.counted else []
         return {
             "mode": self.settings.mode,
-            "weight_bits": self.settings.weight_bits,
+            "weight_bits": min(self.settings.weight_bits, self.checkpoint_bits),
             "lm_head_bits": self.settings.head_bits,
             "dense_switch": self.switched_dense,
             "predictor_bytes": self.predictor_bytes,
@@ -371,6 +384,8 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
 
     def _announce(self) -> None:
         bits, head_bits = self.settings.weight_bits, self.settings.head_bits
+        if self.checkpoint_bits < 16:
+            logger.info("dejavu: INT8 weights, a scale for each output, as the checkpoint has them")
         if min(bits, head_bits) < 16:
             log = logger.warning if bits == 4 else logger.info
             log("dejavu: %s", quantization.describe(bits, head_bits))
@@ -426,6 +441,9 @@ def _origin(manifest: Manifest) -> str:
     sources = manifest.training.get("data")
     if not isinstance(sources, list):
         return "origin unknown"
+    adopted = manifest.calibration.get("adopted_from")
+    if isinstance(adopted, dict):
+        return f"adopted from {adopted.get('model')}, perplexity {100 * adopted['ppl_increase']:+.2f}% here"
     rise = manifest.calibration.get("ppl_increase")
     text = "text that the model wrote itself" if sources == ["self"] else ", ".join(map(str, sources))
     return f"made from {text}" + (
