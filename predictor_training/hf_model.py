@@ -9,6 +9,7 @@ head_size].
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class HfModel:
             if device != "cpu"
             else {}
         )
+        spread |= _dequantized(self.config, name)
         try:
             self.model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread).eval()
         except SafetensorError as e:
@@ -279,6 +281,28 @@ class HfModel:
 
 def _hidden(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
+
+
+def _dequantized(config: Any, name: str) -> dict[str, Any]:
+    """What loads a quantized checkpoint's weights as the floats that they stand for.
+
+    Raises:
+        ValueError: quantized by a method that we have no way for.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return {}
+    found = found if isinstance(found, dict) else found.to_dict()
+    if found.get("quant_method") != "compressed-tensors":
+        raise ValueError(
+            f"{name} is quantized as {found.get('quant_method')!r}; predictors are trained on 16 or 32"
+            " bits, or on compressed-tensors checkpoints. Train on the original, then `vllm-dejavu adopt`."
+        )
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    known = inspect.signature(CompressedTensorsConfig).parameters
+    how = {"dequantize": True} if "dequantize" in known else {"run_compressed": False}  # its older name
+    return {"quantization_config": CompressedTensorsConfig(**how)}
 
 
 def fingerprint(name: str) -> str:

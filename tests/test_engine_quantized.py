@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import engine, model_of
+from engine import TOLERANCE, Recorder, engine, generate, model_of, next_token_log_probs, random_prompt
 from parallel_worker import observe
 from safetensors.torch import load_file, save_file
-from test_engine_int8 import assert_alike, log_probs, meant
+from test_engine_int8 import PROMPTS, assert_alike, log_probs, meant
 from test_engine_parallel import FLIPS_ALLOWED, flips, in_processes, job
 from tiny import fingerprint_of, make_artifact, make_nemotron
+from tolerances import relative_rms
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import quantized
@@ -124,9 +125,6 @@ def test_mode_dense_is_stock_vllm(w8a8):
     """Compared in fp32, where W8A8 rounds its inputs alike."""
     found, _ = log_probs(w8a8, {"mode": "dense"})
     with engine(w8a8, impl="vllm") as llm:
-        from engine import Recorder, generate, next_token_log_probs
-        from test_engine_int8 import PROMPTS
-
         with Recorder(llm) as recorder:
             generate(llm, PROMPTS, 12)
         assert_alike(found, next_token_log_probs(recorder.steps))
@@ -232,7 +230,36 @@ def test_two_ranks(w8a8, tmp_path):
     assert found["metrics"]["weight_bits"] == 8
 
 
-# Predictors taken over.
+# Predictors made for it, and taken over.
+
+
+def test_training_sees_the_weights_that_are_meant(w8a8, w8a16, opt, tmp_path):
+    from vllm_dejavu.predictor_training.hf_model import HfModel
+
+    expected = HfModel(str(meant(opt(layers=2), tmp_path / "rounded", head=False)))
+    for directory in (w8a8, w8a16):
+        model = HfModel(str(directory))
+        assert model.spec.fingerprint == fingerprint_of(directory) != expected.spec.fingerprint
+        for layer in range(2):
+            for name in ("fc1", "fc2", "self_attn.q_proj", "self_attn.out_proj"):
+                found = model.weight(layer, name)
+                assert found.dtype == torch.float32
+                assert torch.allclose(found, expected.weight(layer, name), rtol=1e-5, atol=1e-7)
+    tokens = torch.tensor([random_prompt(20)])
+    with torch.inference_mode():
+        logits = [m.model(tokens).logits for m in (HfModel(str(w8a16)), expected)]
+    assert relative_rms(*logits) < TOLERANCE["float32"]
+
+
+def test_training_on_other_checkpoints_is_refused(edited):
+    from vllm_dejavu.predictor_training.hf_model import HfModel
+
+    model = edited()
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantized as 'gptq'.*vllm-dejavu adopt"):
+        HfModel(str(model))
 
 
 def adopt(original: Path, model: Path, tmp_path: Path, monkeypatch, rise: float = 0.004):
