@@ -149,7 +149,7 @@ def run(config: EvaluateConfig, json_path: str | None = None) -> dict[str, Any]:
         "dense_ppl": math.exp(float(dense_nll.mean())),
         "sparse_ppl": math.exp(float(sparse_nll.mean())),
         **increase("ppl_increase", sparse_nll, dense_nll),
-        "weight_bits": config.weight_bits,
+        "weight_bits": counted["weight_bits"],
         "unquantized_dense_ppl": math.exp(float(unquantized_nll.mean())),
         **increase("quantization_ppl_increase", dense_nll, unquantized_nll),
         **increase("total_ppl_increase", sparse_nll, unquantized_nll),

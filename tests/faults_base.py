@@ -71,7 +71,7 @@ TESTS_OF = {
         NATIVE_TESTS,
     ),
     "kernels/csrc/exact.h": ("test_kernel_exact.py",),
-    "kernels/csrc/transposed.h": (*NATIVE_TESTS, "test_kernel_exact.py", "test_kernel_tiles.py"),
+    "kernels/csrc/transposed.h": ("test_kernel_tiles.py", "test_kernel_exact.py", *NATIVE_TESTS),
     "vllm_dejavu/exact.py": ("test_engine_exact.py",),
     "vllm_dejavu/models/nemotron.py": ("test_engine_nemotron.py",),
     "kernels/reference.py": ("test_kernel_reference.py",),
