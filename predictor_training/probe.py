@@ -3,14 +3,15 @@ together, how few neurons hold the energy, how few heads contribute. Counted in 
 whose MLPs leave neurons at exactly 0, served here or not.
 
 What follows is *modelled*, from bytes alone: what a decode step would read if fc2 skipped those zeros (mode
-`exact`), and if predictors named all of them in front of fc1.
+`exact`), and if predictors named all of them in front of fc1; and on a GPU that is named, times by the model
+of `roofline`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_dejavu.families import FAMILIES
+from vllm_dejavu.families import FAMILIES, Geometry, geometry_of
 from vllm_dejavu.markdown import table
 from vllm_dejavu.predictor_training import data
 from vllm_dejavu.predictor_training.report import say
+from vllm_dejavu.published import DEVICES
+from vllm_dejavu.roofline import Workload, account
 from vllm_dejavu.selection import head_contributions, head_grams
 from vllm_dejavu.sizes import WEIGHT_BYTES, default_rank
 
@@ -44,6 +47,7 @@ class ProbeConfig:
 
     Attributes:
         model: directory or hub id. data: text; none: the model writes its own. tokens: of it.
+        gpu: one of published.DEVICES, to model times on it; None: bytes alone.
     """
 
     model: str
@@ -54,8 +58,11 @@ class ProbeConfig:
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
+        if self.gpu is not None and self.gpu.lower() not in DEVICES:
+            raise ValueError(f"--gpu {self.gpu!r} is unknown: expected one of {', '.join(DEVICES)}.")
         for name, low in (("tokens", 64), ("seq_len", 16)):
             if getattr(self, name) < low:
                 raise ValueError(
@@ -244,6 +251,13 @@ def run(config: ProbeConfig) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(config.device).eval()
     architecture = (model.config.architectures or [type(model).__name__])[0]
     modules = find_modules(model, architecture)
+    served = architecture in {family.architecture for family in FAMILIES}
+    if config.gpu is not None and not served:
+        raise ValueError(
+            "--gpu models a decode step of architectures that are served"
+            f" ({', '.join(family.architecture for family in FAMILIES)}), this model is a {architecture}:"
+            " leave it out, bytes are counted anyway."
+        )
     sizes = sizes_of(model.config, modules)
     positions = getattr(model.config, "max_position_embeddings", None) or config.seq_len
     bos = model.config.bos_token_id
@@ -272,10 +286,13 @@ def run(config: ProbeConfig) -> dict[str, Any]:
     return {
         "model": config.model,
         "architecture": architecture,
-        "served": architecture in {family.architecture for family in FAMILIES},
+        "served": served,
         "sizes": sizes._asdict(),
         "measured": measured,
         "modelled": modelled(sizes, measured["union"]),
+        "modelled_on": None
+        if config.gpu is None
+        else modelled_on(geometry_of(model.config), config.gpu.lower(), measured["union"]),
     }
 
 
@@ -330,6 +347,32 @@ def modelled(sizes: Sizes, union: dict[int, float]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def modelled_on(geometry: Geometry, gpu: str, union: dict[int, float]) -> dict[str, Any]:
+    """Milliseconds of a decode step on a GPU, by batch and bits, at the context that `Workload` takes: stock
+    in 16 bits and in as many; mode exact; predictors that name exactly what is not 0, of 16 bits a value, as
+    `plan` has them. Attention is not gated.
+    """
+    device, rows = DEVICES[gpu], []
+    for batch in BATCHES:
+        work = Workload(batch=batch, mlp_density=union[batch], head_density=1.0)
+        sixteen = account(geometry, device, work).dense_step_us
+        for bits in BITS:
+            found = account(geometry, device, replace(work, dense_weight_bits=bits, sparse_weight_bits=bits))
+            down = found.parts["fc2"]
+            spared = device.read_us(down.dense_bytes) - device.read_us(down.sparse_bytes)
+            rows.append(
+                {
+                    "batch": batch,
+                    "bits": bits,
+                    "stock_16_ms": sixteen / 1e3,
+                    "stock_ms": found.dense_step_us / 1e3,
+                    "exact_ms": (found.dense_step_us - geometry.num_layers * spared) / 1e3,
+                    "predictors_ms": found.sparse_step_us / 1e3,
+                }
+            )
+    return {"device": device.name, "context": work.context, "rows": rows}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -390,6 +433,23 @@ def report(result: dict[str, Any]) -> str:
             for row in shown
         ],
     )
+    if (on := result["modelled_on"]) is not None:
+        lines += [
+            "",
+            f"**Modelled** on {on['device']}, a step in ms at {on['context']} tokens of context, bytes and"
+            " launches as `vllm-dejavu plan` has them (nothing of it was run; INT8 and INT4 are not served"
+            " there yet):",
+            "",
+        ]
+        names = ("stock_16_ms", "stock_ms", "exact_ms", "predictors_ms")
+        lines += table(
+            ["batch", "bits", "stock, 16 bits", "stock", "exact", "predictors"],
+            [
+                [str(row["batch"]), str(row["bits"]), *(f"{row[name]:.3f}" for name in names)]
+                for row in on["rows"]
+                if row["batch"] in (1, 8, 64)
+            ],
+        )
     return "\n".join(lines)
 
 

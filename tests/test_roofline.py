@@ -11,6 +11,7 @@ from vllm_dejavu.roofline import (
     Device,
     Workload,
     account,
+    linear_weights,
     num_weights,
     quantized,
 )
@@ -377,3 +378,20 @@ def test_summary_is_one_line_and_says_model():
         and "1.95x" in line
         and "launches" in line
     )
+
+
+def test_queries_that_share_keys():
+    """Fewer keys and values are projected, written and read; of the cache what any of a group selected."""
+    plain = replace(TINY, num_heads=8, num_kv_heads=8, head_size=4)
+    grouped = replace(plain, num_kv_heads=2)
+    work = Workload(batch=1, context=10, head_density=0.5, mlp_density=1, predictor_rank=0)
+    alone, shared = (account(g, H200, work).parts for g in (plain, grouped))
+    queries, keys = 2 * TINY.hidden_size * 8 * 4, 2 * TINY.hidden_size * 2 * 4  # bytes
+    assert shared["qkv"].dense_bytes == queries + 2 * keys
+    assert shared["qkv"].sparse_bytes == 0.5 * queries + 2 * keys
+    assert shared["out_proj"].dense_bytes == alone["out_proj"].dense_bytes == queries
+    for name in ("KV read", "KV write"):
+        assert shared[name].dense_bytes == alone[name].dense_bytes / 4
+    assert alone["KV read"].sparse_bytes == 0.5 * alone["KV read"].dense_bytes
+    assert shared["KV read"].sparse_bytes == (1 - 0.5**4) * shared["KV read"].dense_bytes
+    assert linear_weights(plain) - linear_weights(grouped) == 2 * TINY.hidden_size * 6 * 4

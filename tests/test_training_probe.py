@@ -119,3 +119,29 @@ def test_refused(make, words, tmp_path, capsys):
 def test_too_little_is_refused(capsys):
     assert cli.main(["probe", "anything", "--tokens", "3"]) == 1
     assert "--tokens 3 is too few: at least 64" in capsys.readouterr().err
+
+
+def test_times_on_a_gpu(opt, tmp_path, capsys):
+    """Of the model that `plan` has, at the unions that were counted; apart from what was measured."""
+    from vllm_dejavu.plan import find_model
+    from vllm_dejavu.published import DEVICES
+    from vllm_dejavu.roofline import Workload, account
+
+    result = probed(opt(), gpu="h200")
+    rows = {(row["batch"], row["bits"]): row for row in result["modelled_on"]["rows"]}
+    geometry = find_model(str(opt()))[0]
+    for batch in (1, 64):
+        union = result["measured"]["union"][batch]
+        found = account(geometry, DEVICES["h200"], Workload(batch=batch, mlp_density=union, head_density=1.0))
+        row = rows[batch, 16]
+        assert row["stock_16_ms"] == row["stock_ms"] == found.dense_step_us / 1e3
+        assert row["predictors_ms"] == found.sparse_step_us / 1e3
+        bandwidth = DEVICES["h200"].read_us(geometry.hidden_size * geometry.ffn_dim * 2 * (1 - union))
+        assert row["exact_ms"] == pytest.approx(row["stock_ms"] - geometry.num_layers * bandwidth / 1e3)
+        assert rows[batch, 4]["stock_ms"] < rows[batch, 8]["stock_ms"] < row["stock_ms"]
+    assert "**Modelled** on H200" in probe.report(result)
+    assert "Modelled** on" not in probe.report(probed(opt()))
+    with pytest.raises(ValueError, match="--gpu 'tpu' is unknown: expected one of a100"):
+        probed(opt(), gpu="tpu")
+    with pytest.raises(ValueError, match="architectures that are served .*this model is a LlamaForCausalLM"):
+        probed(make_llama(tmp_path / "m"), gpu="h200")

@@ -263,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"
     )
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--gpu", help="also model times on an a100, h100, h200, b200 or mi300x")
     p.add_argument("--output", help="directory for probe.json, probe.md and probe.png")
     p.set_defaults(run=_probe)
 

@@ -92,9 +92,9 @@ def _positive(owner: object, *names: str) -> None:
 
 
 def linear_weights(geometry: Geometry) -> int:
-    """Of a layer: four projections, every head with its own K and V, and the two matrices of the MLP."""
+    """Of a layer: the four projections, and the two matrices of the MLP."""
     g = geometry
-    return 4 * g.hidden_size**2 + 2 * g.hidden_size * g.ffn_dim
+    return 2 * g.hidden_size * ((g.num_heads + g.num_kv_heads) * g.head_size + g.ffn_dim)
 
 
 def embedding_weights(geometry: Geometry) -> int:
@@ -370,12 +370,15 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
         raise ValueError(
             f"The model has {g.num_heads} heads, which tp={w.tp} does not divide; take a divisor."
         )
-    square = g.hidden_size**2 / w.tp  # weights of one hidden x hidden projection, this rank's share
+    queries = g.hidden_size * g.num_heads * g.head_size / w.tp  # weights, this rank's share; of out_proj too
+    keys = g.hidden_size * g.num_kv_heads * g.head_size / w.tp  # of values too
     matrix = g.hidden_size * g.ffn_dim / w.tp  # of fc1, and of fc2
     dense_element_bytes = sum(w.element_bytes(w.dense_weight_bits))
     value_bytes, scale_bytes = w.element_bytes(w.sparse_weight_bits)
     row_bytes = value_bytes + scale_bytes  # where whole rows are read: a scale belongs to one row
-    token_kv_bytes = 2 * g.hidden_size * w.dtype_bytes / w.tp
+    token_kv_bytes = 2 * g.num_kv_heads * g.head_size * w.dtype_bytes / w.tp
+    # a key is read where one of the queries that share it was selected
+    read_keys = 1 - (1 - w.head_density) ** (g.num_heads // g.num_kv_heads)
     union = w.union_heads if w.skip_projections else 1.0
     fired = w.mlp_density * w.survivors
     union_groups = w.groups_read(union, w.quantization_group / g.head_size)
@@ -385,13 +388,13 @@ def account(geometry: Geometry, device: Device, workload: Workload) -> Account:
     )
     parts = {
         # K and V always: the cache stays complete
-        "qkv": Part(3 * square * dense_element_bytes, (2 + union) * square * row_bytes),
+        "qkv": Part((queries + 2 * keys) * dense_element_bytes, (union * queries + 2 * keys) * row_bytes),
         "KV write": Part(w.batch * token_kv_bytes, w.batch * token_kv_bytes),
         "KV read": Part(
-            w.batch * w.context * token_kv_bytes, w.batch * w.context * token_kv_bytes * w.head_density
+            w.batch * w.context * token_kv_bytes, w.batch * w.context * token_kv_bytes * read_keys
         ),
         "out_proj": Part(
-            square * dense_element_bytes, square * (union * value_bytes + union_groups * scale_bytes)
+            queries * dense_element_bytes, queries * (union * value_bytes + union_groups * scale_bytes)
         ),
         "fc1": Part(matrix * dense_element_bytes, w.mlp_density * matrix * row_bytes),
         "fc2": Part(
