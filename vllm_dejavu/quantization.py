@@ -193,8 +193,9 @@ def unpacked(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def checkpoint_bits(quant_config: Any) -> int:
-    """Of the linears that a checkpoint has quantized (`stored_as` refuses others), or 16."""
-    return 16 if quant_config is None else 8
+    """8 where a checkpoint has linears of which we read rows of integers (`stored_as`), or 16."""
+    weights = [scheme.get("weights") for scheme in getattr(quant_config, "target_scheme_map", {}).values()]
+    return 8 if any(w is not None and w.num_bits == 8 for w in weights) else 16
 
 
 def check_checkpoint(quant_config: Any, hf_config: Any, bits: int, exact: bool = False) -> None:

@@ -232,11 +232,12 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
             name, shard = self.parameter_name(stored_name)
             if name is None or is_pp_missing_parameter(name, self):
                 continue
-            if name.endswith(".weight_shape"):  # beside packed weights: what theirs would be
-                continue
-            if name.endswith(f".{quantization.PACKED}"):
-                name = f"{name.removesuffix(quantization.PACKED)}weight"
-                tensor = quantization.unpacked(tensor)
+            if name not in params:  # packed, where the layer is ours
+                if name.endswith(".weight_shape"):
+                    continue
+                if name.endswith(f".{quantization.PACKED}"):
+                    name = f"{name.removesuffix(quantization.PACKED)}weight"
+                    tensor = quantization.unpacked(tensor)
             if name not in params:
                 raise ValueError(
                     f"Checkpoint of {self.model_name} holds {name!r}, which {type(self).__name__} lacks."
