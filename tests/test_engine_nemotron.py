@@ -19,6 +19,7 @@ from engine import (
     next_token_log_probs,
     random_prompt,
 )
+from test_engine_replay import recomputed_tokens
 from tolerances import relative_rms
 
 from vllm_dejavu import artifact
@@ -143,8 +144,11 @@ def test_preemption_chunks_and_prefix_cache(mode, nemotron, predictors):
         {"max_num_seqs": 6, "num_gpu_blocks_override": 9},
     ):
         with engine(model, dejavu=settings, **options) as llm:
-            answers += [generate(llm, prompts, 40), generate(llm, prompts, 40)]
+            with Recorder(llm) as recorder:
+                answers.append(generate(llm, prompts, 40))
+            answers.append(generate(llm, prompts, 40))
     assert all(answer == answers[0] for answer in answers)
+    assert recomputed_tokens(recorder.steps) > 20, "nothing was preempted in the last"
 
 
 @pytest.mark.skipif(
