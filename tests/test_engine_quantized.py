@@ -9,13 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import TOLERANCE, Recorder, engine, generate, model_of, next_token_log_probs, random_prompt
+from engine import (
+    TOLERANCE,
+    Recorder,
+    engine,
+    generate,
+    model_of,
+    next_token_log_probs,
+    one_collection,
+    random_prompt,
+)
 from parallel_worker import observe
 from safetensors.torch import load_file, save_file
 from test_engine_int8 import PROMPTS, assert_alike, log_probs, meant
 from test_engine_parallel import FLIPS_ALLOWED, flips, in_processes, job
+from test_evaluate import MODEL, PROSE
 from tiny import fingerprint_of, make_artifact, make_nemotron
 from tolerances import relative_rms
+
+from vllm_dejavu import cli
+from vllm_dejavu.artifact import load
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import quantized
@@ -288,6 +301,27 @@ def test_adopted_predictors_are_served(w8a8, opt, predictors, tmp_path, monkeypa
     from vllm_dejavu.inspection import artifact_table
 
     assert f"fingerprint={fingerprint_of(model)}" in artifact_table(made)
+
+
+def test_adopting_the_shipped_predictors(tmp_path, capsys):
+    """The command, with what it measures: on the W8A8 copy they find about what they do on the original; with
+    a smaller budget than they cost nothing is left behind.
+    """
+    model = quantized.write(Path(MODEL), tmp_path / "w8a8", "w8a8")
+    (tmp_path / "prose.txt").write_text("\n\n".join(PROSE * n for n in (3, 4, 5)), encoding="utf-8")
+    command = ["adopt", f"{MODEL}/dejavu", "--model", str(model), "--data", str(tmp_path / "prose.txt")]
+    command += ["--dtype", "float32"]
+    with one_collection():
+        assert cli.main([*command, "--output", str(tmp_path / "a"), "--max-ppl-increase", "0.2"]) == 0
+    assert "adopted     model=" in capsys.readouterr().out
+    record = load(tmp_path / "a").manifest.calibration["adopted_from"]
+    assert record["fingerprint"] == load(f"{MODEL}/dejavu").manifest.model.fingerprint
+    assert record["sparse_ppl"] / record["dense_ppl"] - 1 == pytest.approx(record["ppl_increase"], abs=1e-5)
+    assert record["sparse_ppl"] != record["dense_ppl"]
+    assert 0.7 < record["mlp_recall"] < 1 and 0.03 < record["mlp_density"] < 0.15
+    with one_collection():
+        assert cli.main([*command, "--output", str(tmp_path / "b"), "--max-ppl-increase", "-0.9"]) == 1
+    assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("rise", [0.02, float("nan")])
