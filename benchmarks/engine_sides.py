@@ -31,7 +31,7 @@ class Side(NamedTuple):
         return self.settings.get("mode") in ("sparse", "exact")
 
 
-_SPARSE, _DENSE, _INT8 = {"mode": "sparse"}, {"mode": "dense"}, {"weight_bits": 8}
+_SPARSE, _DENSE, _INT8, _INT4 = {"mode": "sparse"}, {"mode": "dense"}, {"weight_bits": 8}, {"weight_bits": 4}
 _EXACT = {"mode": "exact"}
 SIDES = {
     "dense": Side("vllm"),
@@ -44,6 +44,9 @@ SIDES = {
     "dejavu-int8-head16": Side("dejavu", settings=_SPARSE | _INT8 | {"lm_head_bits": 16}, bits=8),
     "dejavu-int8-fp8": Side("dejavu", settings=_SPARSE | _INT8, bits=8, head_bits=8, cache="fp8"),
     "dejavu-int8-dense": Side("dejavu", settings=_DENSE | _INT8, bits=8, head_bits=8),
+    "dejavu-int4": Side("dejavu", settings=_SPARSE | _INT4, bits=4, head_bits=8),
+    "dejavu-int4-head16": Side("dejavu", settings=_SPARSE | _INT4 | {"lm_head_bits": 16}, bits=4),
+    "dejavu-int4-dense": Side("dejavu", settings=_DENSE | _INT4, bits=4, head_bits=8),
     "exact": Side("dejavu", settings=_EXACT),
     "exact-w8a8": Side("dejavu", "w8a8", settings=_EXACT, bits=8),
     "hf": Side("hf"),

@@ -64,7 +64,7 @@ class NativeKernels(Kernels):
 
     name = "native CPU kernels"
     activations = ("relu", "relu2")
-    weight_bits = (16, 8)
+    weight_bits = (16, 8, 4)
     crossovers = tables.crossovers("native")
     cache_crossover = tables.read("native")["cache_crossover"]
     tile_crossover = {int(bits): share for bits, share in tables.read("native")["tile_crossover"].items()}
@@ -104,7 +104,7 @@ class NativeKernels(Kernels):
     def sparse_mlp(
         self, x: torch.Tensor, mlp: Mlp, selection: Selection | None = None, call: Call | None = None
     ) -> torch.Tensor:
-        weights = mlp.up.weight, mlp.up.scale, mlp.up.bias, mlp.down.weight, mlp.down.scale
+        weights = mlp.up.weight, mlp.up.scale, mlp.up.bias, *self.transposed(mlp.down)
         weights += self.squares(mlp.activation), self.tile_share(mlp.down)
         if selection is None:
             return torch.ops.dejavu_cpu.dense_mlp(x, *weights)
@@ -115,12 +115,17 @@ class NativeKernels(Kernels):
         self, h: torch.Tensor, down: Rows, activation: str, crossover: float, call: Call
     ) -> torch.Tensor:
         """By tiles of a few tokens, each a step in the counters."""
-        square = self.squares(activation)
-        return torch.ops.dejavu_cpu.exact_down(h, down.weight, down.scale, square, crossover, call.counters)
+        weights = *self.transposed(down), self.squares(activation), crossover
+        return torch.ops.dejavu_cpu.exact_down(h, *weights, call.counters)
+
+    @staticmethod
+    def transposed(rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """A transposed weight as operations take it."""
+        return rows.weight, rows.scale, rows.output_scale
 
     def tile_share(self, down: Rows) -> float:
         """`tile_crossover` of fc2's weights."""
-        return self.tile_crossover[16 if down.scale is None else 8]
+        return self.tile_crossover[down.bits]
 
     def squares(self, activation: str) -> bool:
         """Whether an activation is relu2, the square of ReLU."""
@@ -133,9 +138,9 @@ class NativeKernels(Kernels):
     def linear(self, x: torch.Tensor, rows: Rows, output: torch.Tensor | None = None) -> torch.Tensor:
         """A transposed weight is that of `sparse_out_proj`: without a bias."""
         if output is None:
-            output = x.new_empty(x.shape[0], rows.weight.shape[1 if rows.transposed else 0])
+            output = x.new_empty(x.shape[0], rows.outputs)
         if rows.transposed:
-            torch.ops.dejavu_cpu.transposed_out_proj(x[:, None], rows.weight, rows.scale, None, output)
+            torch.ops.dejavu_cpu.transposed_out_proj(x[:, None], *self.transposed(rows), None, output)
         else:
             torch.ops.dejavu_cpu.linear(x, rows.weight, rows.scale, rows.bias, output)
         return output
@@ -154,9 +159,9 @@ class NativeKernels(Kernels):
         self, attn: torch.Tensor, out: Rows, head_scores: torch.Tensor, output: torch.Tensor | None = None
     ) -> torch.Tensor:
         if output is None:
-            output = attn.new_empty(attn.shape[0], out.weight.shape[1 if out.transposed else 0])
+            output = attn.new_empty(attn.shape[0], out.outputs)
         if out.transposed:
-            torch.ops.dejavu_cpu.transposed_out_proj(attn, out.weight, out.scale, head_scores, output)
+            torch.ops.dejavu_cpu.transposed_out_proj(attn, *self.transposed(out), head_scores, output)
         else:
             torch.ops.dejavu_cpu.sparse_out_proj(attn, out.weight, head_scores, output)
         return output

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_dejavu.kernels import packing
+
 SEGMENT = 128
 # What a gate's `counters` (int64) hold, in this order; callers may append counts of their own.
 COUNTERS = ("steps", "rows", "selected", "read", "survived")
@@ -26,18 +28,38 @@ class Rows(NamedTuple):
     """A weight that rows or columns are gathered from.
 
     Attributes:
-        weight: [rows, columns], of the inputs' dtype, or int8. bias: [outputs], or None.
-        scale: [outputs], fp32, of int8: an output is its sum of products times its scale, plus its bias.
+        weight: [rows, columns], of the inputs' dtype, or int8; or [rows, columns / 2], uint8, of 4 bits
+            (`packing`). bias: [outputs], or None.
+        scale: of int8: [outputs], fp32: an output is its sum of products times its scale, plus its bias. Of 4
+            bits: [rows, columns / WEIGHT_GROUP], of any float type, or, transposed, [groups of rows,
+            columns].
         transposed: whether the columns are the outputs, not the rows.
+        output_scale: of 4 bits, transposed: [outputs], fp32, what an output is multiplied by besides; or
+            None.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     transposed: bool = False
+    output_scale: torch.Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        return {torch.uint8: 4, torch.int8: 8}.get(self.weight.dtype, 16)
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[1] * (2 if self.bits == 4 else 1) if self.transposed else len(self.weight)
 
     def floats(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [outputs, inputs] with its scales, in a float type."""
+        if self.bits == 4:
+            integers = packing.unpack(self.weight)
+            wide = integers * packing.expand(self.scale, *integers.shape)
+            if self.output_scale is not None:
+                wide = wide * self.output_scale
+            return (wide.t() if self.transposed else wide).to(dtype)
         weight = self.weight.t() if self.transposed else self.weight
         return weight.to(dtype) if self.scale is None else (weight * self.scale[:, None]).to(dtype)
 

@@ -121,11 +121,15 @@ def mlp_activations(x: torch.Tensor, up: Rows) -> torch.Tensor:
 
 
 def taken(rows: Rows, ids: torch.Tensor) -> Rows:
-    """Some rows of a weight; where they are its outputs, with their scales and biases."""
-    if rows.transposed:
-        return rows._replace(weight=rows.weight[ids])
-    parts = (None if part is None else part[ids] for part in rows[:3])
-    return Rows(*parts)
+    """Some rows of a weight, with what is theirs of scales and biases."""
+    scale = rows.scale
+    if rows.bits == 4:
+        ids = ids.nonzero().flatten() if ids.dtype == torch.bool else ids
+        scale = scale[ids // (len(rows.weight) // len(scale))]
+    elif scale is not None and not rows.transposed:
+        scale = scale[ids]
+    bias = rows.bias if rows.bias is None or rows.transposed else rows.bias[ids]
+    return rows._replace(weight=rows.weight[ids], bias=bias, scale=scale)
 
 
 ACTIVATIONS = {"relu": F.relu, "relu2": lambda x: F.relu(x).square()}
@@ -269,7 +273,7 @@ def paged_attention(
 class ReferenceKernels(Kernels):
     name = "PyTorch reference kernels"
     activations = ("relu", "relu2")
-    weight_bits = (16, 8)
+    weight_bits = (16, 8, 4)
     score_heads = staticmethod(score_heads)
     select_neurons = staticmethod(select_neurons)
     sparse_mlp = staticmethod(sparse_mlp)

@@ -2,8 +2,8 @@
 
 Three engines, one after the other: dense (scores the text, writes greedy continuations); the mode under test
 with `apply_to: all` (scores the same text, every token through the sparse path, counting density and recall);
-the mode under test as it serves (continuations through the decode path). With weights of 8 bits, or of 4,
-which are simulated, all three have the rounded weights, and a fourth engine, dense with the weights as they
+the mode under test as it serves (continuations through the decode path). With weights of 8 or 4 bits all
+three have the rounded weights, and a fourth engine, dense with the weights as they
 are, goes before them.
 """
 
@@ -24,6 +24,7 @@ import torch
 from vllm_dejavu import artifact, locate, metrics, quantization
 from vllm_dejavu.config import BLOCKS, EVALUATED_MODES, WEIGHT_BITS
 from vllm_dejavu.families import Geometry, family_of, geometry_of
+from vllm_dejavu.kernels.packing import WEIGHT_GROUP
 from vllm_dejavu.manifest import ModelSpec, check_model
 from vllm_dejavu.predictor_training import data
 from vllm_dejavu.predictor_training.pipeline import versions
@@ -43,7 +44,7 @@ class EvaluateConfig:
         max_tokens: tokens of text scored; also limits the number of prompts. None: all of the text.
         prompts, new_tokens: greedy continuations compared with dense.
         dtype: the engine's; "auto" is the checkpoint's.
-        weight_bits: of all but the first engine: 8, which they keep and read, or 4, simulated
+        weight_bits: of all but the first engine: 8 or 4, which they keep and read
             (`quantization`). LM heads follow as they do when serving.
     """
 
@@ -318,9 +319,9 @@ def _bytes_density(
     dense.
 
     Embeddings, LM head and KV cache are left out. K and V are always read; fc2 rows only of neurons that came
-    out positive. Weights have the bits that they have in memory: 16 where 4 are simulated.
+    out positive.
     """
-    share = 0.5 if weight_bits == 8 else 1.0
+    share = {16: 1.0, 8: 0.5, 4: 0.25 + 1 / WEIGHT_GROUP}[weight_bits]  # a scale of 2 bytes for so many
     mlp_whole, heads_whole, always = (
         share * size(geometry) for size in (mlp_bytes, query_bytes, key_value_bytes)
     )

@@ -22,7 +22,7 @@ EXACT = [
         "for (int64_t i = from; i < to; ++i)",
         "for (int64_t i = from; i + 1 < to; ++i)",
     ),
-    picked("exact-scale-of-the-first-panel", CSRC, "scale ? scale + begin : nullptr", "scale"),
+    picked("exact-scale-of-the-first-panel", CSRC, "each ? each + begin : nullptr", "each"),
     picked("exact-values-of-other-neurons", CSRC, "tile.neurons.places[j]];", "tile.neurons.places[0] + j];"),
     picked(
         "exact-always-tiled", CSRC, "if (static_cast<double>(read) <= crossover", "if (read >= 0 * crossover"

@@ -114,8 +114,8 @@ INT8 = [
     picked(
         "int8-offset-too-small",
         INTEGERS,
-        "(0u - 128 * sum)",
-        "(0u - 127 * sum)",
+        "static_cast<uint32_t>(zero) * sum)",
+        "static_cast<uint32_t>(zero - 1) * sum)",
         "test_kernel_int8.py",
     ),
     picked(

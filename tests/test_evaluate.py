@@ -124,14 +124,14 @@ def test_without_quantization_its_price_is_nothing(sparse):
     )
 
 
-def test_simulated_quantization_dense_and_sparse(text, sparse):
-    """Dense in 4 bits is Hugging Face's with the same weights; its price and sparsity's make the total."""
+def test_quantization_dense_and_sparse(text, sparse):
+    """Dense in 4 bits is Hugging Face's with these weights, but for the head; both prices make the total."""
     result = run(
         EvaluateConfig(model=MODEL, data=(text,), dtype="float32", prompts=2, new_tokens=8, weight_bits=4)
     )
     assert result["artifact"]["fingerprint_verified"], "predictors stay those of the 16-bit weights"
     assert result["unquantized_dense_ppl"] == pytest.approx(sparse[0]["dense_ppl"], rel=1e-6)
-    assert result["dense_ppl"] == pytest.approx(hf_ppl(text, {}, 4)[0], rel=2e-4)
+    assert result["dense_ppl"] == pytest.approx(hf_ppl(text, {}, 4)[0], rel=1e-3)
     assert abs(result["dense_ppl"] / result["unquantized_dense_ppl"] - 1) > 1e-3, "4 bits must show"
     rounding = 2e-6  # of float32 means of some 5 nats
     assert result["quantization_ppl_increase"] == pytest.approx(

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm_dejavu import ops, selection
 from vllm_dejavu.blocks import Flow, GatedBlock, Site
 from vllm_dejavu.compat import Attention, encode_layer_name, get_attention_context
-from vllm_dejavu.formats import config_of, gated_bits, keep_gathered, linear_config, row_parallel, rows_of
+from vllm_dejavu.formats import config_of, gated_form, keep_gathered, linear_config, row_parallel, rows_of
 from vllm_dejavu.gate import Calibrated
 from vllm_dejavu.kernels import interface
 from vllm_dejavu.kernels.interface import Call
@@ -73,8 +73,8 @@ class GatedAttention(GatedBlock):
         geometry, vllm_config = site.geometry, site.vllm_config
         hidden, size = geometry.hidden_size, geometry.head_size
         names = ("qkv_proj", "out_proj")
-        bits = 0 if calibrated is None else gated_bits(site, *names)
-        config = {name: config_of(bits) if bits else linear_config(site, name) for name in names}
+        form = None if calibrated is None else gated_form(site, *names)
+        config = {name: linear_config(site, name) if form is None else config_of(form.bits) for name in names}
         self.units, self.rotary = geometry.num_heads // self.ranks, rotary
         self.kv_heads = max(1, geometry.num_kv_heads // self.ranks)
         self.qkv_proj = QKVParallelLinear(
@@ -87,7 +87,7 @@ class GatedAttention(GatedBlock):
             prefix=f"{site.prefix}.qkv_proj",
         )
         width, prefix = geometry.num_heads * size, f"{site.prefix}.out_proj"
-        self.out_proj = row_parallel(width, hidden, bias, config["out_proj"], prefix)
+        self.out_proj = row_parallel(width, hidden, bias, config["out_proj"], prefix, form)
         self.attn = DejaVuAttention(
             self.units,
             size,
@@ -112,9 +112,9 @@ class GatedAttention(GatedBlock):
         self.max_model_len = vllm_config.model_config.max_model_len
         if calibrated is None:
             return
-        self.kernels = interface.choose(self.device_type, geometry.activation, bits)
+        self.kernels = interface.choose(self.device_type, geometry.activation, form.bits)
         keep_gathered(self.kernels, self.qkv_proj, self.out_proj)
-        self.attach(calibrated, "attention", site, self.units, bits)
+        self.attach(calibrated, "attention", site, self.units, form.bits)
         self.threshold = calibrated.spec.threshold
         # True contributions of all heads are wanted: the stock attention computes them, with true queries.
         self.needs_contributions = site.settings.measure or site.settings.mode == "oracle"

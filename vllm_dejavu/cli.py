@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=WEIGHT_BITS,
         default=16,
-        help="8 or 4: simulate weight-only quantization, dense and sparse (one more engine)",
+        help="8 or 4: with weights rounded to so many bits, dense and sparse (one more engine; CPU)",
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", help="write the result here")

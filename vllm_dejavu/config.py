@@ -53,11 +53,11 @@ class DejaVuConfig:
         overlap: predict neurons on a side stream, beside the attention (GPU; gates whose lookahead is not
             `self`). Saves latency, not bytes; off until measured.
         seed: of the control mode `random`.
-        weight_bits: of the layers' linear weights. 8: rounded to int8, one scale for each output, while a
-            16-bit checkpoint loads (CPU). 4 *simulates* weight-only quantization, for evaluation: they are
-            rounded and computed with as usual (`quantization`). 16: they stay as they are.
+        weight_bits: of the layers' linear weights. 8 or 4 (CPU): rounded while a 16-bit checkpoint loads, to
+            int8 with one scale for each output, or to 4 bits with one for each 128 of them that are read
+            together (`formats`). 16: they stay as they are.
         lm_head_bits: 8 or 16, of the LM head, and of the embedding where that is tied to it; None: 8 where
-            weight_bits is.
+            weight_bits is not 16.
     """
 
     predictor: str | None = None
@@ -108,14 +108,9 @@ class DejaVuConfig:
             raise _error("lm_head_bits", self.lm_head_bits, f"one of {list(LM_HEAD_BITS)} or null")
 
     @property
-    def stored_bits(self) -> int:
-        """Of the layers' weights in memory: 4 are simulated in 16."""
-        return 8 if self.weight_bits == 8 else 16
-
-    @property
     def head_bits(self) -> int:
         """Of the LM head's weights in memory."""
-        return self.stored_bits if self.lm_head_bits is None else self.lm_head_bits
+        return max(8, self.weight_bits) if self.lm_head_bits is None else self.lm_head_bits
 
     @property
     def masks_rows(self) -> bool:

@@ -67,7 +67,6 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig, *, in_worker: bool) -
 
     from vllm_dejavu import quantization
 
-    quantization.check_load_format(vllm_config.load_config.load_format, settings.weight_bits)
     geometry = geometry_of(vllm_config.model_config.hf_config)
     quantization.check_model(geometry, settings.weight_bits)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config

@@ -15,10 +15,9 @@ from vllm_dejavu import metrics, ops
 from vllm_dejavu.attention import GatedAttention
 from vllm_dejavu.blocks import Flow, GatedBlock, Site
 from vllm_dejavu.compat import encode_layer_name
-from vllm_dejavu.formats import TransposedRowParallelLinear, keep_gathered, linear_config, rows_of
+from vllm_dejavu.formats import TransposedRowParallelLinear, gated_form, keep_gathered, linear_config, rows_of
 from vllm_dejavu.kernels import cpu, interface
 from vllm_dejavu.kernels.interface import Call
-from vllm_dejavu.quantization import stored_as
 
 
 class ExactMLP(GatedBlock):
@@ -35,14 +34,13 @@ class ExactMLP(GatedBlock):
         self.fc1 = ColumnParallelLinear(
             hidden, ffn, bias=bias, quant_config=linear_config(site, "fc1"), prefix=f"{site.prefix}.fc1"
         )
-        quant_config = site.vllm_config.quant_config
-        bits = min(settings.stored_bits, stored_as(quant_config, f"{site.prefix}.fc2").bits)
-        self.kernels = interface.choose(self.device_type, self.activation, bits)
-        self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias, bits)
+        form = gated_form(site, "fc2")
+        self.kernels = interface.choose(self.device_type, self.activation, form.bits)
+        self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias, form)
         keep_gathered(self.kernels, self.fc2)
         self.most_rows = self.kernels.largest_batch or 0
         crossover = settings.crossover
-        self.crossover = self.kernels.tile_crossover.get(bits, 1.0) if crossover is None else crossover
+        self.crossover = self.kernels.tile_crossover.get(form.bits, 1.0) if crossover is None else crossover
         self.register_buffer("counters", metrics.new_gate_counters(), persistent=False)
         self.layer_name = self.name_for_ops(site, "exact")
 
@@ -62,8 +60,9 @@ class ExactMLP(GatedBlock):
         """[T, hidden] -> [T, hidden]."""
         h = self.fc1(x)[0]
         if self.kernels is cpu.KERNELS:
-            weight, scale, square = self.fc2.weight, self.fc2.weight_scale, self.activation == "relu2"
-            out = ops.native_exact_down(h, weight, scale, square, self.crossover, self.counters)
+            weight = self.fc2.weight, self.fc2.weight_scale, self.fc2.output_scale
+            square = self.activation == "relu2"
+            out = ops.native_exact_down(h, *weight, square, self.crossover, self.counters)
         else:
             out = ops.exact_down(h, self.hidden, encode_layer_name(self.layer_name))
         return self.reduced(out, self.fc2.bias), Flow(flow.positions, flow.attn_input, previous=residual)

@@ -16,7 +16,7 @@ from vllm_dejavu.compat import encode_layer_name
 from vllm_dejavu.formats import (
     TransposedRowParallelLinear,
     config_of,
-    gated_bits,
+    gated_form,
     keep_gathered,
     linear_config,
     row_parallel,
@@ -40,18 +40,21 @@ class GatedMLP(GatedBlock):
         self.activation, self.attention_name = site.geometry.activation, attention_name
         self.units = ffn // self.ranks
         self._rider: tuple[GatedAttention, ...] = ()
-        bits = 0 if calibrated is None else gated_bits(site, "fc1", "fc2")
-        config = {name: config_of(bits) if bits else linear_config(site, name) for name in ("fc1", "fc2")}
+        form = None if calibrated is None else gated_form(site, "fc1", "fc2")
+        config = {
+            name: linear_config(site, name) if form is None else config_of(form.bits)
+            for name in ("fc1", "fc2")
+        }
         self.fc1 = ColumnParallelLinear(
             hidden, ffn, bias=bias, quant_config=config["fc1"], prefix=f"{site.prefix}.fc1"
         )
         if calibrated is None:
             self.fc2 = row_parallel(ffn, hidden, bias, config["fc2"], f"{site.prefix}.fc2")
             return
-        self.kernels = interface.choose(self.device_type, self.activation, bits)
-        self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias, bits)
+        self.kernels = interface.choose(self.device_type, self.activation, form.bits)
+        self.fc2 = TransposedRowParallelLinear(ffn, hidden, bias, form)
         keep_gathered(self.kernels, self.fc1, self.fc2)
-        self.attach(calibrated, "mlp", site, self.units, bits)
+        self.attach(calibrated, "mlp", site, self.units, form.bits)
         settings = site.settings
         # Beside the attention, on a side stream.
         self.early = settings.overlap and self.gate.lookahead != "self" and self.device_type == "cuda"

@@ -88,12 +88,12 @@ class NativeBlocks:
         for i, mlp in self.mlps.items():
             predictor, (up, down, activation) = mlp.gate.predictor.weights, mlp.weights
             rider = -1 if mlp.rider is None else numbers.get(id(mlp.rider), -1)
-            weights = up.weight, up.scale, up.bias, down.weight, down.scale, activation == "relu2"
-            weights += (cpu.KERNELS.tile_share(down),)
+            weights = up.weight, up.scale, up.bias, *cpu.KERNELS.transposed(down)
+            weights += activation == "relu2", cpu.KERNELS.tile_share(down)
             self.handle.add_mlp(i, *_gate(mlp), list(predictor), *weights, rider)
         for i, attention in self.attentions.items():
             predictor, (qkv, out, size, _) = attention.gate.predictor.weights, attention.weights
-            weights = qkv.weight, qkv.scale, qkv.bias, out.weight, out.scale, out.transposed
+            weights = qkv.weight, qkv.scale, qkv.bias, *cpu.KERNELS.transposed(out), out.transposed
             heads = [attention.units, attention.kv_heads, size]
             named = *_gate(attention), list(predictor), *weights, heads
             self.handle.add_attention(i, *named, *self.rotaries[i])

@@ -209,26 +209,28 @@ def _attention_block_fake(
     return torch.empty_like(x)
 
 
-def _int8_linear(
+def _integer_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
     transposed: bool,
 ) -> torch.Tensor:
-    """A linear in 8 bits that belongs to no gated block: [T, inputs] -> [T, outputs]."""
-    rows = Rows(weight.data, bias, scale.data, transposed)
+    """A linear of integers that belongs to no gated block: [T, inputs] -> [T, outputs]."""
+    rows = Rows(weight.data, bias, scale.data, transposed, output_scale)
     return implementation(x.device.type).linear(x, rows)
 
 
-def _int8_linear_fake(
+def _integer_linear_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
     transposed: bool,
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0], scale.shape[0]))
+    return x.new_empty((x.shape[0], Rows(weight, bias, scale, transposed).outputs))
 
 
 def _exact_down(h: torch.Tensor, hidden: int, layer_name: LayerNameType) -> torch.Tensor:
@@ -286,7 +288,7 @@ for _name, _function, _fake, _mutates in (
     ("qkv", _qkv, _qkv_fake, []),
     ("attention", _attention, _attention_fake, ["output"]),
     ("attention_block", _attention_block, _attention_block_fake, []),
-    ("int8_linear", _int8_linear, _int8_linear_fake, []),
+    ("integer_linear", _integer_linear, _integer_linear_fake, []),
     ("exact_down", _exact_down, _exact_down_fake, []),
     ("python_mlp", _python_mlp, None, []),
     ("python_attention", _python_attention, None, []),
@@ -298,7 +300,7 @@ mlp = torch.ops.dejavu.mlp
 qkv = torch.ops.dejavu.qkv
 attention = torch.ops.dejavu.attention
 attention_block = torch.ops.dejavu.attention_block
-int8_linear = torch.ops.dejavu.int8_linear
+integer_linear = torch.ops.dejavu.integer_linear
 exact_down = torch.ops.dejavu.exact_down
 
 
@@ -306,11 +308,12 @@ def _native_exact_down_fake(
     h: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
     square: bool,
     crossover: float,
     counters: torch.Tensor | None,
 ) -> torch.Tensor:
-    return h.new_empty((h.shape[0], weight.shape[1]))
+    return h.new_empty((h.shape[0], Rows(weight, None, scale, True).outputs))
 
 
 if current_platform.is_cpu() and cpu.available():

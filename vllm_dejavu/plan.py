@@ -39,7 +39,7 @@ LARGEST_MODELLED_BATCH = 64
 # What `vllm-dejavu train` makes where nothing else is named; a test compares.
 PREDICTOR_DTYPE, HEAD_LOOKAHEAD = "int8", "previous"
 FEWER_BITS = (8, 4)  # of the layers' weights, beside 16
-SERVED = {8: "INT8 is served here on a CPU only", 4: "no INT4 is served here"}
+SERVED = {8: "INT8 is served here on a CPU only", 4: "INT4 is served here on a CPU only"}
 
 
 def plan(

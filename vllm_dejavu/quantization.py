@@ -1,42 +1,32 @@
-"""Weights rounded to few bits: INT8 as engines keep and read it, and, *simulated*, what INT4 would do to
-quality.
+"""Weights rounded to 8 or 4 bits, and how checkpoints store them.
 
 Both are symmetric and round to nearest (RTN; neither GPTQ nor AWQ, which look at data and lose less).
-Embeddings, LM head, biases and norms stay, but that INT8 may take the LM head along (`lm_head_bits`).
-
-- 8 bits: one scale for each output, int8 in memory (`formats`).
-- 4 bits: the layers' linear weights (q, k, v, out_proj, fc1, fc2) are rounded in compressed-tensors' scheme
-  W4A16, groups of 128 along the input dimension with a scale each, turned back and computed with as usual: no
-  byte is saved.
+Embeddings, biases and norms stay; the LM head may go along in 8 bits (`lm_head_bits`).
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any, NamedTuple
 
 import torch
 
 from vllm_dejavu.families import family_of
+from vllm_dejavu.kernels import packing
+from vllm_dejavu.kernels.interface import Rows
+from vllm_dejavu.kernels.packing import WEIGHT_GROUP
 
-SCHEME = "W4A16"  # compressed-tensors' name of 4 bits
-GROUP_SIZE = 128  # of that scheme; a test compares
-# Of the scales: compressed-tensors takes the checkpoint's, which for facebook/opt-* is this one.
-SCALE_DTYPE = torch.float16
-# Load formats that put tensors into parameters without showing them to the model's load_weights, where what
-# is simulated happens.
-BLIND_FORMATS = {
-    "dummy": "its weights are random",
-    **dict.fromkeys(
-        ("sharded_state", "runai_streamer_sharded", "ipc_cache"),
-        "it copies tensors that an engine had loaded before",
-    ),
-}
+# In 4 bits, how many steps the largest of a group makes: of these, what leaves the smallest error.
+STEPS = (7.0, 7.5, 8.0, 8.5, 9.0)
+SIGNED_STEPS = (-7.5, -8.0, -8.5, -9.0, 7.0, 7.5, 8.0, 8.5)
+CHUNK = 1 << 20  # weights that are rounded at once: in the caches
 _LINEAR = re.compile(
     r"(?:model\.)?(?:decoder\.)?layers\.\d+\."
     r"(?:self_attn\.(?:[qkv]|out|o)_proj|mlp\.(?:up|down)_proj|fc1|fc2)\.weight"
 )
+
+# Of which an input is a row in memory.
+_TRANSPOSED = re.compile(r"\.(?:out_proj|o_proj|fc2|down_proj)\.weight$")
 
 
 def is_linear(name: str) -> bool:
@@ -56,6 +46,69 @@ def int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (wide / scale[:, None]).round_().to(torch.int8), scale
 
 
+def int4_rows(weight: torch.Tensor, signed: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, columns] in 4 bits, a scale for each WEIGHT_GROUP columns of a row, no zero point: round to
+    nearest.
+
+    Args:
+        signed: whether scales may be negative, so that the largest of a group can be any end of what 4 bits
+            hold.
+
+    Returns:
+        The integers from -8 to 7, packed (`packing`): [rows, columns / 2], uint8; scales, none of them 0,
+        [rows, columns / WEIGHT_GROUP], bf16.
+    """
+    parts = [_int4_rows(part, signed) for part in weight.split(max(1, CHUNK // weight.shape[1]))]
+    integers, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return integers, scales
+
+
+def _int4_rows(weight: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    groups = weight.float().reshape(rows, -1, WEIGHT_GROUP)
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True)) if signed else groups.abs().amax(2, True)
+    tiny = torch.finfo(torch.bfloat16).tiny * 16
+    largest = torch.where(largest.abs() < tiny, tiny, largest)
+    best: tuple[torch.Tensor, ...] | None = None
+    for steps in SIGNED_STEPS if signed else STEPS:
+        scale = (largest / steps).bfloat16()
+        integers = (groups / scale).round_().clamp_(-8, 7)
+        found = (integers * scale).sub_(groups).square_().sum(2, keepdim=True), scale, integers
+        better = None if best is None else found[0] < best[0]
+        best = (
+            found
+            if best is None
+            else tuple(torch.where(better, *pair) for pair in zip(found, best, strict=True))
+        )
+    _, scale, integers = best
+    return packing.pack(integers.view(rows, columns)), scale.squeeze(2)
+
+
+class Integers(NamedTuple):
+    """How a 16-bit weight becomes integers as it loads.
+
+    Attributes:
+        bits: 8 or 4. transposed: whether in memory the columns are the outputs, groups of which share scales
+            in 4 bits.
+    """
+
+    bits: int
+    transposed: bool = False
+
+    def rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[outputs, inputs] -> integers and scales as `Rows` has them, of all ranks; in 8 bits not yet
+        transposed. In 4 bits, transposed, a third: each output's, which its weights are divided by first: a
+        group is of different outputs, of which one may have weights much larger than another's.
+        """
+        if self.bits == 8:
+            return int8_rows(weight)
+        if not self.transposed:
+            return int4_rows(weight)
+        each = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+        # positive scales: neurons' values stay positive when they are multiplied with them
+        return *int4_rows((weight / each[:, None]).t(), signed=False), each
+
+
 def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Tensor:
     """What is left of a checkpoint's tensor in so many bits.
 
@@ -68,29 +121,17 @@ def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Ten
         checkpoint's dtype.
 
     Raises:
-        ValueError: inputs cannot be cut into groups.
+        ValueError: the weight cannot be cut into groups.
     """
     if bits == 16 or not is_linear(name):
         return tensor
     if bits == 8:
         integers, scale = int8_rows(tensor)
         return integers * scale[:, None]
-    _check_inputs(tensor.shape[-1], name, bits)
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    args = _scheme()
-    weight = tensor.float()
-    groups = weight.unflatten(-1, (-1, args.group_size))
-    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    return fake_quantize(weight, scale, zero_point, args)
-
-
-@functools.cache
-def _scheme() -> Any:
-    from compressed_tensors.quantization import preset_name_to_scheme
-
-    return preset_name_to_scheme(SCHEME, ["Linear"]).weights.model_copy(update={"scale_dtype": SCALE_DTYPE})
+    transposed = _TRANSPOSED.search(name) is not None
+    _check_columns(tensor.shape[0 if transposed else 1], name)
+    weight, scale, *each = Integers(4, transposed).rounded(tensor)
+    return Rows(weight, None, scale, transposed, *each).floats()
 
 
 @torch.no_grad()
@@ -99,7 +140,7 @@ def quantize_model(model: torch.nn.Module, bits: int) -> int:
     weights were quantized.
 
     Raises:
-        ValueError: inputs cannot be cut into groups, or weights are not in memory.
+        ValueError: weights cannot be cut into groups, or are not in memory.
     """
     count = 0
     for name, parameter in model.named_parameters():
@@ -119,25 +160,26 @@ def check_model(sizes: Any, bits: int) -> None:
     """Refuse a model whose weights cannot be cut into groups, before any of them is read.
 
     Args:
-        sizes: with `hidden_size` and `ffn_dim`.
+        sizes: with `hidden_size`.
 
     Raises:
         ValueError: naming the size.
     """
     if bits == 4:
-        _check_inputs(sizes.hidden_size, "hidden_size", bits)
-        _check_inputs(sizes.ffn_dim, "ffn_dim", bits)
+        _check_columns(sizes.hidden_size, "hidden_size")
 
 
 class Stored(NamedTuple):
     """How a checkpoint stores a linear.
 
     Attributes:
-        bits: 16, or 8: int8 with a scale for each output. inputs: whether stock vLLM rounds its inputs too.
+        bits: 16, or 8: int8 with a scale for each output; or 4. inputs: whether stock vLLM rounds its inputs
+            too. group: of 4 bits, how many inputs share a scale of an output, 0: all; None: as we round.
     """
 
     bits: int
     inputs: bool = False
+    group: int | None = None
 
 
 def stored_as(quant_config: Any, name: str) -> Stored:
@@ -220,39 +262,24 @@ def check_checkpoint(quant_config: Any, hf_config: Any, bits: int, exact: bool =
         )
 
 
-def check_load_format(load_format: Any, bits: int) -> None:
-    """Refuse load formats that would leave weights as they are which are rounded where they lie.
-
-    Raises:
-        ValueError: naming the format and the remedy.
-    """
-    if bits == 4 and (reason := BLIND_FORMATS.get(str(load_format))):
-        raise refusal(load_format, bits, reason)
-
-
-def refusal(load_format: Any, bits: int, reason: str) -> ValueError:
-    return ValueError(
-        f"weight_bits={bits} rounds weights while they are read from a checkpoint, which"
-        f" load_format={str(load_format)!r} does not do: {reason}. Use load_format='auto', or weight_bits=16."
-    )
-
-
 def describe(bits: int, head_bits: int) -> str:
     """For the start-up log."""
-    simulated = (
-        f"SIMULATED {SCHEME}: linear weights of the layers rounded to {bits} bits (symmetric, groups"
-        f" of {GROUP_SIZE}, round to nearest) and computed with in the engine's dtype; for evaluation: it"
-        " saves no byte and no time"
+    rounded = "rounded to nearest while loading"
+    parts = {
+        8: [part for part, has in (("the layers' linears", bits), ("LM head", head_bits)) if has == 8],
+        4: ["the layers' linears"] if bits == 4 else [],
+    }
+    scales = {8: "a scale for each output", 4: f"a scale for each {WEIGHT_GROUP} weights read together"}
+    return "; ".join(
+        f"INT{width} weights ({' and '.join(of)}; {scales[width]}, {rounded})"
+        for width, of in parts.items()
+        if of
     )
-    parts = [part for part, has in (("the layers' linears", bits), ("LM head", head_bits)) if has == 8]
-    int8 = f"INT8 weights ({' and '.join(parts)}; a scale for each output, rounded to nearest while loading)"
-    return "; ".join(([simulated] if bits == 4 else []) + ([int8] if parts else []))
 
 
-def _check_inputs(inputs: int, what: str, bits: int) -> None:
-    # As compressed-tensors has it: a last, shorter group is an error.
-    if inputs % GROUP_SIZE:
+def _check_columns(columns: int, what: str) -> None:
+    if columns % WEIGHT_GROUP:
         raise ValueError(
-            f"weight_bits={bits} needs input sizes that are multiples of {GROUP_SIZE}, the group size of"
-            f" {SCHEME}; {what} has {inputs}. Use weight_bits=16."
+            f"weight_bits=4 needs a hidden size that is a multiple of {WEIGHT_GROUP}, which share a scale;"
+            f" {what} has {columns}. Use weight_bits=8."
         )

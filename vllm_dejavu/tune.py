@@ -26,7 +26,7 @@ from vllm_dejavu.config import BLOCKS
 from vllm_dejavu.kernels import reference
 from vllm_dejavu.kernels.interface import Call, Linear, LowRank, Mlp, Rows, Selection, choose, implementation
 from vllm_dejavu.manifest import ArtifactError, ModelSpec
-from vllm_dejavu.quantization import int8_rows
+from vllm_dejavu.quantization import Integers
 from vllm_dejavu.timing import Timer, cpu_model, crossover
 
 DIRECTORY = "tuned"  # in the artifact's
@@ -161,8 +161,8 @@ class _Layers:
         self.impl = implementation(device.type)
         self.dtype = getattr(torch, key.dtype)
         width = key.heads * head_dim
-        itemsize = 1 if key.weight_bits == 8 else self.dtype.itemsize
-        layer_bytes = (2 * key.hidden * key.ffn + 4 * key.hidden * width) * itemsize
+        bits = min(key.weight_bits, 8 * self.dtype.itemsize)
+        layer_bytes = (2 * key.hidden * key.ffn + 4 * key.hidden * width) * bits // 8
         self.number = max(MIN_LAYERS, min(MAX_LAYERS, -(-ROTATED_BYTES // layer_bytes)))
 
         def weights(
@@ -171,20 +171,22 @@ class _Layers:
             added = None if bias is None else torch.full((outputs,), bias, dtype=self.dtype, device=device)
             made = []
             for _ in range(self.number):
-                drawn, scale = torch.randn(outputs, inputs, device=device) * inputs**-0.5, None
-                if key.weight_bits == 8:
-                    drawn, scale = int8_rows(drawn)
-                shape = (inputs, outputs) if transposed else (outputs, inputs)
-                dtype = torch.int8 if key.weight_bits == 8 else self.dtype
-                weight = torch.empty(shape, dtype=dtype, device=device)
+                drawn, scales = torch.randn(outputs, inputs, device=device) * inputs**-0.5, []
+                if key.weight_bits < 16:
+                    drawn, *scales = Integers(key.weight_bits, transposed).rounded(drawn)
+                if transposed and key.weight_bits > 4:
+                    drawn = drawn.t()
+                dtype = self.dtype if key.weight_bits == 16 else drawn.dtype
+                weight = torch.empty(drawn.shape, dtype=dtype, device=device)
                 self.impl.prepare_weight(weight)
-                made.append(Rows(weight.copy_(drawn.t() if transposed else drawn), added, scale, transposed))
+                scale, each = [*scales, None, None][:2]
+                made.append(Rows(weight.copy_(drawn), added, scale, transposed, each))
             return made
 
         # fc1's bias: every neuron comes out positive, so that all of a list is read
         self.fc1, self.fc2 = weights(key.ffn, key.hidden, 5.0), weights(key.hidden, key.ffn, transposed=True)
         self.qkv = weights(3 * width, key.hidden, 0.0)
-        self.out = weights(key.hidden, width, transposed=key.weight_bits == 8)
+        self.out = weights(key.hidden, width, transposed=key.weight_bits < 16)
         rank = -(-max(key.rank, 1) // 16) * 16
         self.down, self.up = self._predictor(rank, key.hidden), self._predictor(key.ffn, rank)
         self.head_weight = self._predictor(key.heads, key.hidden)

@@ -125,7 +125,7 @@ class _Point:
         self.selects = True
         for name, least in (("all", None), ("selected", 0)):
             model = torch.classes.dejavu_cpu.Model(1, False)
-            weights = qkv, None, None, out, None, False
+            weights = qkv, None, None, out, None, None, False
             heads = [self.heads, kv_heads, size]
             model.add_attention(0, "", [counters] * 4, -1, predictor, *weights, heads, None, False)
             numbers = [size**-0.5, 0.0, 1.0, 1.0]

@@ -31,6 +31,7 @@ struct Ahead {
 // What accumulate adds up: rows of type E, widened. An instruction set may have another one:
 //   GROUP          rows that are multiplied together
 //   COLUMNS        columns of a tile, in VECTORS vectors of sums
+//   bytes          that columns of a row take
 //   load           GROUP rows, COLUMNS columns from `column` on (`width` of them, then zeros)
 //   mad            acc + rows * values of h; Acc, a vector of sums, in memory of the type Sum
 //   GROUPED        whether h has scales for groups of rows: sums are made fp32 after each, and begin at
@@ -47,6 +48,7 @@ struct Accumulate {
   static constexpr bool GROUPED = false;
   static constexpr int64_t COLUMNS = VECTORS * Vec::WIDTH;
 
+  static constexpr int64_t bytes(int64_t columns) { return columns * int64_t(sizeof(E)); }
   static void load(const E* const* w, int64_t column, int64_t width, WVec* to) {
     for (int v = 0; v < VECTORS; ++v) {
       const E* from = w[0] + column + v * Vec::WIDTH;
@@ -65,7 +67,7 @@ struct Lying {
   const typename A::W* const* rows;
   int64_t column, width;
   typename A::WVec* kept;
-  Ahead<A::GROUP * S * A::COLUMNS * int64_t(sizeof(typename A::W))> ahead;
+  Ahead<A::GROUP * A::bytes(S* A::COLUMNS)> ahead;
 
   void step() { ahead.step(); }
   void load(int64_t i, int s, typename A::WVec* to) const {
@@ -132,7 +134,11 @@ template <class A, int T, int S, class Source>
       }
 }
 
-template <class A, int S, int T = ACCUMULATE_TOKENS / S, class Source>
+// Tokens whose sums of a tile fit the registers.
+template <class A>
+constexpr int MOST_TOKENS = 2 * ACCUMULATE_TOKENS / A::VECTORS;
+
+template <class A, int S, int T = MOST_TOKENS<A> / S, class Source>
 void accumulate_tokens(int64_t tokens, const Source& source, int64_t n, const typename A::H* h, int64_t ldh,
                        const Values& of, typename A::Sum* sums, int64_t lds) {
   if constexpr (T > 1)
@@ -148,17 +154,13 @@ struct Block {
   int64_t n, later, column, bytes;  // first column; of a row
   typename A::WVec* kept;
 
-  Block(const Rows& rows, int64_t first, int64_t end, int64_t most, int64_t column, int64_t columns,
+  Block(const Rows& rows, int64_t first, int64_t n, int64_t later, int64_t column, int64_t columns,
         typename A::WVec* kept)
-      : n(end - first < most ? end - first : most),
-        later(end - first - n < most ? end - first - n : most),
-        column(column),
-        bytes(columns * int64_t(sizeof(typename A::W))),
-        kept(kept) {
+      : n(n), later(later), column(column), bytes(A::bytes(columns)), kept(kept) {
     for (int64_t i = 0; i < n; ++i) w[i] = row<typename A::W>(rows, first + i);
     for (int i = 0; i < A::GROUP - 1; ++i) w[n + i] = w[n - 1];
     for (int64_t i = 0; i < later; ++i)
-      next[i] = reinterpret_cast<const char*>(row<typename A::W>(rows, first + n + i) + column);
+      next[i] = reinterpret_cast<const char*>(row<typename A::W>(rows, first + n + i)) + A::bytes(column);
   }
 
   // Of columns from the at-th on.
@@ -173,7 +175,7 @@ struct Block {
 template <class A, int S>
 int64_t few_tokens(const Block<A>& block, int64_t at, int64_t columns, int64_t tokens, const typename A::H* h,
                    int64_t ldh, const Values& of, typename A::Sum* sums) {
-  if (tokens * S > ACCUMULATE_TOKENS) return at;
+  if (tokens * S > MOST_TOKENS<A>) return at;
   for (; at + S * A::COLUMNS <= columns; at += S * A::COLUMNS)
     accumulate_tokens<A, S>(tokens, block.template lying<S, true, false>(at, 0), block.n, h, ldh, of,
                             sums + at * tokens, tokens);
@@ -185,20 +187,34 @@ template <class A, bool WHOLE>
 void many_tokens(const Block<A>& block, int64_t at, int64_t width, int64_t tokens, const typename A::H* h,
                  int64_t ldh, Values of, typename A::Sum* sums) {
   for (int64_t t = 0; t < tokens;) {
-    const int64_t count = share(tokens - t, MANY_TOKENS);
+    constexpr int MOST = 2 * MANY_TOKENS / A::VECTORS;
+    const int64_t count = share(tokens - t, MOST);
     auto* to = sums + at * tokens + t * A::COLUMNS;
     if (t == 0)
-      accumulate_tokens<A, 1, MANY_TOKENS>(count, block.template lying<1, WHOLE, true>(at, width), block.n, h,
-                                           ldh, of, to, tokens);
+      accumulate_tokens<A, 1, MOST>(count, block.template lying<1, WHOLE, true>(at, width), block.n, h, ldh,
+                                    of, to, tokens);
     else
-      accumulate_tokens<A, 1, MANY_TOKENS>(count, Kept<A>{block.kept}, block.n, h + t * ldh, ldh, of, to,
-                                           tokens);
+      accumulate_tokens<A, 1, MOST>(count, Kept<A>{block.kept}, block.n, h + t * ldh, ldh, of, to, tokens);
     t += count;
     if (A::GROUPED) {
       of.scales += count * of.groups;
       of.offsets += count * of.groups;
     }
   }
+}
+
+// Sums [tiles][tokens][COLUMNS] as [tokens][ldo], a token's times its scale if there are such.
+template <class A>
+void unroll_tiles(const typename A::Sum* sums, int64_t tokens, int64_t columns, const float* scales,
+                  float* out, int64_t ldo, bool add) {
+  for (int64_t column = 0; column < columns; column += A::COLUMNS)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const auto* from = sums + column * tokens + t * A::COLUMNS;
+      const float scale = scales ? scales[t] : 1;
+      float* to = out + t * ldo + column;
+      for (int64_t c = 0; c < min(columns - column, A::COLUMNS); ++c)
+        to[c] = (add ? to[c] : 0) + static_cast<float>(from[c]) * scale;
+    }
 }
 
 // Block by block of rows, tile by tile of columns. A few tokens read the rows where they lie; more read them
@@ -219,8 +235,8 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const Values&
   const bool few = tokens <= ACCUMULATE_TOKENS;
   const int64_t most = A::GROUPED ? ROW_GROUP : few ? FEW_ROWS : MANY_ROWS;
   for (int64_t first = begin; first < end; first += most) {
-    const Block<A> block(rows, first, end, most, column_begin, columns, kept);
-    const int64_t n = block.n;
+    const int64_t n = min(most, end - first);
+    const Block<A> block(rows, first, n, min(most, end - first - n), column_begin, columns, kept);
     const H* values = static_cast<const H*>(h.data) + places[first];
     int64_t ldv = h.stride;
     if (n % A::GROUP || places[first + n - 1] - places[first] != n - 1) {
@@ -252,16 +268,13 @@ void accumulate_rows(const Rows& rows, int64_t begin, int64_t end, const Values&
       many_tokens<A, true>(block, at, 0, tokens, values, ldv, of, sums);
     if (at < columns) many_tokens<A, false>(block, at, columns - at, tokens, values, ldv, of, sums);
   }
-  for (int64_t tile = 0; tile < tiles; ++tile)
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t column = tile * A::COLUMNS, left = columns - column;
-      const Sum* from = sums + (tile * tokens + t) * A::COLUMNS;
-      const float scale = h.scales && !A::GROUPED ? h.scales[t] : 1;
-      float* to = out + t * ldo + column;
-      for (int64_t c = 0; c < (left < A::COLUMNS ? left : A::COLUMNS); ++c)
-        to[c] = (add ? to[c] : 0) + static_cast<float>(from[c]) * scale;
-    }
+  unroll_tiles<A>(sums, tokens, columns, h.scales && !A::GROUPED ? h.scales : nullptr, out, ldo, add);
 }
+
+// nibbles.h
+void accumulate_nibbles(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
+                        int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
+                        bool add);
 
 void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                         int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
@@ -275,6 +288,8 @@ void accumulate_widened(const Rows& rows, int64_t begin, int64_t end, const Valu
     case Type::f16: return run(Half());
     case Type::bf16: return run(BFloat());
     case Type::i8: return run(int8_t());
+    case Type::u4:
+      return accumulate_nibbles(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, add);
     case Type::i16:
     case Type::u8: return;
   }

@@ -19,9 +19,10 @@ constexpr int64_t SEGMENT = 128;  // of a neuron list; as in kernels/interface.p
 enum Counter { STEPS, ROWS, SELECTED, READ, SURVIVED, CACHE_HELD, CACHE_READ, ACTIVE, HIT, ABOVE_CROSSOVER };
 
 void check_matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
-  TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns,
-              "dejavu: ", name, " must be a CPU tensor [", rows < 0 ? "rows" : std::to_string(rows), ", ",
-              columns, "], got ", t.sizes(), " on ", t.device());
+  TORCH_CHECK(
+      t.device().is_cpu() && t.dim() == 2 && (rows < 0 || t.size(0) == rows) && width_of(t) == columns,
+      "dejavu: ", name, " must be a CPU tensor [", rows < 0 ? "rows" : std::to_string(rows), ", ", columns,
+      "], got ", t.sizes(), " on ", t.device());
   TORCH_CHECK(t.stride(1) == 1, "dejavu: rows of ", name, " must be contiguous, strides are ", t.strides());
 }
 
@@ -32,9 +33,26 @@ void check_vector(const Tensor& t, int64_t size, at::ScalarType type, const char
               t.sizes(), " of ", t.scalar_type(), " on ", t.device());
 }
 
-// A weight for inputs x: of x's dtype, or int8 with a scale for each output.
+// A weight for inputs x: of x's dtype, int8 with a scale for each output, or uint8, two weights of 4 bits
+// each, with floats for WEIGHT_GROUP columns of a row or, of a transposed one, for each column of so many
+// rows.
 void check_weight(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, int64_t outputs,
-                  const char* name) {
+                  const char* name, bool transposed = false) {
+  if (weight.scalar_type() == at::kByte) {
+    const int64_t rows = weight.size(0), columns = width_of(weight);
+    TORCH_CHECK(columns % WEIGHT_GROUP == 0, "dejavu: ", name, " in 4 bits must have a multiple of ",
+                WEIGHT_GROUP, " columns, got ", columns);
+    const bool own =
+        scale && scale->dim() == 2 && scale->size(0) == rows && scale->size(1) == columns / WEIGHT_GROUP;
+    const bool shared = scale && scale->dim() == 2 && transposed && scale->size(0) > 0 &&
+                        rows % scale->size(0) == 0 && scale->size(1) == columns;
+    TORCH_CHECK(scale && scale->device().is_cpu() && scale->is_floating_point() && scale->stride(1) == 1 &&
+                    (own || shared),
+                "dejavu: ", name, " in 4 bits needs floats [", rows, ", ", columns / WEIGHT_GROUP,
+                "] as its scale, or, transposed, [a divisor of ", rows, ", ", columns, "], got ",
+                scale ? c10::str(scale->sizes(), " of ", scale->scalar_type()) : std::string("none"));
+    return;
+  }
   if (weight.scalar_type() != at::kChar) {
     TORCH_CHECK(weight.scalar_type() == x.scalar_type() && !scale, "dejavu: ", name, " must have x's dtype ",
                 x.scalar_type(), " and no scale, or be int8, got ", weight.scalar_type(),
@@ -45,7 +63,18 @@ void check_weight(const Tensor& x, const Tensor& weight, const MaybeTensor& scal
   check_vector(*scale, outputs, at::kFloat, "its scale");
 }
 
-const float* scale_of(const MaybeTensor& scale) { return scale ? scale->data_ptr<float>() : nullptr; }
+// A scale for each output, beside those of groups of a transposed weight of 4 bits.
+void check_output_scale(const Tensor& weight, const MaybeTensor& scale) {
+  if (!scale) return;
+  TORCH_CHECK(weight.scalar_type() == at::kByte, "dejavu: only weights of 4 bits have an output_scale, not ",
+              weight.scalar_type());
+  check_vector(*scale, width_of(weight), at::kFloat, "output_scale");
+}
+
+// Of its outputs; a weight of 4 bits has its own (rows_of).
+const float* scale_of(const Tensor& weight, const MaybeTensor& scale) {
+  return scale && weight.scalar_type() == at::kChar ? scale->data_ptr<float>() : nullptr;
+}
 
 void check_counters(const MaybeTensor& counters, Counter least = SURVIVED) {
   if (!counters) return;

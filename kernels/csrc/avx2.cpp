@@ -126,6 +126,7 @@ inline void interleave(const int8_t* a, const int8_t* b, Ints::Pairs* to) {
 constexpr int MAX_TOKENS = 2, ACCUMULATE_TOKENS = 5, MANY_TOKENS = 5;
 #include "tiles.h"
 #include "accumulate.h"
+#include "nibbles.h"
 #include "integers.h"
 }  // namespace
 

@@ -9,6 +9,7 @@ DEJAVU_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace dejavu {
 namespace {
 #include "types.h"
+#include "plain.h"
 #include "vec_avx512.h"
 constexpr int MAX_TOKENS = 6, ACCUMULATE_TOKENS = 12, MANY_TOKENS = 8;
 // What VPDPWSSD does in one instruction.
@@ -19,6 +20,7 @@ inline __m512i multiply_add(__m512i acc, __m512i a, __m512i b) {
 #include "vec_avx512_ints.h"
 #include "tiles.h"
 #include "accumulate.h"
+#include "nibbles.h"
 #include "integers.h"
 }  // namespace
 

@@ -10,14 +10,17 @@ DEJAVU_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,av
 namespace dejavu {
 namespace {
 #include "types.h"
+#include "plain.h"
 #include "vec_avx512.h"
 constexpr int MAX_TOKENS = 6, ACCUMULATE_TOKENS = 12, MANY_TOKENS = 8;
 #define MULTIPLY_ADD _mm512_dpwssd_epi32
 #include "vec_avx512_ints.h"
 #include "tiles.h"
 #include "accumulate.h"
+#include "nibbles.h"
 #include "integers.h"
 #include "lanes.h"
+#include "nibble_quads.h"
 
 inline __m512bh as_bf16(__m512i v) { return reinterpret_cast<__m512bh>(v); }
 inline __mmask32 first32(int64_t n) { return static_cast<__mmask32>((1ull << n) - 1); }
@@ -70,6 +73,7 @@ struct PairAccumulate {
   static constexpr bool GROUPED = false;
   static constexpr int64_t COLUMNS = 32;
 
+  static constexpr int64_t bytes(int64_t columns) { return columns * int64_t(sizeof(W)); }
   static void load(const BFloat* const* w, int64_t column, int64_t width, __m512i* to) {
     const BFloat *a = w[0] + column, *b = w[1] + column;
     const Pair pair =
@@ -134,8 +138,8 @@ void pair_rows(const Rows& rows, int64_t begin, int64_t end, int64_t last, const
 void dot_lanes(const Rows& rows, int64_t begin, int64_t end, int64_t last, const void* x, int64_t columns,
                int64_t tokens, const Segment* segments, int64_t num_segments, float* out, int64_t ldo,
                bool prefetch) {
-  if (rows.type == Type::i8)
-    dot_quads(rows, begin, end, last, x, columns, tokens, segments, num_segments, out, ldo, prefetch);
+  if (rows.type != Type::bf16)
+    lanes_integers(rows, begin, end, last, x, columns, tokens, segments, num_segments, out, ldo, prefetch);
   else if (lane_width(tokens) == 16)
     pair_rows<1>(rows, begin, end, last, x, tokens, segments, num_segments, out, ldo, prefetch);
   else
@@ -147,7 +151,7 @@ bool has_lanes(Type type, int64_t columns) {
 }
 
 Type dot_input(Type weights, Type inputs) {
-  return weights == Type::bf16 && inputs == Type::bf16 ? Type::bf16 : input_rounded(weights, inputs);
+  return weights == Type::bf16 && inputs == Type::bf16 ? Type::bf16 : input_integers(weights, inputs);
 }
 
 void dot(const Rows& rows, int64_t begin, int64_t end, const Values& x, int64_t tokens,
@@ -155,17 +159,18 @@ void dot(const Rows& rows, int64_t begin, int64_t end, const Values& x, int64_t 
   if (x.type == Type::bf16)
     dot_rows<PairDot>(rows, begin, end, x, tokens, segments, num_segments, out, ldo);
   else
-    dot_rounded(rows, begin, end, x, tokens, segments, num_segments, out, ldo);
+    dot_integers(rows, begin, end, x, tokens, segments, num_segments, out, ldo);
 }
 
 void accumulate(const Rows& rows, int64_t begin, int64_t end, const Values& h, const int32_t* places,
                 int64_t tokens, int64_t column_begin, int64_t column_end, float* out, int64_t ldo,
                 char* scratch, bool add) {
-  if (h.type == Type::bf16)
+  if (rows.type == Type::bf16 && h.type == Type::bf16)
     accumulate_rows<PairAccumulate>(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo,
                                     scratch, add);
   else
-    accumulate_quads(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch, add);
+    accumulate_integers(rows, begin, end, h, places, tokens, column_begin, column_end, out, ldo, scratch,
+                        add);
 }
 }  // namespace
 

@@ -18,11 +18,20 @@ inline Type type_of(const at::Tensor& t) {
     case at::kHalf: return Type::f16;
     case at::kBFloat16: return Type::bf16;
     case at::kChar: return Type::i8;
-    default: TORCH_CHECK(false, "dejavu: expected float32, float16, bfloat16 or int8, got ", t.scalar_type());
+    case at::kByte: return Type::u4;
+    default:
+      TORCH_CHECK(false,
+                  "dejavu: expected float32, float16, bfloat16, int8 or uint8 (of 4-bit weights), got ",
+                  t.scalar_type());
   }
 }
 
 inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : grouped(type) ? 1 : 2; }
+
+// Of a weight.
+inline int64_t width_of(const at::Tensor& weight) {
+  return weight.size(1) * (weight.scalar_type() == at::kByte ? 2 : 1);
+}
 
 inline char* at_element(const at::Tensor& t, int64_t element) {
   return static_cast<char*>(t.data_ptr()) + element * t.element_size();

@@ -26,12 +26,14 @@ Activations activated(const Tensor& x, Type type, Type weights, bool square) {
 
 // x [tokens, ffn], what fc1 gave, through the activation and fc2's rows of the neurons that came out
 // positive: see `down`.
-Tensor exact_down(const Tensor& x, const Tensor& fc2, const MaybeTensor& fc2_scale, bool square,
-                  double crossover, const MaybeTensor& counters) {
-  const int64_t ffn = fc2.size(0), columns = fc2.size(1);
+Tensor exact_down(const Tensor& x, const Tensor& fc2, const MaybeTensor& fc2_scale,
+                  const MaybeTensor& fc2_output_scale, bool square, double crossover,
+                  const MaybeTensor& counters) {
+  const int64_t ffn = fc2.size(0), columns = width_of(fc2);
   check_matrix(x, -1, ffn, "x");
   check_matrix(fc2, x.size(1), columns, "fc2's transposed weight");
-  check_weight(x, fc2, fc2_scale, columns, "fc2's transposed weight");
+  check_weight(x, fc2, fc2_scale, columns, "fc2's transposed weight", true);
+  check_output_scale(fc2, fc2_output_scale);
   check_counters(counters, ABOVE_CROSSOVER);
   Tensor out = at::empty({x.size(0), columns}, x.options());
   const int64_t all_tokens = x.size(0),
@@ -40,9 +42,10 @@ Tensor exact_down(const Tensor& x, const Tensor& fc2, const MaybeTensor& fc2_sca
   const bool half = from == Type::bf16 && kernels().dot_input(type_of(fc2), from) != Type::f32;
   for (int64_t chunk = 0; chunk < chunks && all_tokens > 0; ++chunk) {
     const int64_t begin = all_tokens * chunk / chunks, tokens = all_tokens * (chunk + 1) / chunks - begin;
-    const Activations h =
+    Activations h =
         activated(x.narrow(0, begin, tokens), half ? Type::bf16 : Type::f32, type_of(fc2), square);
-    const Needed needed = down({fc2, scale_of(fc2_scale)}, h, from, crossover, out.narrow(0, begin, tokens));
+    const Needed needed =
+        down({fc2, fc2_scale, fc2_output_scale}, h, from, crossover, out.narrow(0, begin, tokens));
     count(counters, STEPS, needed.tiles);
     count(counters, ROWS, tokens);
     if (counters) count(counters, SELECTED, tokens == 1 ? needed.survivors : h.positive());

@@ -69,6 +69,7 @@ inline void store_as(Vec a, E* p) {
 constexpr int MAX_TOKENS = 2, ACCUMULATE_TOKENS = 5, MANY_TOKENS = 5;
 #include "tiles.h"
 #include "accumulate.h"
+#include "nibbles.h"
 }  // namespace
 
 const Kernels generic_kernels = {"generic", input_widened, dot_widened, accumulate_widened,

@@ -41,7 +41,7 @@ Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& scal
                   const MaybeTensor& counters) {
   const int64_t tokens = x.size(0), heads = head_scores.size(1), queries = heads * head_size,
                 all = weight.size(0);
-  check_matrix(x, -1, weight.size(1), "x");
+  check_matrix(x, -1, width_of(weight), "x");
   check_matrix(weight, -1, x.size(1), "weight");
   check_scores(head_scores, tokens, heads);
   check_vector(row_lens, tokens, at::kInt, "row_lens");
@@ -63,8 +63,8 @@ Tensor sparse_qkv(const Tensor& x, const Tensor& weight, const MaybeTensor& scal
         std::fill_n(at_element(out, t * all + head * head_size), head_size * out.element_size(), 0);
   }
   for (int64_t row = queries; row < all; ++row) list[n++] = static_cast<int32_t>(row);
-  project(rows_of(weight, list), n, Inputs(input, type_of(weight)), {{0, x.size(1)}},
-          {scale_of(scale), widened(bias, all)}, out);
+  project(rows_of(weight, scale, list), n, Inputs(input, type_of(weight)), {{0, x.size(1)}},
+          {scale_of(weight, scale), widened(bias, all)}, out);
   if (counters) {
     count(counters, STEPS, 1);
     count(counters, Counter::ROWS, static_cast<int64_t>(valid_rows(row_lens).size()));
@@ -114,8 +114,8 @@ void sparse_out_proj(const Tensor& attn, const Tensor& weight, const Tensor& hea
       segments.push_back({begin, begin + head_size});
   }
   const Tensor input = attn.contiguous().view({tokens, heads * head_size});
-  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight), head_size % 2 == 0), segments,
-          {nullptr, nullptr}, output);
+  project(rows_of(weight, std::nullopt), weight.size(0), Inputs(input, type_of(weight), head_size % 2 == 0),
+          segments, {nullptr, nullptr}, output);
 }
 
 // The columns of some heads, n of them, side by side: [tokens, n].
@@ -136,6 +136,11 @@ Tensor heads_of(const Tensor& attn, const std::vector<bool>& read, int64_t n) {
 Values as_activations(const Tensor& x, const Tensor& weight) {
   const int64_t tokens = x.size(0), n = x.size(1);
   const Type from = type_of(x), type = many_tokens(kernels().dot_input(type_of(weight), from), tokens);
+  if (type_of(weight) == Type::u4 && type == Type::i8) {
+    Values values{x.data_ptr(), from, n};
+    values.rounded = type;
+    return values;
+  }
   if (type != Type::i16 && type != Type::i8)
     return type == from ? Values{x.data_ptr(), from, n}
                         : Inputs::copied(x, type, apart(n, size_of(type), tokens));
@@ -145,19 +150,22 @@ Values as_activations(const Tensor& x, const Tensor& weight) {
 // The same with a transposed weight [heads * head_size, hidden], of which a head is whole rows; a head that
 // no token selected may hold anything. head_scores: none: all heads.
 void transposed_out_proj(const Tensor& attn, const Tensor& weight, const MaybeTensor& scale,
-                         const MaybeTensor& head_scores, const Tensor& output) {
+                         const MaybeTensor& output_scale, const MaybeTensor& head_scores,
+                         const Tensor& output) {
   TORCH_CHECK(attn.dim() == 3, "dejavu: attn must be [num_tokens, heads, head_size], got ", attn.sizes());
   const int64_t tokens = attn.size(0), heads = attn.size(1), head_size = attn.size(2),
                 all = heads * head_size;
-  check_matrix(weight, all, weight.size(1), "transposed weight");
-  check_weight(attn, weight, scale, weight.size(1), "transposed weight");
+  const int64_t hidden = width_of(weight);
+  check_matrix(weight, all, hidden, "transposed weight");
+  check_weight(attn, weight, scale, hidden, "transposed weight", true);
+  check_output_scale(weight, output_scale);
   if (head_scores) check_scores(*head_scores, tokens, heads);
-  check_matrix(output, tokens, weight.size(1), "output");
+  check_matrix(output, tokens, hidden, "output");
   TORCH_CHECK(attn.scalar_type() == output.scalar_type() && output.is_contiguous(),
               "dejavu: output must have attn's dtype ", attn.scalar_type(), " and be contiguous; got ",
               output.scalar_type(), ", strides ", output.strides());
   if (!head_scores && better_plain(attn, tokens, weight)) {
-    output.copy_(plain_linear(attn.reshape({tokens, all}), weight.t(), scale, std::nullopt));
+    output.copy_(plain_linear(attn.reshape({tokens, all}), weight, scale, std::nullopt, true, output_scale));
     return;
   }
   int64_t selected;
@@ -172,7 +180,7 @@ void transposed_out_proj(const Tensor& attn, const Tensor& weight, const MaybeTe
   for (int64_t begin = 0; begin < tokens; begin += MLP_TOKENS) {
     const int64_t some = std::min(MLP_TOKENS, tokens - begin);
     const Tensor part = input.narrow(0, begin, some);
-    multiply({weight, scale_of(scale)}, as_activations(part, weight), {list, places, n}, some,
+    multiply({weight, scale, output_scale}, as_activations(part, weight), {list, places, n}, some,
              output.narrow(0, begin, some));
   }
 }

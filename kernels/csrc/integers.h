@@ -32,6 +32,7 @@ struct IntAccumulate {
   static constexpr bool GROUPED = false;
   static constexpr int64_t COLUMNS = VECTORS * Ints::WIDTH;
 
+  static constexpr int64_t bytes(int64_t columns) { return columns * int64_t(sizeof(W)); }
   static void load(const int8_t* const* w, int64_t column, int64_t width, WVec* to) {
     const int8_t *a = w[0] + column, *b = w[1] + column;
     if (width == COLUMNS) return interleave(a, b, to);
@@ -93,7 +94,7 @@ inline float known(float scale, float sum) { return sum - sum == 0 ? scale : __b
 
 // With a scale for each group, whose largest value becomes `most`.
 template <class E, class I>
-void round_groups(const E* from, int64_t n, int64_t group, float most, I* to, float* scales,
+void round_groups(const E* from, int64_t n, int64_t group, float most, int32_t zero, I* to, float* scales,
                   int32_t* offsets) {
   for (int64_t first = 0; first < n; first += group) {
     const int64_t mine = n - first < group ? n - first : group;
@@ -102,17 +103,17 @@ void round_groups(const E* from, int64_t n, int64_t group, float most, I* to, fl
     *scales++ = known(scale, size.sum);
     // unsigned: of what is not finite the sum is any number, and is not read
     const auto sum = static_cast<uint32_t>(to_integers(from + first, scale, to + first, mine));
-    *offsets++ = static_cast<int32_t>(0u - 128 * sum);
+    *offsets++ = static_cast<int32_t>(0u - static_cast<uint32_t>(zero) * sum);
   }
 }
 
 template <class E>
-void round_as(const E* from, int64_t n, Type to_type, int64_t group, void* to, float* scales,
+void round_as(const E* from, int64_t n, Type to_type, int64_t group, int32_t zero, void* to, float* scales,
               int32_t* offsets) {
   if (to_type == Type::i8)
-    return round_groups(from, n, group, 127, static_cast<int8_t*>(to), scales, offsets);
+    return round_groups(from, n, group, 127, zero, static_cast<int8_t*>(to), scales, offsets);
   if (to_type == Type::u8)
-    return round_groups(from, n, group, 255, static_cast<uint8_t*>(to), scales, offsets);
+    return round_groups(from, n, group, 255, zero, static_cast<uint8_t*>(to), scales, offsets);
   // The largest magnitude becomes 32767, or less where a sum of products with 128 could overflow otherwise,
   // half a step of rounding each included, and a part in 2^16 for the rounding of the sum itself.
   const Magnitude size = magnitude(from, n);
@@ -123,10 +124,10 @@ void round_as(const E* from, int64_t n, Type to_type, int64_t group, void* to, f
   to_integers(from, scale, static_cast<int16_t*>(to), n);
 }
 
-void round_any(const void* from, Type type, int64_t n, Type to_type, int64_t group, void* to, float* scales,
-               int32_t* offsets) {
+void round_any(const void* from, Type type, int64_t n, Type to_type, int64_t group, int32_t zero, void* to,
+               float* scales, int32_t* offsets) {
   const auto run = [&](auto value) {
-    round_as(static_cast<const decltype(value)*>(from), n, to_type, group, to, scales, offsets);
+    round_as(static_cast<const decltype(value)*>(from), n, to_type, group, zero, to, scales, offsets);
   };
   switch (type) {
     case Type::f32: return run(float());
@@ -134,7 +135,8 @@ void round_any(const void* from, Type type, int64_t n, Type to_type, int64_t gro
     case Type::bf16: return run(BFloat());
     case Type::i8:
     case Type::i16:
-    case Type::u8: return;
+    case Type::u8:
+    case Type::u4: return;
   }
 }
 

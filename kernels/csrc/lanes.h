@@ -153,7 +153,7 @@ void dot_quads(const Rows& rows, int64_t begin, int64_t end, int64_t last, const
 
 inline bool has_quads(Type type, int64_t columns) { return type == Type::i8 && columns % 4 == 0; }
 
-// Which pairs of QuadAccumulate::load make columns 0 to 15, and 16 to 31.
+// Which pairs of interleave_quads make columns 0 to 15, and 16 to 31.
 #define PAIRS(i) i, 16 + i
 #define EIGHT_PAIRS(i) \
   PAIRS(i), PAIRS(i + 1), PAIRS(i + 2), PAIRS(i + 3), PAIRS(i + 4), PAIRS(i + 5), PAIRS(i + 6), PAIRS(i + 7)
@@ -162,6 +162,27 @@ alignas(64) constexpr int16_t FIRST_PAIRS[32] = {EIGHT_PAIRS(0), EIGHT_PAIRS(32)
                                                                                        EIGHT_PAIRS(40)};
 #undef EIGHT_PAIRS
 #undef PAIRS
+
+// The first of each of four rows' 32 bytes, then the second ...: of the first 16, and of the last.
+inline __m512i two_rows(const void* a, const void* b) {
+  const __m256i low = _mm256_loadu_si256(static_cast<const __m256i*>(a));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_loadu_si256(static_cast<const __m256i*>(b)),
+                            1);
+}
+
+inline __m512i two_rows(const void* a, const void* b, __mmask32 some) {
+  const __m256i low = _mm256_maskz_loadu_epi8(some, a), high = _mm256_maskz_loadu_epi8(some, b);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// Of rows 0 and 2, and of 1 and 3.
+inline void interleave_quads(__m512i a, __m512i b, __m512i* to) {
+  // Pairs of rows 0 and 1 in the lower half, of 2 and 3 in the upper one, within quarters: columns 0 to 7
+  // and 16 to 23, then the others.
+  const __m512i pairs = _mm512_unpacklo_epi8(a, b), others = _mm512_unpackhi_epi8(a, b);
+  to[0] = _mm512_permutex2var_epi16(pairs, _mm512_load_si512(FIRST_PAIRS), others);
+  to[1] = _mm512_permutex2var_epi16(pairs, _mm512_load_si512(LAST_PAIRS), others);
+}
 
 // Four rows at a time, interleaved. VPDPBUSD multiplies unsigned with signed: values of one sign are the
 // unsigned ones, those of both meet rows as w + 128.
@@ -178,20 +199,14 @@ struct QuadAccumulate {
   static constexpr bool GROUPED = true;
   static constexpr int64_t COLUMNS = 32;
 
+  static constexpr int64_t bytes(int64_t columns) { return columns * int64_t(sizeof(W)); }
   static void load(const int8_t* const* w, int64_t column, int64_t width, WVec* to) {
     const __mmask32 some = Ints::first(width);
-    const auto two = [&](const int8_t* a, const int8_t* b) {
-      const __m256i low = _mm256_maskz_loadu_epi8(some, a + column),
-                    high = _mm256_maskz_loadu_epi8(some, b + column);
-      return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    };
-    // Pairs of rows 0 and 1 in the lower half, of 2 and 3 in the upper one, within quarters: columns 0 to 7
-    // and 16 to 23, then the others.
-    const __m512i a = two(w[0], w[2]), b = two(w[1], w[3]);
-    const __m512i pairs = _mm512_unpacklo_epi8(a, b), others = _mm512_unpackhi_epi8(a, b);
+    interleave_quads(two_rows(w[0] + column, w[2] + column, some),
+                     two_rows(w[1] + column, w[3] + column, some), to);
     const __m512i flip = _mm512_set1_epi8(FLIP ? -128 : 0);
-    to[0] = _mm512_xor_si512(flip, _mm512_permutex2var_epi16(pairs, _mm512_load_si512(FIRST_PAIRS), others));
-    to[1] = _mm512_xor_si512(flip, _mm512_permutex2var_epi16(pairs, _mm512_load_si512(LAST_PAIRS), others));
+    to[0] = _mm512_xor_si512(flip, to[0]);
+    to[1] = _mm512_xor_si512(flip, to[1]);
   }
   static HVec value(const H* h) {
     int32_t four;

@@ -18,10 +18,11 @@ constexpr int64_t PLAIN_INT8_TOKENS = 64;
 
 // x through fc1's rows of the list (null: all of n) and ReLU, maybe squared, as values of a type, to be
 // multiplied with fc2's weights; row_mask [tokens, ffn] may restrict a token to its own.
-Activations up(const Inputs& x, const Tensor& fc1, const Affine& affine, const int32_t* list, int64_t n,
-               const bool* row_mask, Type type, Type weights, bool square) {
+Activations up(const Inputs& x, const Tensor& fc1, const MaybeTensor& fc1_scale, const float* bias,
+               const int32_t* list, int64_t n, const bool* row_mask, Type type, Type weights, bool square) {
   const int64_t ffn = fc1.size(0);
-  const Rows rows = rows_of(fc1, list);
+  const Rows rows = rows_of(fc1, fc1_scale, list);
+  const Affine affine{scale_of(fc1, fc1_scale), bias};
   Activations h(type, weights, x.tokens, n, list);
   share_out(n, ROW_UNIT, [&](int64_t first, int64_t last) {
     const Segment all{0, x.columns};
@@ -63,17 +64,19 @@ struct Mlp {
   const Tensor& fc1;
   const MaybeTensor &fc1_scale, &fc1_bias;
   const Tensor& fc2;
-  const MaybeTensor& fc2_scale;
+  const MaybeTensor &fc2_scale, &fc2_output_scale;
   bool square;  // what is positive, before fc2
 
   int64_t ffn() const { return fc1.size(0); }
+  int64_t outputs() const { return width_of(fc2); }
 
   void check(const Tensor& x) const {
-    check_matrix(x, -1, fc1.size(1), "x");
+    check_matrix(x, -1, width_of(fc1), "x");
     check_matrix(fc1, -1, x.size(1), "fc1's weight");
-    check_matrix(fc2, ffn(), fc2.size(1), "fc2's transposed weight");
+    check_matrix(fc2, ffn(), outputs(), "fc2's transposed weight");
     check_weight(x, fc1, fc1_scale, ffn(), "fc1's weight");
-    check_weight(x, fc2, fc2_scale, fc2.size(1), "fc2's transposed weight");
+    check_weight(x, fc2, fc2_scale, outputs(), "fc2's transposed weight", true);
+    check_output_scale(fc2, fc2_output_scale);
     TORCH_CHECK(fc1.scalar_type() == fc2.scalar_type(), "dejavu: fc1 and fc2 must have one dtype, got ",
                 fc1.scalar_type(), ", ", fc2.scalar_type());
   }
@@ -84,17 +87,18 @@ struct Mlp {
 void mlp_rows(const Tensor& x, const Mlp& mlp, const float* bias, const int32_t* list, int64_t n,
               const bool* row_mask, double crossover, const MaybeTensor& counters, const Tensor& out) {
   const Inputs inputs(x, type_of(mlp.fc1));
-  const Activations h = up(inputs, mlp.fc1, {scale_of(mlp.fc1_scale), bias}, list, n, row_mask,
-                           between(inputs, type_of(x)), type_of(mlp.fc2), mlp.square);
-  const Needed needed = down({mlp.fc2, scale_of(mlp.fc2_scale)}, h, type_of(x), crossover, out);
+  Activations h = up(inputs, mlp.fc1, mlp.fc1_scale, bias, list, n, row_mask, between(inputs, type_of(x)),
+                     type_of(mlp.fc2), mlp.square);
+  const Needed needed = down({mlp.fc2, mlp.fc2_scale, mlp.fc2_output_scale}, h, type_of(x), crossover, out);
   count(counters, SURVIVED, needed.survivors);
 }
 
 Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scale,
-                  const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale, bool square,
-                  double crossover, const Tensor& neuron_ids, const Tensor& counts, const Tensor& row_lens,
+                  const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale,
+                  const MaybeTensor& fc2_output_scale, bool square, double crossover,
+                  const Tensor& neuron_ids, const Tensor& counts, const Tensor& row_lens,
                   const MaybeTensor& row_mask, const MaybeTensor& counters) {
-  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale, square};
+  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale, fc2_output_scale, square};
   mlp.check(x);
   const int64_t ffn = mlp.ffn(), segments = (ffn + SEGMENT - 1) / SEGMENT;
   check_vector(neuron_ids, ffn, at::kInt, "neuron_ids");
@@ -104,7 +108,7 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_sca
   check_counters(counters);
   const auto valid = valid_rows(row_lens);
   const Tensor some = rows_at(x, valid), mask = row_mask ? rows_at(*row_mask, valid) : Tensor();
-  Tensor out = at::empty({some.size(0), fc2.size(1)}, x.options());
+  Tensor out = at::empty({some.size(0), mlp.outputs()}, x.options());
 
   const auto *ids = neuron_ids.data_ptr<int32_t>(), *number = counts.data_ptr<int32_t>();
   auto* list = scratch<LIST, int32_t>(ffn);
@@ -113,7 +117,7 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_sca
   mlp_rows(some, mlp, widened(fc1_bias, ffn), list, n, row_mask ? mask.data_ptr<bool>() : nullptr, crossover,
            counters, out);
   if (some.size(0) == x.size(0)) return out;
-  return at::zeros({x.size(0), fc2.size(1)}, x.options()).index_copy_(0, at::tensor(valid, at::kLong), out);
+  return at::zeros({x.size(0), mlp.outputs()}, x.options()).index_copy_(0, at::tensor(valid, at::kLong), out);
 }
 
 // Whether PyTorch's own linears are faster.
@@ -123,17 +127,35 @@ bool better_plain(const Tensor& x, int64_t tokens, const Tensor& weight) {
   return tokens >= (type == Type::i16 ? PLAIN_INT8_TOKENS : PLAIN_TOKENS);
 }
 
-// PyTorch's products with a weight [outputs, inputs]; int8 is widened, which many tokens share.
-Tensor plain_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& scale,
-                    const MaybeTensor& bias) {
-  if (!scale) return at::linear(x, weight, bias);
-  Tensor out = at::linear(x, weight.to(x.scalar_type())).to(at::kFloat).mul_(*scale);
+// The weights of 4 bits as floats.
+Tensor floats_of(const Tensor& weight, const Tensor& scale, const MaybeTensor& output_scale,
+                 at::ScalarType type) {
+  const int64_t rows = weight.size(0), columns = width_of(weight);
+  const Tensor pieces = weight.view({rows, columns / PIECE, PIECE / 2});
+  const Tensor integers = at::stack({pieces.bitwise_and(15), pieces.bitwise_right_shift(4)}, 2)
+                              .view({rows, columns})
+                              .to(at::kFloat)
+                              .sub_(8);
+  const Tensor scales = scale.to(at::kFloat).repeat_interleave(rows / scale.size(0), 0);
+  const Tensor wide = integers * scales.repeat_interleave(columns / scale.size(1), 1);
+  return (output_scale ? wide * *output_scale : wide).to(type);
+}
+
+// PyTorch's products with a weight [outputs, inputs], or transposed; integers are widened, which many tokens
+// share.
+Tensor plain_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& bias,
+                    bool transposed = false, const MaybeTensor& output_scale = std::nullopt) {
+  const auto as_stored = [&](const Tensor& wide) { return transposed ? wide.t() : wide; };
+  if (!scale) return at::linear(x, as_stored(weight), bias);
+  if (type_of(weight) == Type::u4)
+    return at::linear(x, as_stored(floats_of(weight, *scale, output_scale, x.scalar_type())), bias);
+  Tensor out = at::linear(x, as_stored(weight.to(x.scalar_type()))).to(at::kFloat).mul_(*scale);
   return (bias ? out.add_(*bias) : out).to(x.scalar_type());
 }
 
 void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& bias,
             const Tensor& output) {
-  check_matrix(x, -1, weight.size(1), "x");
+  check_matrix(x, -1, width_of(weight), "x");
   check_matrix(weight, -1, x.size(1), "weight");
   check_weight(x, weight, scale, weight.size(0), "weight");
   check_matrix(output, x.size(0), weight.size(0), "output");
@@ -146,26 +168,26 @@ void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, con
     return;
   }
   const Tensor input = x.contiguous();
-  project(rows_of(weight), weight.size(0), Inputs(input, type_of(weight)), {{0, x.size(1)}},
-          {scale_of(scale), wide}, output);
+  project(rows_of(weight, scale), weight.size(0), Inputs(input, type_of(weight)), {{0, x.size(1)}},
+          {scale_of(weight, scale), wide}, output);
 }
 
 // The MLP over all neurons, but fc2's rows of neurons that came out 0 for the tokens of a tile: that changes
 // nothing but the time.
 Tensor dense_mlp(const Tensor& x, const Tensor& fc1, const MaybeTensor& fc1_scale,
-                 const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale, bool square,
-                 double crossover) {
-  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale, square};
+                 const MaybeTensor& fc1_bias, const Tensor& fc2, const MaybeTensor& fc2_scale,
+                 const MaybeTensor& fc2_output_scale, bool square, double crossover) {
+  const Mlp mlp{fc1, fc1_scale, fc1_bias, fc2, fc2_scale, fc2_output_scale, square};
   mlp.check(x);
   const float* bias = widened(fc1_bias, fc1.size(0));
   if (better_plain(x, x.size(0), fc1)) {
     Tensor h = plain_linear(x, fc1, fc1_scale, fc1_bias).relu_();
     if (square) h.square_();
-    return plain_linear(h, fc2.t(), fc2_scale, std::nullopt);
+    return plain_linear(h, fc2, fc2_scale, std::nullopt, true, fc2_output_scale);
   }
   const Tensor input = x.contiguous();
   const int64_t tokens = x.size(0), chunks = std::max<int64_t>(1, (tokens + MLP_TOKENS - 1) / MLP_TOKENS);
-  Tensor out = at::empty({tokens, fc2.size(1)}, x.options());
+  Tensor out = at::empty({tokens, mlp.outputs()}, x.options());
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t begin = tokens * i / chunks, count = tokens * (i + 1) / chunks - begin;
     mlp_rows(input.narrow(0, begin, count), mlp, bias, nullptr, fc1.size(0), nullptr, crossover, std::nullopt,

@@ -49,7 +49,7 @@ struct MlpBlock {
   std::string name;
   GateOf gate;
   Tensor fc1, fc2, down, up, threshold;
-  MaybeTensor fc1_scale, fc1_bias, fc2_scale;
+  MaybeTensor fc1_scale, fc1_bias, fc2_scale, fc2_output_scale;
   bool square;       // what is positive, before fc2
   double crossover;  // of tiles of tokens, see `down`
   int64_t rider;     // layer whose head scores it computes on the way, or -1
@@ -59,7 +59,7 @@ struct AttentionBlock {
   std::string name;
   GateOf gate;
   Tensor qkv, out, predictor, threshold;
-  MaybeTensor qkv_scale, qkv_bias, out_scale;
+  MaybeTensor qkv_scale, qkv_bias, out_scale, out_output_scale;
   bool transposed;  // out
   int64_t heads, kv_heads, head_size;
   std::optional<Operator> rotate;   // queries and keys, by vLLM's operator
@@ -88,7 +88,7 @@ struct Model : torch::CustomClassHolder {
   // gate: its tensors, as GateOf has them. predictor: down, up, bias.
   void add_mlp(int64_t layer, std::string name, Tensors gate, int64_t most_tokens, Tensors predictor,
                Tensor fc1, MaybeTensor fc1_scale, MaybeTensor fc1_bias, Tensor fc2, MaybeTensor fc2_scale,
-               bool square, double crossover, int64_t rider) {
+               MaybeTensor fc2_output_scale, bool square, double crossover, int64_t rider) {
     mlps.at(layer) = MlpBlock{std::move(name),
                               {gate.at(0), gate.at(1), gate.at(2), gate.at(3), most_tokens},
                               fc1,
@@ -99,6 +99,7 @@ struct Model : torch::CustomClassHolder {
                               fc1_scale,
                               fc1_bias,
                               fc2_scale,
+                              fc2_output_scale,
                               square,
                               crossover,
                               rider};
@@ -108,8 +109,8 @@ struct Model : torch::CustomClassHolder {
   // sines, and whether it turns halves of a head (neox), not neighbours.
   void add_attention(int64_t layer, std::string name, Tensors gate, int64_t most_tokens, Tensors predictor,
                      Tensor qkv, MaybeTensor qkv_scale, MaybeTensor qkv_bias, Tensor out,
-                     MaybeTensor out_scale, bool transposed, std::vector<int64_t> heads, MaybeTensor rotary,
-                     bool neox) {
+                     MaybeTensor out_scale, MaybeTensor out_output_scale, bool transposed,
+                     std::vector<int64_t> heads, MaybeTensor rotary, bool neox) {
     attentions.at(layer) = AttentionBlock{std::move(name),
                                           {gate.at(0), gate.at(1), gate.at(2), gate.at(3), most_tokens},
                                           qkv,
@@ -119,6 +120,7 @@ struct Model : torch::CustomClassHolder {
                                           qkv_scale,
                                           qkv_bias,
                                           out_scale,
+                                          out_output_scale,
                                           transposed,
                                           heads.at(0),
                                           heads.at(1),
@@ -231,13 +233,14 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& gate_input, const 
     const Tensor &list = ids, &numbers = counts;
     out = recorded("dejavu_cpu::sparse_mlp", [&] {
       return sparse_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale,
-                        block.square, block.crossover, list, numbers, lens, row_mask, block.gate.counters);
+                        block.fc2_output_scale, block.square, block.crossover, list, numbers, lens, row_mask,
+                        block.gate.counters);
     });
   } else {
     if (sparse_step) count_dense(block.gate.counters, block.gate.dense_step, block.gate.dense_row, lens);
     out = recorded("dejavu_cpu::dense_mlp", [&] {
       return dense_mlp(x, block.fc1, block.fc1_scale, block.fc1_bias, block.fc2, block.fc2_scale,
-                       block.square, block.crossover);
+                       block.fc2_output_scale, block.square, block.crossover);
     });
     if (rider) scores = score_heads(*previous, rider->predictor, rider->threshold, lens);
   }
@@ -304,11 +307,11 @@ Tensor attention(const Tensor& x, const Tensor& gate_input, const Tensor& positi
     count(block.gate.counters, CACHE_HELD, pass.cached * kv);
     count(block.gate.counters, CACHE_READ, read);
   }
-  Tensor output = at::empty({rows, block.out.size(block.transposed ? 1 : 0)}, x.options());
+  Tensor output = at::empty({rows, block.transposed ? width_of(block.out) : block.out.size(0)}, x.options());
   recorded("dejavu_cpu::out_proj", [&] {
     if (block.transposed)
-      transposed_out_proj(attn, block.out, block.out_scale, sparse ? MaybeTensor(scores) : std::nullopt,
-                          output);
+      transposed_out_proj(attn, block.out, block.out_scale, block.out_output_scale,
+                          sparse ? MaybeTensor(scores) : std::nullopt, output);
     else if (sparse)
       sparse_out_proj(attn, block.out, scores, output);
     else

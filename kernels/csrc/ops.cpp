@@ -78,20 +78,23 @@ TORCH_LIBRARY(dejavu_cpu, m) {
       "Tensor, Tensor)");
   m.def(
       "sparse_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2_weight_t, "
-      "Tensor? fc2_scale, bool square, float crossover, Tensor neuron_ids, Tensor counts, Tensor row_lens, "
+      "Tensor? fc2_scale, Tensor? fc2_output_scale, bool square, float crossover, Tensor neuron_ids, Tensor "
+      "counts, Tensor row_lens, "
       "Tensor? row_mask, Tensor(a!)? counters) -> Tensor");
   m.def(
       "dense_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2_weight_t, "
-      "Tensor? fc2_scale, bool square, float crossover) -> Tensor");
+      "Tensor? fc2_scale, Tensor? fc2_output_scale, bool square, float crossover) -> Tensor");
   m.def(
-      "exact_down(Tensor x, Tensor fc2_weight_t, Tensor? fc2_scale, bool square, float crossover, "
+      "exact_down(Tensor x, Tensor fc2_weight_t, Tensor? fc2_scale, Tensor? fc2_output_scale, bool square, "
+      "float crossover, "
       "Tensor(a!)? counters) -> Tensor");
   m.def(
       "sparse_qkv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor head_scores, Tensor row_lens, "
       "int head_size, Tensor(a!)? counters) -> Tensor");
   m.def("sparse_out_proj(Tensor attn, Tensor weight, Tensor head_scores, Tensor(a!) output) -> ()");
   m.def(
-      "transposed_out_proj(Tensor attn, Tensor weight_t, Tensor? scale, Tensor? head_scores, Tensor(a!) "
+      "transposed_out_proj(Tensor attn, Tensor weight_t, Tensor? scale, Tensor? output_scale, "
+      "Tensor? head_scores, Tensor(a!) "
       "output) "
       "-> ()");
   m.def("mask_heads(Tensor attn, Tensor head_scores) -> Tensor");

@@ -21,8 +21,11 @@ constexpr int64_t CHUNK_BYTES = 256 << 10, MOST_CHUNK = 128;
 constexpr int64_t chunk_unit(Type type) { return type == Type::i8 ? 24 : ROW_UNIT; }
 constexpr int64_t TOKEN_UNIT = 8;  // that one thread rounds
 
-Rows rows_of(const Tensor& weight, const int32_t* ids = nullptr) {
-  return {weight.data_ptr(), weight.stride(0), ids, type_of(weight)};
+Rows rows_of(const Tensor& weight, const MaybeTensor& scale, const int32_t* ids = nullptr) {
+  Rows rows{weight.data_ptr(), weight.stride(0), ids, type_of(weight)};
+  if (rows.type == Type::u4)
+    rows.scales = {scale->data_ptr(), type_of(*scale), scale->stride(0), weight.size(0) / scale->size(0)};
+  return rows;
 }
 
 // What int8 weights are multiplied with: i8 for many tokens, where products decide, if there are such; more
@@ -47,7 +50,8 @@ int64_t apart(int64_t columns, int64_t size, int64_t tokens) {
 
 // Tokens' values, of n columns each, rounded to i16, i8 or u8 in scratch memory.
 template <Purpose DATA, Purpose SCALES, Purpose OFFSETS>
-Values rounded(const Values& from, int64_t tokens, int64_t n, Type type, int64_t group = GROUP) {
+Values rounded(const Values& from, int64_t tokens, int64_t n, Type type, int64_t group = GROUP,
+               int32_t zero = 128) {
   const int64_t stride = apart(n, size_of(type), tokens), groups = grouped(type) ? groups_of(n, group) : 1;
   char* to = scratch<DATA, char>(tokens * stride * size_of(type));
   float* scales = scratch<SCALES, float>(tokens * groups);
@@ -55,7 +59,7 @@ Values rounded(const Values& from, int64_t tokens, int64_t n, Type type, int64_t
   share_out(tokens, TOKEN_UNIT, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       kernels().round(static_cast<const char*>(from.data) + t * from.stride * size_of(from.type), from.type,
-                      n, type, group, to + t * stride * size_of(type), scales + t * groups,
+                      n, type, group, zero, to + t * stride * size_of(type), scales + t * groups,
                       offsets + t * groups);
   });
   return {to, type, stride, scales, offsets, groups};
@@ -78,7 +82,9 @@ struct Inputs {
     lanes = isa.has_lanes != nullptr && may_lanes && tokens >= LANES_TOKENS && isa.has_lanes(many, columns);
     if (lanes) type = many;
     if (type == Type::i16 || type == Type::i8)
-      values = rounded<INPUT, INPUT_SCALES, INPUT_OFFSETS>(values, tokens, columns, type);
+      values = rounded<INPUT, INPUT_SCALES, INPUT_OFFSETS>(
+          values, tokens, columns, type, weights == Type::u4 && !lanes ? WEIGHT_GROUP : GROUP,
+          weights == Type::u4 ? 8 : 128);
     else if (const int64_t stride = apart(columns, size_of(type), tokens);
              type != from || (!lanes && stride != columns))
       values = copied(x, type, stride);

@@ -22,7 +22,7 @@ Tensor score_heads(const Tensor& x, const Tensor& weight, const Tensor& bias, co
   // Predictors are multiplied in fp32 whatever their type: a selection must not depend on the instruction
   // set.
   const Tensor wide = some.to(at::kFloat);
-  project(rows_of(weight), weight.size(0), Inputs(wide, type_of(weight)), {{0, x.size(1)}},
+  project(rows_of(weight, std::nullopt), weight.size(0), Inputs(wide, type_of(weight)), {{0, x.size(1)}},
           {nullptr, bias.data_ptr<float>()}, scores);
   if (some.size(0) == x.size(0)) return scores;
   return at::full({x.size(0), weight.size(0)}, -1.0, scores.options())
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(
   const Tensor input =
       kernels().dot_input(type_of(down), type_of(x)) == Type::i16 ? some : some.to(at::kFloat);
   Tensor low = at::empty({tokens, rank}, x.options().dtype(at::kFloat));
-  project(rows_of(down), rank, Inputs(input, type_of(down), /*may_lanes=*/false), {{0, x.size(1)}},
-          {nullptr, nullptr}, low);
+  project(rows_of(down, std::nullopt), rank, Inputs(input, type_of(down), /*may_lanes=*/false),
+          {{0, x.size(1)}}, {nullptr, nullptr}, low);
   Values values{low.data_ptr(), Type::f32, rank};
   if (kernels().dot_input(type_of(up), type_of(x)) == Type::i16)
     values = rounded<ROUNDED, ROUNDED_SCALES, ROUNDED_OFFSETS>(values, tokens, rank, Type::i16);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_neurons(
   auto *id = ids.data_ptr<int32_t>(), *number = counts.data_ptr<int32_t>();
   auto* chosen_by = with_row_mask ? mask.data_ptr<bool>() : nullptr;
   const auto* threshold = bias.data_ptr<float>();
-  const Rows rows = rows_of(up);
+  const Rows rows = rows_of(up, std::nullopt);
   std::atomic<int64_t> selected{0};
   share_out(segments, 1, [&](int64_t first, int64_t last) {
     float* scores = scratch<TILE, float>(tokens * SEGMENT);

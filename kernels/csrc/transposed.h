@@ -12,7 +12,7 @@ namespace dejavu {
 
 namespace {
 
-constexpr int64_t COLUMN_UNIT = 64;     // columns that an accumulate tile takes at once
+constexpr int64_t COLUMN_UNIT = WEIGHT_GROUP;  // columns that an accumulate tile takes at once, at most
 constexpr int64_t LEAST_COLUMNS = 256;  // of a task of fc2: narrower pieces of rows would waste prefetches
 constexpr int64_t LEAST_ROWS = 64;
 constexpr int64_t SUMS_BYTES = 256 << 10;  // of fc2's columns at a time: in the second cache
@@ -21,7 +21,7 @@ constexpr int64_t SUMS_BYTES = 256 << 10;  // of fc2's columns at a time: in the
 constexpr int64_t TILE_TOKENS = 4;
 // Tokens below which all of them share one list: a row is read from memory, once, and that takes longer than
 // to multiply it. Of int8 more, whose rows cost more to bring into the order that they are multiplied in.
-constexpr int64_t least_tiled(Type weights) { return weights == Type::i8 ? 128 : 40; }
+constexpr int64_t least_tiled(Type weights) { return weights == Type::i8 || weights == Type::u4 ? 128 : 40; }
 // Of fc2 that all tiles go through before the next, in the second cache.
 constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 256;
 
@@ -173,24 +173,26 @@ void gather_values(const Activations& h, Type type, std::vector<Tile>& tiles) {
       else
         gather(reinterpret_cast<float*>(mine), static_cast<const float*>(h.values.data));
       tile.values = {mine, h.values.type, stride};
+      tile.values.rounded = h.values.rounded;
       if (!round) continue;
       const int64_t groups = grouped(type) ? groups_of(count, ROW_GROUP) : 1, first = tile.first * most;
       tile.values = {
           integers + begins[i] * size_of(type), type, stride, scales + first, offsets + first, groups};
       for (int64_t t = 0; t < tile.tokens; ++t)
-        kernels().round(mine + t * stride * size, h.values.type, count, type, ROW_GROUP,
+        kernels().round(mine + t * stride * size, h.values.type, count, type, ROW_GROUP, 128,
                         integers + (begins[i] + t * stride) * size_of(type), scales + first + t * groups,
                         offsets + first + t * groups);
     }
   });
 }
 
-// [inputs, outputs]; of int8 with a scale for each output.
+// [inputs, outputs]; of integers with their scales, of 4 bits maybe another one for each output.
 struct Transposed {
   const Tensor& weight;
-  const float* scale;
+  const MaybeTensor &scale, &output_scale;
 
-  int64_t columns() const { return weight.size(1); }
+  int64_t columns() const { return width_of(weight); }
+  Rows rows(const int32_t* ids) const { return rows_of(weight, scale, ids); }
   int64_t units() const { return (columns() + COLUMN_UNIT - 1) / COLUMN_UNIT; }
   // Threads share the columns, as far as these are wide enough.
   int64_t column_tasks() const {
@@ -203,7 +205,8 @@ struct Transposed {
   }
   // A token's sums, of columns from the begin-th on.
   void finish(const float* sums, int64_t t, int64_t begin, int64_t end, const Tensor& out) const {
-    kernels().finish(sums, scale ? scale + begin : nullptr, nullptr, at_element(out, t * columns() + begin),
+    const float* each = output_scale ? output_scale->data_ptr<float>() : scale_of(weight, scale);
+    kernels().finish(sums, each ? each + begin : nullptr, nullptr, at_element(out, t * columns() + begin),
                      type_of(out), end - begin);
   }
 };
@@ -229,7 +232,7 @@ void multiply_tiles(const Transposed& matrix, const std::vector<Tile>& tiles, in
         for (int64_t row = 0; row < ffn; row += BLOCK_ROWS)
           for (int64_t i = from; i < to; ++i) {
             const Tile& tile = tiles[i];
-            kernels().accumulate(rows_of(matrix.weight, tile.neurons.numbers), tile.until(row, ffn),
+            kernels().accumulate(matrix.rows(tile.neurons.numbers), tile.until(row, ffn),
                                  tile.until(row + BLOCK_ROWS, ffn), tile.values, places, tile.tokens, column,
                                  stop, sums + tile.first * columns + column, columns, memory, row > 0);
           }
@@ -252,7 +255,7 @@ void multiply(const Transposed& matrix, const Values& h, const Survivors& surviv
                              : m * split / splits;
   };
   float* partials = scratch<PARTIALS, float>(splits * tokens * columns);
-  const Rows rows = rows_of(matrix.weight, survivors.numbers);
+  const Rows rows = matrix.rows(survivors.numbers);
   const int64_t panel =
       std::max(LEAST_COLUMNS, SUMS_BYTES / (4 * std::max<int64_t>(tokens, 1)) / COLUMN_UNIT * COLUMN_UNIT);
   at::parallel_for(0, column_tasks * splits, 1, [&](int64_t first, int64_t last) {
@@ -315,22 +318,22 @@ struct Needed {
 
 // Activations of what was `from` through fc2. By tiles where these need at most the share `crossover` of what
 // all tokens together do.
-Needed down(const Transposed& fc2, const Activations& h, Type from, double crossover, const Tensor& out) {
-  const Type input = kernels().dot_input(type_of(fc2.weight), from);
+Needed down(const Transposed& fc2, Activations& h, Type from, double crossover, const Tensor& out) {
+  const Type weights = type_of(fc2.weight), input = kernels().dot_input(weights, from);
+  const Type type = activations_type(input, h.tokens);
+  if (weights == Type::u4) h.values.rounded = type;
   Survivors survivors = united(h);
   if (h.tiles > 1) {
     std::vector<Tile> tiles = tiles_of(h);
     int64_t read = 0;
     for (const Tile& tile : tiles) read += tile.neurons.count;
     if (static_cast<double>(read) <= crossover * static_cast<double>(h.tiles * survivors.count)) {
-      gather_values(h, type_of(fc2.weight) == Type::i8 ? activations_type(input, h.tokens) : input, tiles);
+      gather_values(h, weights == Type::i8 ? type : h.values.type, tiles);
       multiply_tiles(fc2, tiles, h.tokens, out);
       return {survivors.count, read, h.tiles};
     }
   }
-  const Values values = type_of(fc2.weight) == Type::i8
-                            ? rounded_survivors(h, survivors, activations_type(input, h.tokens))
-                            : h.values;
+  const Values values = weights == Type::i8 ? rounded_survivors(h, survivors, type) : h.values;
   multiply(fc2, values, survivors, h.tokens, out);
   return {survivors.count, survivors.count, 1};
 }

@@ -126,7 +126,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         self.tuned: tune.Tuned | None = None
         if self.loaded is not None:
             tp = vllm_config.parallel_config.tensor_parallel_size
-            bits = min(self.settings.stored_bits, self.checkpoint_bits)
+            bits = min(self.settings.weight_bits, self.checkpoint_bits)
             key = tune.Key.of(self.loaded, torch.get_default_device(), model_config.dtype, tp, bits)
             self.tuned = tune.load(settled.directory, key)
         if self.settings.mode != "dense":
@@ -143,13 +143,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         layers = list(self.build(Plan(vllm_config, self.settings, self.geometry, gates), prefix))
         blocks = [block for layer in layers for block in (layer.attention, layer.mlp)]
 
-        # Weights rounded in place must not pass for the checkpoint: a sharded state saved from them lacks
-        # this and is refused on loading.
-        self.register_buffer(
-            "weights_fingerprint",
-            torch.zeros(32, dtype=torch.uint8),
-            persistent=self.settings.weight_bits == self.settings.stored_bits,
-        )
+        self.register_buffer("weights_fingerprint", torch.zeros(32, dtype=torch.uint8))
         self.register_buffer("step_counters", metrics.new_step_counters(), persistent=False)
         self.gates: list[Gate] = [block.gate for block in blocks if block.gate is not None]
         exact = [block for block in blocks if isinstance(block, ExactMLP)]
@@ -253,10 +247,10 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
             # Behind the fingerprint: predictors stay those trained for the checkpoint, whatever its weights
             # are rounded to.
             parts = {name: tensor}
-            if param.dtype == torch.int8 and tensor.is_floating_point():
-                parts = dict(zip((name, f"{name}_scale"), quantization.int8_rows(tensor), strict=True))
-            elif self.settings.weight_bits == 4:
-                parts[name] = quantization.quantize_dequantize(stored_name, tensor, 4)
+            integers: quantization.Integers | None = getattr(param, "integers", None)
+            if integers is not None and tensor.is_floating_point():
+                names = (name, f"{name}_scale", f"{name.removesuffix('weight')}output_scale")
+                parts = dict(zip(names, integers.rounded(tensor), strict=False))
             for part, value in parts.items():
                 load = getattr(params[part], "weight_loader", default_weight_loader)
                 load(params[part], value, *([] if shard is None else [shard]))
@@ -276,17 +270,10 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         format.
 
         Raises:
-            ArtifactError: they differ. ValueError: they should be rounded, and did not come through
-                `load_weights`.
+            ArtifactError: they differ.
         """
         if str(self.load_format) == "dummy":
             fill_dummies(self)
-        if self.settings.weight_bits < self.settings.stored_bits and self.fingerprint() is None:
-            raise quantization.refusal(
-                self.load_format,
-                self.settings.weight_bits,
-                "its weights did not come through the model's load_weights",
-            )
         if self.loaded is None:
             return
         found = self.fingerprint()
@@ -388,8 +375,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
         if self.checkpoint_bits < 16:
             logger.info("dejavu: INT8 weights, a scale for each output, as the checkpoint has them")
         if min(bits, head_bits) < 16:
-            log = logger.warning if bits == 4 else logger.info
-            log("dejavu: %s", quantization.describe(bits, head_bits))
+            logger.info("dejavu: %s", quantization.describe(bits, head_bits))
         device = self.weights_fingerprint.device.type
         kernels = interface.implementation(device)
         if device == "cpu" and kernels is not cpu.KERNELS:
