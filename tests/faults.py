@@ -13,6 +13,7 @@ from pathlib import Path
 
 from faults_base import TESTS_OF, Fault, picked
 from faults_exact import EXACT
+from faults_int4 import INT4
 from faults_native import INT8, NATIVE, PASSES
 
 TRITON = [
@@ -216,7 +217,7 @@ REFUSALS = [
 
 PICKED = [
     *(*NATIVE, *TRITON, *REFERENCE, *SERVING, *METRICS, *TRAINING, *ARTIFACT, *REFUSALS, *INT8),
-    *(*PASSES, *EXACT),
+    *(*PASSES, *EXACT, *INT4),
 ]
 # As `scripts/draw_faults.py` wrote them; only `equivalent` was added by hand.
 DRAWN_FILE = Path(__file__).with_name("drawn_faults.json")

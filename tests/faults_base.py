@@ -71,6 +71,10 @@ TESTS_OF = {
         NATIVE_TESTS,
     ),
     "kernels/csrc/exact.h": ("test_kernel_exact.py",),
+    **dict.fromkeys(
+        ("kernels/csrc/nibbles.h", "kernels/csrc/nibble_quads.h", "kernels/packing.py"),
+        ("test_kernel_int4.py",),
+    ),
     "kernels/csrc/transposed.h": ("test_kernel_tiles.py", "test_kernel_exact.py", *NATIVE_TESTS),
     "vllm_dejavu/exact.py": ("test_engine_exact.py",),
     "vllm_dejavu/models/nemotron.py": ("test_engine_nemotron.py",),

@@ -88,7 +88,8 @@ def test_sides():
     assert STOCK == ["dense", "w8a8", "w8a8-fp8", "w4a16"]
     assert all(SIDES[s].scheme in KERNELS for s in STOCK[1:])
     in_8 = {f"dejavu-int8{more}" for more in ("", "-head16", "-fp8")}
-    assert {s for s, side in SIDES.items() if side.sparse} == {"dejavu", *in_8}
+    in_4 = {f"dejavu-int4{more}" for more in ("", "-head16")}
+    assert {s for s, side in SIDES.items() if side.sparse} == {"dejavu", *in_8, *in_4}
 
 
 @pytest.mark.parametrize(("scheme", "error"), [("w8a8", 1e-2), ("w4a16", 0.15)])

@@ -78,7 +78,7 @@ def check_engine(vllm_config: Any, settings: DejaVuConfig, *, in_worker: bool) -
         )
 
     if model.quantization and model.quantization != "compressed-tensors":
-        why = "its rows cannot be gathered; those of compressed-tensors' W8A8 and W8A16 can."
+        why = "its rows cannot be gathered; those of compressed-tensors' W8A8, W8A16 and W4A16 can."
         refuse("quantization", model.quantization, why)
     if not in_worker:
         # vLLM has not come to it yet

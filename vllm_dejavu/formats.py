@@ -93,6 +93,11 @@ class IntegersMethod(LinearMethodBase):
         weight = nn.Parameter(empty_weight(self.bits, outputs, inputs), requires_grad=False)
         scale = torch.empty(outputs, dtype=torch.float32)
         if self.bits == 4:
+            if inputs % WEIGHT_GROUP:
+                raise ValueError(
+                    f"weights of 4 bits need a multiple of {WEIGHT_GROUP} inputs, of which so many share a"
+                    f" scale; a linear has {inputs}. Serve the model without --model-impl dejavu."
+                )
             scale = torch.empty(outputs, inputs // WEIGHT_GROUP, dtype=params_dtype)
         scale = nn.Parameter(scale, requires_grad=False)
         implementation(weight.device.type).prepare_weight(weight)

@@ -108,6 +108,24 @@ class Integers(NamedTuple):
         # positive scales: neurons' values stay positive when they are multiplied with them
         return *int4_rows((weight / each[:, None]).t(), signed=False), each
 
+    def laid_out(self, integers: torch.Tensor) -> torch.Tensor:
+        """A checkpoint's own integers [outputs, inputs], int8, as `rounded` gives them."""
+        if self.bits == 8:
+            return integers
+        return packing.pack(integers.t() if self.transposed else integers)
+
+    def scales_of(self, scale: torch.Tensor, groups: int) -> torch.Tensor:
+        """A checkpoint's scales of such integers, [outputs, groups of inputs or 1].
+
+        Args:
+            groups: of inputs, that have scales of their own in memory.
+        """
+        if self.bits == 8:
+            return scale.flatten()
+        if self.transposed:
+            return scale.t()
+        return scale.expand(-1, groups)
+
 
 def quantize_dequantize(name: str, tensor: torch.Tensor, bits: int) -> torch.Tensor:
     """What is left of a checkpoint's tensor in so many bits.
@@ -197,8 +215,9 @@ def stored_as(quant_config: Any, name: str) -> Stored:
     def refuse(what: str) -> ValueError:
         return ValueError(
             f"model_impl='dejavu' reads single rows of {name}, stored as {what}: it takes 16 bits, or"
-            " compressed-tensors int8, symmetric, with a scale for each output (W8A8, W8A16). Serve the model"
-            " without --model-impl dejavu."
+            " compressed-tensors integers, symmetric: int8 with a scale for each output (W8A8, W8A16), int4"
+            f" with one for each output or each {WEIGHT_GROUP} of its inputs (W4A16). Serve the model without"
+            " --model-impl dejavu."
         )
 
     if quant_config.get_name() != "compressed-tensors":
@@ -213,31 +232,40 @@ def stored_as(quant_config: Any, name: str) -> Stored:
     if scheme is None:
         return Stored(16)
     kind, strategy = (str(getattr(value, "value", value)) for value in (scheme.type, scheme.strategy))
-    if (scheme.num_bits, kind, strategy, scheme.symmetric) != (8, "int", "channel", True):
-        symmetry = "symmetric" if scheme.symmetric else "asymmetric"
-        raise refuse(f"{kind}{scheme.num_bits} by {strategy}, {symmetry}")
+    known = {8: ("channel",), 4: ("channel", "group")} if kind == "int" and scheme.symmetric else {}
     inputs = found.get("input_activations")
+    other_group = strategy == "group" and scheme.group_size != WEIGHT_GROUP
+    if strategy not in known.get(scheme.num_bits, ()) or other_group or (scheme.num_bits == 4 and inputs):
+        symmetry = "symmetric" if scheme.symmetric else "asymmetric"
+        size = f" of {scheme.group_size}" if strategy == "group" else ""
+        rounded = ", with rounded inputs" if scheme.num_bits == 4 and inputs else ""
+        raise refuse(f"{kind}{scheme.num_bits} by {strategy}{size}, {symmetry}{rounded}")
     if inputs is not None and not inputs.dynamic:
         raise refuse("int8 with fixed scales of its inputs (input_activations not dynamic)")
     if getattr(scheme, "actorder", None):
-        raise refuse("int8 in the order of its activations (actorder)")
-    return Stored(8, inputs is not None)
+        raise refuse(f"int{scheme.num_bits} in the order of its activations (actorder)")
+    if scheme.num_bits == 8:
+        return Stored(8, inputs is not None)
+    return Stored(4, group=WEIGHT_GROUP if strategy == "group" else 0)
 
 
-PACKED = "weight_packed"  # compressed-tensors' name of four int8 in an int32
+PACKED = "weight_packed"  # compressed-tensors' name of integers in an int32
 
 
-def unpacked(tensor: torch.Tensor) -> torch.Tensor:
-    """[outputs, inputs / 4], int32, as compressed-tensors packs 8 bits (from 0 on, the first input lowest)
-    -> [outputs, inputs], int8.
+def unpacked(tensor: torch.Tensor, bits: int) -> torch.Tensor:
+    """[outputs, inputs / n], int32, as compressed-tensors packs n = 4 or 8 integers of 8 or 4 bits (from 0
+    on, the first input lowest) -> [outputs, inputs], int8.
     """
-    return (tensor.contiguous().view(torch.uint8) ^ 128).view(torch.int8)
+    packed = tensor.contiguous().view(torch.uint8)
+    if bits == 8:
+        return (packed ^ 128).view(torch.int8)
+    return torch.stack((packed & 15, packed >> 4), 2).view(len(packed), -1).to(torch.int8) - 8
 
 
 def checkpoint_bits(quant_config: Any) -> int:
-    """8 where a checkpoint has linears of which we read rows of integers (`stored_as`), or 16."""
+    """The fewest of a checkpoint's linears of which we read rows of integers (`stored_as`), or 16."""
     weights = [scheme.get("weights") for scheme in getattr(quant_config, "target_scheme_map", {}).values()]
-    return 8 if any(w is not None and w.num_bits == 8 for w in weights) else 16
+    return min((w.num_bits for w in weights if w is not None and w.num_bits in (4, 8)), default=16)
 
 
 def check_checkpoint(quant_config: Any, hf_config: Any, bits: int, exact: bool = False) -> None:

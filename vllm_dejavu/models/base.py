@@ -231,7 +231,9 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
                     continue
                 if name.endswith(f".{quantization.PACKED}"):
                     name = f"{name.removesuffix(quantization.PACKED)}weight"
-                    tensor = quantization.unpacked(tensor)
+                    if name in params:
+                        made = params[name].integers
+                        tensor = made.laid_out(quantization.unpacked(tensor, made.bits))
             if name not in params:
                 raise ValueError(
                     f"Checkpoint of {self.model_name} holds {name!r}, which {type(self).__name__} lacks."
@@ -242,8 +244,9 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
                     f"Checkpoint of {self.model_name} holds integers as {stored_name!r}, where its"
                     " quantization_config has 16 bits: the two do not belong together."
                 )
-            if name.endswith(".weight_scale") and param.ndim == 1:  # compressed-tensors has [outputs, 1]
-                tensor = tensor.flatten()
+            owner = params.get(name.removesuffix("_scale"))
+            if name.endswith(".weight_scale") and (made := getattr(owner, "integers", None)) is not None:
+                tensor = made.scales_of(tensor, param.shape[-1])
             # Behind the fingerprint: predictors stay those trained for the checkpoint, whatever its weights
             # are rounded to.
             parts = {name: tensor}
@@ -373,7 +376,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
     def _announce(self) -> None:
         bits, head_bits = self.settings.weight_bits, self.settings.head_bits
         if self.checkpoint_bits < 16:
-            logger.info("dejavu: INT8 weights, a scale for each output, as the checkpoint has them")
+            logger.info("dejavu: INT%d weights as the checkpoint has them", self.checkpoint_bits)
         if min(bits, head_bits) < 16:
             logger.info("dejavu: %s", quantization.describe(bits, head_bits))
         device = self.weights_fingerprint.device.type
