@@ -176,3 +176,13 @@ def test_two_ranks(opt, tmp_path):
     found = in_processes(tmp_path, arguments)
     assert flips(alone, found) <= FLIPS_ALLOWED
     assert found["metrics"]["weight_bits"] == 4
+
+
+def test_integers_without_a_scheme(w4a16, tmp_path):
+    """They would be taken for weights."""
+    target = tmp_path / "model"
+    shutil.copytree(w4a16, target)
+    config = json.loads((target / "config.json").read_text())
+    del config["quantization_config"]
+    (target / "config.json").write_text(json.dumps(config))
+    refused(target, "holds integers as .*do not belong together", mode="dense")

@@ -74,12 +74,11 @@ def _int4_rows(weight: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.
         scale = (largest / steps).bfloat16()
         integers = (groups / scale).round_().clamp_(-8, 7)
         found = (integers * scale).sub_(groups).square_().sum(2, keepdim=True), scale, integers
-        better = None if best is None else found[0] < best[0]
-        best = (
-            found
-            if best is None
-            else tuple(torch.where(better, *pair) for pair in zip(found, best, strict=True))
-        )
+        if best is None:
+            best = found
+            continue
+        better = found[0] < best[0]
+        best = tuple(torch.where(better, *pair) for pair in zip(found, best, strict=True))
     _, scale, integers = best
     return packing.pack(integers.view(rows, columns)), scale.squeeze(2)
 

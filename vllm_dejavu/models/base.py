@@ -231,8 +231,7 @@ class DejaVuForCausalLM(nn.Module, SupportsPP):
                     continue
                 if name.endswith(f".{quantization.PACKED}"):
                     name = f"{name.removesuffix(quantization.PACKED)}weight"
-                    if name in params:
-                        made = params[name].integers
+                    if (made := getattr(params.get(name), "integers", None)) is not None:
                         tensor = made.laid_out(quantization.unpacked(tensor, made.bits))
             if name not in params:
                 raise ValueError(
