@@ -174,15 +174,17 @@ def test_native_threads_and_strides(isa):
         (lambda c: c.update(h=c["h"][:, :-1]), "x must be a CPU tensor"),
         (lambda c: c.update(h=c["h"].half()), "must have x's dtype"),
         (lambda c: c.update(scale=torch.ones(64)), "and no scale"),
+        (lambda c: c.update(each=torch.ones(64)), "only weights of 4 bits have an output_scale"),
         (lambda c: c.update(counters=torch.zeros(5, dtype=torch.int64)), "at least 10 elements"),
     ],
-    ids=["columns", "dtype", "scale", "counters"],
+    ids=["columns", "dtype", "scale", "output-scale", "counters"],
 )
 def test_native_refuses(change, message):
-    c = {"h": rand(3, 96), "weight": rand(96, 64), "scale": None, "counters": None}
+    c = {"h": rand(3, 96), "weight": rand(96, 64), "scale": None, "each": None, "counters": None}
     change(c)
+    weight = c["weight"], c["scale"], c["each"]
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dejavu_cpu.exact_down(c["h"], c["weight"], c["scale"], False, 1.0, c["counters"])
+        torch.ops.dejavu_cpu.exact_down(c["h"], *weight, False, 1.0, c["counters"])
 
 
 @activations

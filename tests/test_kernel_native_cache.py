@@ -73,7 +73,7 @@ class Case:
         )
         gate = [self.counters, once, row, row]
         predictor = [torch.zeros(self.heads, self.x.shape[1]), torch.zeros(self.heads)]
-        weights = self.qkv, None, None, self.out, None, False
+        weights = self.qkv, None, None, self.out, None, None, False
         heads = [self.heads, self.kv, SIZE]
         model.add_attention(0, "", gate, most_tokens, predictor, *weights, heads, None, False)
         numbers = [SIZE**-0.5, 0.0, 1.0, 1.0]

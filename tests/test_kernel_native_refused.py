@@ -48,8 +48,8 @@ REFUSED = [
         column_major,
         r"rows of weight of the head predictor must be contiguous, strides are \[1, 4\]",
     ),
-    ("score_heads", "weight", as_double, "expected float32, float16, bfloat16 or int8, got Double"),
-    ("score_heads", "weight", as_int64, "expected float32, float16, bfloat16 or int8, got Long"),
+    ("score_heads", "weight", as_double, "bfloat16, int8 or uint8 .*, got Double"),
+    ("score_heads", "weight", as_int64, "bfloat16, int8 or uint8 .*, got Long"),
     (
         "score_heads",
         "bias",
@@ -274,7 +274,7 @@ def test_one_openmp_library_serves_all():
 import torch
 torch.set_num_threads(2)
 weight = torch.ones(300, 64)
-torch.ops.dejavu_cpu.dense_mlp(torch.ones(20, 64), weight, None, None, weight, None, False, 1.0)
+torch.ops.dejavu_cpu.dense_mlp(torch.ones(20, 64), weight, None, None, weight, None, None, False, 1.0)
 names = "libgomp", "libiomp", "libomp"
 print(*{line.split()[-1] for line in open("/proc/self/maps") if any(n in line for n in names)})
 """
