@@ -113,9 +113,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """What a test left behind is that test's fault, not of whichever comes next in this process."""
     yield
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "it left autograd off"
-    # Compiling an engine in this process (test_engine_exact.py::test_compiled) leaves this behind in some
-    # runs of the whole suite, never in a process of its own, with a profiler or without: where is not found.
-    # The next torch.compile in the process fails by it ("you set no_dispatch()"), in another test.
+    # The next torch.compile in this process would fail by it ("you set no_dispatch()"), in another test;
+    # tests/engine.py says how it comes about.
     if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python):
         torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Python, False)
         warnings.warn(f"{item.nodeid} left PyTorch's Python dispatch key excluded", stacklevel=1)

@@ -53,6 +53,10 @@ def engine(
         "disable_log_stats": True,
         "skip_tokenizer_init": True,
     }
+    if not options.get("enforce_eager", True):
+        # The engines before leave oneDNN handlers, whose __del__ reads a tensor. Collected while this one is
+        # traced, that fails within a fake tensor's dispatch and leaves the Python dispatch key excluded.
+        gc.collect()
     llm = None
     with _process_as_before():
         try:
