@@ -282,6 +282,12 @@ def test_any_number_of_threads(tokens, isa):
     assert torch.equal(*results)
 
 
+def test_rows_that_are_too_long_are_refused():
+    rows = Rows(torch.zeros(1, 16448, dtype=torch.uint8), None, torch.ones(1, 257))
+    with pytest.raises(RuntimeError, match="32896 columns, more than 32768"):
+        cpu.KERNELS.linear(torch.ones(1, 32896, dtype=torch.bfloat16), rows)
+
+
 REFUSED = {
     "no scale": (lambda rows: rows._replace(scale=None), "got none"),
     "a scale too short": (lambda rows: rows._replace(scale=rows.scale[1:]), "as its scale"),

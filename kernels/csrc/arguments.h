@@ -42,6 +42,8 @@ void check_weight(const Tensor& x, const Tensor& weight, const MaybeTensor& scal
     const int64_t rows = weight.size(0), columns = width_of(weight);
     TORCH_CHECK(columns % WEIGHT_GROUP == 0, "dejavu: ", name, " in 4 bits must have a multiple of ",
                 WEIGHT_GROUP, " columns, got ", columns);
+    TORCH_CHECK(columns <= MOST_SCALES * WEIGHT_GROUP, "dejavu: ", name, " in 4 bits has ", columns,
+                " columns, more than ", MOST_SCALES * WEIGHT_GROUP);
     const bool own =
         scale && scale->dim() == 2 && scale->size(0) == rows && scale->size(1) == columns / WEIGHT_GROUP;
     const bool shared = scale && scale->dim() == 2 && transposed && scale->size(0) > 0 &&

@@ -25,6 +25,7 @@ struct Scales {
   int64_t stride = 0, rows = 1;
 };
 constexpr int64_t WEIGHT_GROUP = 128;
+constexpr int64_t MOST_SCALES = 256;  // of a row: 32,768 columns
 
 // Rows of a matrix, by number: row i is `data + (ids ? ids[i] : i) * stride`, in elements, in bytes of u4.
 struct Rows {

@@ -1,8 +1,6 @@
 // Products of weights of type u4, 0 to 15, with inputs rounded to 8 bits, four at a time (VPDPBUSD), at every
 // number of tokens. Included after lanes.h and nibbles.h.
 
-constexpr int64_t MOST_SCALES = 256;  // of a row that dot reads: 32,768 columns
-
 // A piece of a row as bytes, columns in order.
 inline __m512i nibbles(const uint8_t* p) {
   const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -333,13 +331,11 @@ void accumulate_nibble_rows(const Rows& rows, int64_t begin, int64_t end, const 
       }
       for (int64_t i = n; i < whole; ++i) to[i] = 0;
     }
-    if (!shared)
-      for (int64_t i = 0; i < whole; ++i) {
-        float own[MOST_SCALES];
-        if (i < n)
-          widen_scales(rows.scales, number(rows, first + i), column_begin / WEIGHT_GROUP, groups, own);
-        for (int64_t g = 0; g < groups; ++g) scales[g * ROW_GROUP + i] = i < n ? own[g] : 0;
-      }
+    if (!shared) {
+      transposed_scales(rows, first, n, column_begin / WEIGHT_GROUP, groups, scales);
+      for (int64_t i = 0; i < block.later; ++i)
+        prefetch_scales(rows, first + n + i, column_begin / WEIGHT_GROUP, groups);
+    }
     Values of = h;
     of.scales = steps;
     of.offsets = offsets;
